@@ -1,0 +1,15 @@
+"""Measurement files, importers, simulation from clean images, and the loader."""
+
+from __future__ import annotations
+
+from ambient_sci.data.files import MeasurementFile, ReferenceFile
+from ambient_sci.data.writing import ImageWriter, MeasurementWriter, write_images, write_measurements
+
+__all__ = [
+    "ImageWriter",
+    "MeasurementFile",
+    "MeasurementWriter",
+    "ReferenceFile",
+    "write_images",
+    "write_measurements",
+]

@@ -1,0 +1,202 @@
+"""How one sample lies on disk and in memory, and what makes it valid.
+
+Every measurement obeys ``y = M (T x + sigma_y n)``, so a sample is a pair (y, M) and, for MRI, coil maps:
+
+==================  =====================  =====================  ============================
+operator            measurements, on disk  mask, on disk          in memory (float32)
+==================  =====================  =====================  ============================
+identity, masking   float32 (C, H, W)      (1 or C, H, W), (H,W)  y (C, H, W), M (1 or C, H, W)
+identity, masking   complex64 (H, W)       (1, H, W) or (H, W)    y (2, H, W), M (1, H, W)
+mri, one coil       complex64 (H, W)       (H, W)                 y (2, H, W), M (1, H, W)
+mri, N coils        complex64 (N, H, W)    (H, W)                 y (2, N, H, W), M (1, 1, H, W)
+==================  =====================  =====================  ============================
+
+Real images of one channel may be (H, W) on disk. Complex numbers become two real channels (real, imaginary),
+deepinv's convention. Checks run on the memory layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ambient_sci.errors import InputError
+
+OPERATORS = ("identity", "masking", "mri")
+
+
+def to_numpy(array: Any, name: str) -> np.ndarray:
+    """Any array-like (tensors included) as a numpy array; InputError when it is not numeric."""
+    if isinstance(array, Tensor):
+        array = array.detach().cpu().resolve_conj().numpy()
+    array = np.asarray(array)
+    if array.dtype.kind not in "fciub":
+        raise InputError(f"{name}: expected numbers, got dtype {array.dtype}")
+    return array
+
+
+def complex_to_channels(block: np.ndarray) -> Tensor:
+    """(B, ...) complex to (B, 2, ...) float32: real and imaginary part as channels."""
+    stacked = np.stack((np.real(block), np.imag(block)), axis=1)
+    return torch.from_numpy(np.ascontiguousarray(stacked, dtype=np.float32))
+
+
+def channels_to_complex(block: np.ndarray) -> np.ndarray:
+    """(B, 2, ...) real to (B, ...) complex64, the inverse of :func:`complex_to_channels`."""
+    return (block[:, 0] + 1j * block[:, 1]).astype(np.complex64)
+
+
+def check_image_shape(image_shape: Any) -> tuple[int, int, int]:
+    """(C, H, W) of positive integers, else InputError."""
+    try:
+        shape = tuple(int(n) for n in image_shape)
+    except (TypeError, ValueError):
+        shape = ()
+    if len(shape) != 3 or min(shape) < 1:
+        raise InputError(
+            f"image shape: expected three positive sizes (channels, height, width), got {image_shape}"
+        )
+    return shape[0], shape[1], shape[2]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes of one sample; ``stored_shape`` and ``is_complex`` describe the disk (see the table above)."""
+
+    operator: str
+    image_shape: tuple[int, int, int]
+    stored_shape: tuple[int, ...]
+    is_complex: bool
+
+    @classmethod
+    def infer(
+        cls, operator: str, image_shape: Any, stored_shape: tuple[int, ...], is_complex: bool
+    ) -> Layout:
+        """The layout, or InputError when operator, image shape and stored shape contradict one another."""
+        if operator not in OPERATORS:
+            raise InputError(f"operator: expected one of {', '.join(OPERATORS)}, got {operator!r}")
+        c, h, w = check_image_shape(image_shape)
+        stored = tuple(int(n) for n in stored_shape)
+        if operator == "mri":
+            if not is_complex:
+                raise InputError("measurements: MRI k-space must be complex64, got real numbers")
+            if c != 2:
+                raise InputError(f"image shape: MRI images have 2 channels (real, imaginary), got {c}")
+            fits = stored == (h, w) or (len(stored) == 3 and stored[1:] == (h, w) and stored[0] >= 1)
+            expected = f"(N, {h}, {w}) or (N, coils, {h}, {w})"
+        elif is_complex:
+            fits, expected = (
+                c == 2 and stored == (h, w),
+                f"(N, {h}, {w}) complex for an image shape (2, {h}, {w})",
+            )
+        else:
+            fits, expected = stored == (c, h, w) or (c == 1 and stored == (h, w)), f"(N, {c}, {h}, {w})"
+        if not fits:
+            got = ", ".join(["N", *map(str, stored)])
+            raise InputError(
+                f"measurements: expected shape {expected} for image shape {(c, h, w)}, got ({got})"
+            )
+        return cls(operator, (c, h, w), stored, is_complex)
+
+    @property
+    def coils(self) -> int | None:
+        """Number of coils of a multi-coil measurement, None otherwise."""
+        return self.stored_shape[0] if self.operator == "mri" and len(self.stored_shape) == 3 else None
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.complex64 if self.is_complex else np.float32)
+
+    @property
+    def memory_shape(self) -> tuple[int, ...]:
+        """Shape of one measurement in memory."""
+        if not self.is_complex:
+            return self.image_shape
+        return (2, *self.stored_shape)
+
+    def measurements_to_memory(self, block: np.ndarray) -> Tensor:
+        """(B, *stored_shape) to (B, *memory_shape) float32."""
+        if self.is_complex:
+            return complex_to_channels(block)
+        block = np.ascontiguousarray(block, dtype=np.float32)
+        return torch.from_numpy(block.reshape(len(block), *self.memory_shape))
+
+    def mask_to_memory(self, block: np.ndarray) -> Tensor:
+        """(B, ...) 0/1 to (B, 1 or C, H, W), or (B, 1, 1, H, W) for several coils, float32."""
+        _, h, w = self.image_shape
+        middle = (1, 1) if self.coils else (block.size // max(1, len(block) * h * w),)
+        return torch.from_numpy(block.reshape(len(block), *middle, h, w).astype(np.float32))
+
+    def check_mask_shape(self, shape: tuple[int, ...]) -> None:
+        """InputError unless ``shape`` (without the sample axis) is one of the disk shapes of the table."""
+        c, h, w = self.image_shape
+        allowed = {(h, w), (1, h, w)}
+        if self.operator != "mri" and not self.is_complex:
+            allowed.add((c, h, w))
+        if tuple(shape) not in allowed:
+            want = " or ".join(str((1, *s)) for s in sorted(allowed))
+            raise InputError(f"mask: expected shape {want}, the first axis 1 or N, got {(1, *shape)}")
+
+    def check_coil_maps_shape(self, shape: tuple[int, ...]) -> None:
+        """InputError unless coil maps (coils, H, W) match the measurements."""
+        if self.coils is None:
+            raise InputError(
+                f"coil_maps: given, but {self.operator} measurements {self.stored_shape} have no coil axis"
+            )
+        want = (self.coils, *self.image_shape[1:])
+        if tuple(shape) != want:
+            raise InputError(f"coil_maps: expected {want} for each sample, got {tuple(shape)}")
+
+
+def check_mask_values(mask: np.ndarray, first: int = 0) -> None:
+    """InputError unless every mask of (B, ...) is 0/1 and keeps at least one row. ``first``: number of its
+    first sample."""
+    if not np.isin(mask, (0, 1)).all():
+        bad = np.asarray(mask)[~np.isin(mask, (0, 1))].flat[0]
+        raise InputError(f"mask: expected only 0 and 1, got {bad}")
+    empty = np.flatnonzero(~mask.reshape(len(mask), -1).any(axis=1))
+    if len(empty):
+        raise InputError(f"mask: all zero for sample {first + int(empty[0])}, nothing is measured there")
+
+
+def check_coil_map_values(maps: np.ndarray, first: int = 0) -> None:
+    """InputError unless coil maps (B, coils, H, W) are finite and no sample's maps are all zero."""
+    for k, sample in enumerate(maps):
+        if not np.isfinite(sample).all():
+            raise InputError(f"coil_maps: NaN or infinite values in sample {first + k}")
+        if not sample.any():
+            raise InputError(f"coil_maps: all zero for sample {first + k}")
+
+
+def check_noise_std(noise_std: Any, num: int) -> np.ndarray:
+    """Per-sample noise levels (num,) float32; InputError when absent, negative, not finite or of another
+    length."""
+    if noise_std is None:
+        raise InputError("noise_std: absent; give the noise level per real channel (0 for noise-free data)")
+    levels = to_numpy(noise_std, "noise_std").astype(np.float32)
+    if levels.shape not in ((), (1,), (num,)):
+        raise InputError(f"noise_std: expected one number or ({num},), got shape {levels.shape}")
+    if not np.isfinite(levels).all() or (levels < 0).any():
+        bad = levels[~np.isfinite(levels) | (levels < 0)].flat[0]
+        raise InputError(f"noise_std: expected finite levels >= 0, got {bad}")
+    return np.broadcast_to(levels, (num,)).copy()
+
+
+def check_values(y: Tensor, mask: Tensor | None, first: int = 0) -> None:
+    """InputError when (B, ...) measurements hold NaN or infinities, or are non-zero where the mask is 0."""
+    bad = ~torch.isfinite(y).flatten(1).all(1)
+    if bad.any():
+        raise InputError(f"measurements: NaN or infinite values in sample {first + int(bad.nonzero()[0, 0])}")
+    if mask is None:
+        return
+    outside = (y.ne(0) & mask.eq(0)).flatten(1).sum(1)
+    if outside.any():
+        k = int(outside.nonzero()[0, 0])
+        raise InputError(
+            f"measurements: {int(outside[k])} non-zero values outside the mask in sample {first + k}; "
+            "the mask contradicts the data"
+        )
