@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ambient_sci.data.files import MeasurementFile, ReferenceFile
+from ambient_sci.data.packaged import brains
 from ambient_sci.data.writing import ImageWriter, MeasurementWriter, write_images, write_measurements
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "MeasurementFile",
     "MeasurementWriter",
     "ReferenceFile",
+    "brains",
     "write_images",
     "write_measurements",
 ]
