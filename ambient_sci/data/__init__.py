@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from ambient_sci.data.files import MeasurementFile, ReferenceFile
+from ambient_sci.data.loader import Batch, MeasurementArrays, MeasurementLoader
 from ambient_sci.data.packaged import brains
 from ambient_sci.data.writing import ImageWriter, MeasurementWriter, write_images, write_measurements
 
 __all__ = [
+    "Batch",
     "ImageWriter",
+    "MeasurementArrays",
     "MeasurementFile",
+    "MeasurementLoader",
     "MeasurementWriter",
     "ReferenceFile",
     "brains",
