@@ -1,0 +1,65 @@
+"""ambient_sci: diffusion priors from noisy and incomplete measurements, and posterior samples with error bars that hold.
+
+Public names load on first use, so that importing the package (and ``ambient-sci --help``) costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_ROOMS = (
+    "errors",
+    "noise",
+    "tweedie",
+    "operators",
+    "priors",
+    "losses",
+    "data",
+    "sampling",
+    "training",
+    "evaluation",
+)
+_NAMES = {
+    "fit": "training",
+    "generate": "sampling",
+    "reconstruct": "sampling",
+    "Reconstruction": "sampling",
+    "load_prior": "priors",
+    "TrainConfig": "training",
+    "InputError": "errors",
+}
+
+__all__ = [*_ROOMS, *_NAMES, "__version__"]
+
+if TYPE_CHECKING:
+    from ambient_sci import (
+        data,
+        errors,
+        evaluation,
+        losses,
+        noise,
+        operators,
+        priors,
+        sampling,
+        training,
+        tweedie,
+    )
+    from ambient_sci.errors import InputError
+    from ambient_sci.priors import load_prior
+    from ambient_sci.sampling import Reconstruction, generate, reconstruct
+    from ambient_sci.training import TrainConfig, fit
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"ambient_sci.{name}")
+    if name in _NAMES:
+        return getattr(import_module(f"ambient_sci.{_NAMES[name]}"), name)
+    raise AttributeError(f"module 'ambient_sci' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

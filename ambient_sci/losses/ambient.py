@@ -1,0 +1,195 @@
+r"""The operator-aware Tweedie loss: supervise E[x_0 | y~, B] with nothing but a noisy, incomplete measurement y.
+
+    y  = A x_0 + sigma_y n                   what was measured
+    y~ = y_B + sqrt(sigma^2 - sigma_y^2) z   what the network sees: kept rows B with noise added, level sigma >= sigma_y
+    h  = D(A_B^H y~, sigma, B)
+
+    kept rows:       E[y_B | y~]  = c A_B h + (1 - c) y~,    c = 1 - sigma_y^2 / sigma^2     (Tweedie, twice)
+    held-out rows:   E[y_H | y~]  = A_H h                                                    (their noise is independent)
+
+    loss = lambda(sigma) / n  [ omega(c) ||c A_B h + (1 - c) y~ - y_B||^2  +  sum_H w_i (A_H h - y_H)_i^2 ]
+
+n is the number of entries of an image, w_i = 1 / P(A_i = 1 | B) the inverse probability that a row outside B was measured. With
+omega = c^-2 and T^H T = I this is an unbiased estimate of lambda E||h - x_0||^2 / n, up to a constant that does not depend on h. The
+default omega = 1/c weights each kept row by the inverse variance of its target and has the same minimiser.
+
+Special cases, exactly: B = A = I is the ambient denoising score matching of Daras et al., "Consistent Diffusion Meets Tweedie"
+(2024); sigma_y = 0 is "Ambient Diffusion" (Daras et al. 2023); both together are plain denoising score matching.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ambient_sci.errors import InputError
+from ambient_sci.noise import draw_noise, expand
+from ambient_sci.operators.base import RowMaskedOperator
+from ambient_sci.priors.base import Prior, require_unconditional
+from ambient_sci.tweedie import contraction
+
+Weighting = Literal["inverse-variance", "unbiased", "unit"]
+
+
+def kept_weight(c: Tensor, weighting: Weighting, c_min: float) -> Tensor:
+    """omega(c) on kept rows: "inverse-variance" 1/c, "unbiased" 1/c^2, "unit" 1; c clamped from below at ``c_min``.
+
+    Towards sigma = sigma_y the target carries less and less information and both inverse powers grow without bound.
+    """
+    clamped = c.clamp(min=c_min)
+    if weighting == "inverse-variance":
+        return 1 / clamped
+    if weighting == "unbiased":
+        return 1 / clamped**2
+    if weighting == "unit":
+        return torch.ones_like(c)
+    raise InputError(f"weighting: expected inverse-variance, unbiased or unit, got {weighting!r}")
+
+
+@dataclass(frozen=True)
+class AmbientStep:
+    """What one evaluation of the loss computed; the consistency loss reuses it.
+
+    Attributes:
+        loss: (B,).
+        y_t: y~, measurement space (values outside ``kept`` have no meaning).
+        denoised: h, (B, C, H, W), with its graph.
+        kept: operator of the kept rows B.
+    """
+
+    loss: Tensor
+    y_t: Tensor
+    denoised: Tensor
+    kept: RowMaskedOperator
+
+
+def estimate(prior: Prior, kept: RowMaskedOperator, y_t: Tensor, sigma: float | Tensor) -> Tensor:
+    """h = D(A_B^H y~, sigma, B): the one place where a prior meets a measurement.
+
+    Raises:
+        ConditioningError: an unconditional prior and rows missing from B.
+    """
+    x = kept.A_adjoint(y_t)
+    if prior.conditioning == "mask-conditional":
+        return prior(x, sigma, mask=kept.network_mask)
+    if not (kept.complete and kept.isometry):
+        require_unconditional_for_complete(prior)
+    return prior(x, sigma)
+
+
+def require_unconditional_for_complete(prior: Prior) -> None:
+    """An unconditional prior cannot be shown an image with rows missing; say so."""
+    from ambient_sci.errors import ConditioningError
+
+    raise ConditioningError(
+        "expected a mask-conditional prior for incomplete measurements (rows missing or held out), got an unconditional one: "
+        "E[x0 | kept rows] depends on which rows were kept"
+    )
+
+
+def ambient_step(
+    prior: Prior,
+    operator: RowMaskedOperator,
+    y: Tensor,
+    sigma_y: float | Tensor,
+    sigma: float | Tensor,
+    *,
+    keep: float = 1.0,
+    generator: torch.Generator | None = None,
+    weighting: Weighting = "inverse-variance",
+    c_min: float = 0.05,
+    tweedie: bool = True,
+) -> AmbientStep:
+    """`ambient`, with what it computed on the way.
+
+    ``tweedie=False`` leaves the correction out (c = 1 in the target): the baseline that treats noisy data as clean.
+    """
+    split = operator.split(keep=keep, generator=generator)
+    added = (expand(sigma, y) ** 2 - expand(sigma_y, y) ** 2).clamp(min=0).sqrt()
+    c = contraction(sigma, sigma_y, y) if tweedie else torch.ones_like(expand(sigma, y))
+    y_t = y + added * draw_noise(y, generator)
+    h = estimate(prior, split.kept, y_t, sigma)
+
+    predicted = operator.transform(h)
+    on_kept = kept_weight(c, weighting, c_min) * (c * predicted + (1 - c) * y_t - y).square()
+    if keep < 1:
+        # Both terms share the rows' weights: 1 on kept, 1 / P on held out, 0 where nothing was measured.
+        squared = torch.where(split.kept.mask > 0, on_kept, (predicted - y).square()) * split.weights
+    else:
+        squared = on_kept if operator.name == "identity" else on_kept * operator.mask
+    level = torch.as_tensor(sigma, dtype=h.dtype, device=h.device)
+    weight = prior.loss_weight(level, split.kept.kept_fraction.to(h))
+    return AmbientStep(weight * squared.flatten(1).sum(1) / h[0].numel(), y_t, h, split.kept)
+
+
+def ambient(
+    prior: Prior,
+    operator: RowMaskedOperator,
+    y: Tensor,
+    sigma_y: float | Tensor,
+    sigma: float | Tensor,
+    *,
+    keep: float = 1.0,
+    generator: torch.Generator | None = None,
+    weighting: Weighting = "inverse-variance",
+    c_min: float = 0.05,
+    tweedie: bool = True,
+) -> Tensor:
+    """Operator-aware Tweedie loss of each sample, (B,): one code path for noise, masking and MRI (equations above).
+
+    Args:
+        prior: unconditional if every row is measured and kept, mask-conditional otherwise.
+        operator: A, one mask per sample or one for all. If it knows its mask design, held-out weights are exact.
+        y: measurements.
+        sigma_y: their noise level per real channel, float or (B,); 0 is allowed.
+        sigma: total noise level of the kept rows after noise is added, float or (B,), at least sigma_y.
+        keep: fraction of the measured rows to keep, in (0, 1]; 1 for identity noise. Below 1 *every* row must be held out at times.
+        generator: source of the split and of the noise.
+        weighting: omega(c), see `kept_weight`.
+        c_min: lower clamp of c in omega.
+        tweedie: False drops the correction, for ablations: kept rows are then fitted noise and all.
+
+    Raises:
+        InputError: sigma < sigma_y, keep outside (0, 1], shapes that do not fit.
+        ConditioningError: an unconditional prior and incomplete rows.
+        IdentifiabilityError: keep < 1 and a design that leaves rows unsupervised.
+    """
+    return ambient_step(
+        prior,
+        operator,
+        y,
+        sigma_y,
+        sigma,
+        keep=keep,
+        generator=generator,
+        weighting=weighting,
+        c_min=c_min,
+        tweedie=tweedie,
+    ).loss
+
+
+def denoising(
+    prior: Prior,
+    x0: Tensor,
+    sigma: float | Tensor,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Plain denoising score matching on clean images, lambda(sigma) ||D(x_0 + sigma z, sigma) - x_0||^2 / n, (B,).
+
+    Args:
+        prior: an unconditional prior.
+        x0: clean images, (B, C, H, W).
+        sigma: noise level, float or (B,).
+        generator: source of the noise.
+
+    Raises:
+        ConditioningError: a mask-conditional prior.
+    """
+    require_unconditional(prior, "the denoising loss")
+    x_t = x0 + expand(sigma, x0) * draw_noise(x0, generator)
+    squared = (prior(x_t, sigma) - x0).square().flatten(1).mean(1)
+    return prior.loss_weight(torch.as_tensor(sigma, dtype=x0.dtype, device=x0.device)) * squared

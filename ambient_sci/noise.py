@@ -1,0 +1,225 @@
+r"""Noise processes, noise levels and the step between them.
+
+Inside the library every process is variance exploding (VE),
+
+    x_t = x_0 + sigma_t z,        z ~ N(0, I),
+
+with sigma_t per real channel. A variance-preserving (VP) state x_t = alpha x_0 + sigma z, alpha = sqrt(1 - sigma^2), is the VE
+state x_t / alpha at level sigma / alpha, and the predictions of a VP network are linear in x_0:
+
+    epsilon = (x_t - alpha x_0) / sigma,        v = alpha epsilon - sigma x_0.
+
+So one implementation of every loss and sampler serves all of them; the functions below translate at the border.
+
+Sources: Song et al., "Score-Based Generative Modeling through SDEs" (2021); Karras et al., "Elucidating the Design Space of
+Diffusion-Based Generative Models" (2022); Salimans & Ho, "Progressive Distillation" (2022) for v.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ambient_sci.errors import InputError
+
+Process = Literal["ve", "vp"]
+Prediction = Literal["sample", "epsilon", "v"]
+
+
+def expand(level: float | Tensor, like: Tensor) -> Tensor:
+    """A noise level, float or (B,), as a tensor that broadcasts over the (B, ...) tensor ``like``.
+
+    Raises:
+        InputError: the level has neither one value nor one per sample.
+    """
+    level = torch.as_tensor(level, dtype=like.dtype if like.is_floating_point() else None, device=like.device)
+    if level.ndim == like.ndim and level.ndim > 1:
+        level = level.flatten() if level.numel() in (1, like.shape[0]) else level
+    if level.ndim > 1 or (level.ndim == 1 and level.shape[0] not in (1, like.shape[0])):
+        raise InputError(
+            f"noise level: expected one value or one per sample ({like.shape[0]}), got shape {tuple(level.shape)}"
+        )
+    return level.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def draw_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal noise of the shape, type and device of ``like``; a CPU generator serves tensors on any device."""
+    device = like.device if generator is None else generator.device
+    noise = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device)
+    return noise if device == like.device else noise.to(like.device)
+
+
+# -- processes and what networks predict -------------------------------------------------------------------------------------
+
+
+def vp_alpha(sigma: float | Tensor) -> Tensor:
+    """Signal scale alpha = sqrt(1 - sigma^2) of a variance-preserving state with noise scale sigma in [0, 1]."""
+    return (1 - torch.as_tensor(sigma) ** 2).clamp(min=0).sqrt()
+
+
+def vp_to_ve(x: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
+    """VP state (x, sigma) as the VE state (x / alpha, sigma / alpha). Exact: both have the same posterior of x_0."""
+    sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+    alpha = vp_alpha(sigma)
+    return x / expand(alpha, x), sigma / alpha
+
+
+def ve_to_vp(x: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
+    """VE state (x, sigma) as the VP state (alpha x, alpha sigma) with alpha = 1 / sqrt(1 + sigma^2); inverse of `vp_to_ve`."""
+    sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+    alpha = (1 + sigma**2).rsqrt()
+    return x * expand(alpha, x), sigma * alpha
+
+
+def sample_from_prediction(prediction: Tensor, x: Tensor, sigma: float | Tensor, kind: Prediction) -> Tensor:
+    """x_0 from what a VP network predicts at the VP state ``x`` with noise scale ``sigma`` < 1.
+
+    "sample": x_0 itself; "epsilon": x_0 = (x - sigma eps) / alpha; "v": x_0 = alpha x - sigma v.
+    """
+    scale = expand(sigma, x)
+    alpha = vp_alpha(scale)
+    if kind == "sample":
+        return prediction
+    if kind == "epsilon":
+        return (x - scale * prediction) / alpha
+    if kind == "v":
+        return alpha * x - scale * prediction
+    raise InputError(f"prediction: expected 'sample', 'epsilon' or 'v', got {kind!r}")
+
+
+def prediction_from_sample(x0: Tensor, x: Tensor, sigma: float | Tensor, kind: Prediction) -> Tensor:
+    """Inverse of `sample_from_prediction`: what a VP network of this kind should predict when the clean image is ``x0``."""
+    scale = expand(sigma, x)
+    alpha = vp_alpha(scale)
+    if kind == "sample":
+        return x0
+    epsilon = (x - alpha * x0) / scale
+    if kind == "epsilon":
+        return epsilon
+    if kind == "v":
+        return alpha * epsilon - scale * x0
+    raise InputError(f"prediction: expected 'sample', 'epsilon' or 'v', got {kind!r}")
+
+
+# -- levels to train at ------------------------------------------------------------------------------------------------------
+
+
+class LevelDistribution(Protocol):
+    """A distribution of training noise levels. ``minimum`` (float or (num,)) is the noise that the data already has."""
+
+    sigma_max: float
+
+    def sample(
+        self, num: int, *, minimum: float | Tensor = 0.0, generator: torch.Generator | None = None
+    ) -> Tensor: ...
+
+
+def _minimum(minimum: float | Tensor, num: int, floor: float, sigma_max: float) -> Tensor:
+    low = torch.as_tensor(minimum, dtype=torch.float32).expand(num).clamp(min=floor)
+    if bool((low >= sigma_max).any()):
+        raise InputError(
+            f"noise levels: expected sigma_max above the noise of the data ({float(low.max()):g}), got {sigma_max:g}"
+        )
+    return low
+
+
+@dataclass(frozen=True)
+class LogUniform:
+    """log sigma uniform between the noise of the data (at least ``floor``) and ``sigma_max``."""
+
+    sigma_max: float = 10.0
+    floor: float = 2e-3
+
+    def sample(
+        self, num: int, *, minimum: float | Tensor = 0.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        low = _minimum(minimum, num, self.floor, self.sigma_max)
+        return low * (self.sigma_max / low) ** torch.rand(num, generator=generator)
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """log sigma ~ N(mean, std^2), the EDM distribution (Karras et al. 2022), *truncated* to the noise of the data and sigma_max.
+
+    Truncation is by inversion of the distribution function, so no mass piles up at the ends and each draw uses one uniform.
+    """
+
+    mean: float = -1.2
+    std: float = 1.2
+    sigma_max: float = 20.0
+    floor: float = 2e-3
+
+    def sample(
+        self, num: int, *, minimum: float | Tensor = 0.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        low = _minimum(minimum, num, self.floor, self.sigma_max).double()
+        cdf = torch.special.ndtr((low.log() - self.mean) / self.std)
+        top = torch.special.ndtr(torch.tensor((math.log(self.sigma_max) - self.mean) / self.std).double())
+        u = cdf + (top - cdf) * torch.rand(num, generator=generator).double()
+        sigma = (self.mean + self.std * torch.special.ndtri(u)).exp()
+        return torch.minimum(torch.maximum(sigma, low), torch.tensor(self.sigma_max).double()).float()
+
+
+@dataclass(frozen=True)
+class Concentrated:
+    """sigma = sigma_n (sigma_max / sigma_n)^(u^power), u uniform: dense just above the noise of the data.
+
+    An error of the denoiser at sigma_n is amplified below it, so accuracy there must come first.
+    """
+
+    sigma_max: float = 10.0
+    power: float = 2.0
+    floor: float = 2e-3
+
+    def sample(
+        self, num: int, *, minimum: float | Tensor = 0.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        low = _minimum(minimum, num, self.floor, self.sigma_max)
+        return low * (self.sigma_max / low) ** (torch.rand(num, generator=generator) ** self.power)
+
+
+# -- levels to sample at -----------------------------------------------------------------------------------------------------
+
+
+def karras_grid(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """``steps`` decreasing levels from sigma_max to sigma_min > 0, evenly spaced in sigma^(1/rho) (Karras et al. 2022, eq. 5).
+
+    float64. The grid ends at sigma_min: a sampler returns the denoised image there, the step to zero needs no level of its own.
+
+    Raises:
+        InputError: fewer than two steps, or not 0 < sigma_min < sigma_max.
+    """
+    if steps < 2 or not 0 < sigma_min < sigma_max:
+        raise InputError(
+            f"level grid: expected steps >= 2 and 0 < sigma_min < sigma_max, got {steps}, {sigma_min:g}, {sigma_max:g}"
+        )
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return (high + ramp * (low - high)) ** rho
+
+
+def ancestral_step(
+    x: Tensor,
+    denoised: Tensor,
+    sigma_t: float | Tensor,
+    sigma_s: float | Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    r"""One step of the reverse SDE from sigma_t to sigma_s <= sigma_t,
+
+        x_s = D + (s^2 / t^2) (x_t - D) + s sqrt(1 - s^2 / t^2) z,
+
+    the exact conditional q(x_s | x_t, x_0) of the VE process with x_0 replaced by D = E[x_0 | x_t] (Ho et al. 2020 in VE
+    form). Give ``noise`` to fix z, else it is drawn from ``generator``.
+    """
+    s, t = expand(sigma_s, x), expand(sigma_t, x)
+    ratio = (s / t) ** 2
+    if noise is None:
+        noise = draw_noise(x, generator)
+    return denoised + ratio * (x - denoised) + s * (1 - ratio).clamp(min=0).sqrt() * noise

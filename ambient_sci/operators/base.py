@@ -1,0 +1,283 @@
+r"""Row-masked linear operators: A = M T, a transform T followed by a 0/1 mask M over its rows.
+
+    y = M (T x + sigma_y n)
+
+T is the identity (noise, masking) or coil maps followed by the centred orthonormal Fourier transform (MRI). Keeping rows, holding
+rows out and asking what a network sees change M alone, so one loss and one sampler serve every operator.
+
+Operators are `deepinv.physics.LinearPhysics`: they work in deepinv's algorithms unchanged. Unlike deepinv's, masks are fixed at
+construction (a mask passed to ``A`` is an error, not a silent update), an operator holds one mask per sample or one for all, and it
+can be indexed, split and pickled.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from deepinv.physics import GaussianNoise, LinearPhysics, ZeroNoise
+from torch import Tensor
+
+from ambient_sci.errors import InputError
+
+if TYPE_CHECKING:
+    from ambient_sci.operators.designs import MaskDesign
+
+
+@dataclass(frozen=True)
+class Split:
+    """A measurement's rows divided into ``kept`` (B) and ``held_out`` (A without B), operators over the same T.
+
+    ``weights`` (measurement space, broadcastable): 1 on kept rows, 1 / P(A_i = 1 | B) on held-out rows, 0 elsewhere: the
+    inverse-probability weights that make the split loss an unbiased squared error of the whole image. They are 1 on held-out
+    rows if the design of the mask is unknown.
+    """
+
+    kept: RowMaskedOperator
+    held_out: RowMaskedOperator
+    weights: Tensor
+
+
+class RowMaskedOperator(LinearPhysics):
+    """A = M T. Subclasses give ``transform`` (T), ``transform_adjoint`` (T^H) and say whether T is an isometry.
+
+    Args:
+        mask: 0/1, (1, ...) or (B, ...), broadcastable to a measurement.
+        img_size: (C, H, W) of one image.
+        measurement_size: shape of one measurement, without batch.
+        design: how the mask was drawn, if known: what `split` needs for exact weights.
+        isometry: T^H T = I, so that A^H A + a I can be inverted in closed form.
+
+    Raises:
+        InputError: the mask does not fit, is not 0/1 or selects nothing in some sample.
+    """
+
+    name = "row-masked"
+
+    def __init__(
+        self,
+        mask: Tensor,
+        img_size: tuple[int, ...],
+        measurement_size: tuple[int, ...],
+        *,
+        design: MaskDesign | None = None,
+        isometry: bool = True,
+        noise_std: float = 0.0,
+    ) -> None:
+        noise = GaussianNoise(noise_std) if noise_std else ZeroNoise()
+        super().__init__(img_size=img_size, noise_model=noise, solver="CG")
+        self.img_size = tuple(img_size)
+        self.measurement_size = tuple(measurement_size)
+        self.design = design
+        self.isometry = isometry
+        self.register_buffer("mask", self._checked(mask))
+
+    def _checked(self, mask: Tensor) -> Tensor:
+        # One floating type whatever came in: 0 and 1 are exact in any, and a float64 mask must not turn float32 data into float64.
+        mask = torch.as_tensor(mask).to(torch.get_default_dtype())
+        fits = mask.ndim == len(self.measurement_size) + 1 and all(
+            m in (1, s) for m, s in zip(mask.shape[1:], self.measurement_size, strict=True)
+        )
+        if not fits:
+            raise InputError(
+                f"{self.name} mask: expected a shape that broadcasts to (1 or B, {', '.join(map(str, self.measurement_size))}), "
+                f"got {tuple(mask.shape)}"
+            )
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise InputError(f"{self.name} mask: expected only 0 and 1, got other values")
+        empty = ~mask.flatten(1).any(1)
+        if bool(empty.any()):
+            raise InputError(f"{self.name} mask: sample {int(empty.nonzero()[0])} selects nothing (all zero)")
+        return mask
+
+    # -- the transform; subclasses override ----------------------------------------------------------------------------------
+
+    def transform(self, x: Tensor) -> Tensor:
+        """T x, all rows, ignoring the mask."""
+        return x
+
+    def transform_adjoint(self, z: Tensor) -> Tensor:
+        """T^H z, ignoring the mask."""
+        return z
+
+    def _state(self) -> dict[str, Any]:
+        """Constructor arguments besides the mask and the design, for `with_mask` and indexing."""
+        return {"img_size": self.img_size}
+
+    # -- the operator --------------------------------------------------------------------------------------------------------
+
+    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """A x = M T x: (B, C, H, W) to measurement space, zero outside the mask."""
+        self._refuse_updates(kwargs)
+        self._check_image(x)
+        return self.transform(x) * self.mask
+
+    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
+        """A^H y = T^H M y: measurement space to (B, C, H, W)."""
+        self._refuse_updates(kwargs)
+        self._check_measurement(y)
+        return self.transform_adjoint(y * self.mask)
+
+    def A_adjoint_A(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """A^H A x = T^H M T x (M is a projection, applied once)."""
+        return self.A_adjoint(self.transform(x), **kwargs)
+
+    def A_A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
+        """A A^H y; for an isometric square T this is M y."""
+        return self.A(self.A_adjoint(y, **kwargs))
+
+    def A_dagger(self, y: Tensor, **kwargs: Any) -> Tensor:
+        """Pseudo-inverse: A^H y when A A^H is a projection (square isometric T), else deepinv's least-squares solver."""
+        if self.square:
+            return self.A_adjoint(y)
+        return super().A_dagger(y, **{k: v for k, v in kwargs.items() if k in ("solver", "max_iter", "tol")})
+
+    @property
+    def square(self) -> bool:
+        """T maps R^n onto R^n isometrically, so that T T^H = I as well."""
+        return self.isometry and math.prod(self.img_size) == math.prod(self.measurement_size)
+
+    def prox_l2(self, z: Tensor, y: Tensor, gamma: float | Tensor, **kwargs: Any) -> Tensor:
+        r"""argmin_x  gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2, in closed form for a square isometric T.
+
+        There A^H A = T^H M T, so (I + gamma T^H M T)^-1 = I - gamma/(1+gamma) T^H M T. gamma: float, (B,) or (B,1,1,1).
+        """
+        if self.square and torch.is_tensor(z):
+            g = torch.as_tensor(gamma, dtype=z.dtype, device=z.device).reshape(-1, *([1] * (z.ndim - 1)))
+            return z - g / (1 + g) * self.A_adjoint(self.A(z) - y)
+        return super().prox_l2(z, y, gamma, **kwargs)
+
+    def noise(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """Measurement noise on the rows that were measured, and there only."""
+        return self.noise_model(x, **kwargs) * self.mask
+
+    # -- masks ---------------------------------------------------------------------------------------------------------------
+
+    def with_mask(self, mask: Tensor, *, design: MaskDesign | None = None) -> RowMaskedOperator:
+        """The same T under another mask (in the same memory: nothing but the mask is new)."""
+        new = object.__new__(type(self))
+        new.__dict__ = {**self.__dict__}
+        for part in ("_buffers", "_modules", "_parameters", "_non_persistent_buffers_set"):
+            new.__dict__[part] = self.__dict__[part].copy()
+        new._buffers["mask"] = mask
+        new.design = design
+        return new
+
+    def __getitem__(self, index: Any) -> RowMaskedOperator:
+        """The operator of some samples of the batch: ``op[3]``, ``op[2:5]``, ``op[tensor]``; shared parts stay shared."""
+        if isinstance(index, int):
+            index = slice(index, index + 1 if index != -1 else None)
+        new = self.with_mask(self.mask if self.mask.shape[0] == 1 else self.mask[index], design=self.design)
+        new._index_shared(index)
+        return new
+
+    def _index_shared(self, index: Any) -> None:
+        """Index what else varies over the batch (coil maps)."""
+
+    @property
+    def batch_size(self) -> int:
+        """Number of samples this operator is for; 1 also means "any number"."""
+        return self.mask.shape[0]
+
+    @property
+    def network_mask(self) -> Tensor:
+        """The mask as image channels, (1|B, m, H, W): what a mask-conditional network is shown."""
+        return self.mask
+
+    @property
+    def kept_fraction(self) -> Tensor:
+        """Fraction of rows measured, (1|B,)."""
+        return self.mask.flatten(1).mean(1)
+
+    @property
+    def complete(self) -> bool:
+        """Every row is measured in every sample: the data are noisy but not incomplete."""
+        return bool((self.mask == 1).all())
+
+    def split(
+        self,
+        design: MaskDesign | None = None,
+        *,
+        keep: float,
+        generator: torch.Generator | None = None,
+    ) -> Split:
+        """Divide the measured rows at random: keep a fraction ``keep`` of them, hold out the rest.
+
+        Args:
+            design: how the mask was drawn (default: this operator's own). It decides how rows are grouped (pixels, k-space
+                lines), how they are thinned, and the exact weights. If unknown, rows are grouped as the mask suggests, each
+                kept independently, and held-out weights are 1.
+            keep: fraction of measured rows to keep, in (0, 1]; 1 keeps everything.
+            generator: source of randomness.
+
+        Raises:
+            InputError: keep outside (0, 1].
+            IdentifiabilityError: the design cannot supervise some rows.
+        """
+        from ambient_sci.operators.make_design import unknown_design
+
+        if not 0 < keep <= 1:
+            raise InputError(f"split: expected keep in (0, 1], got {keep}")
+        if keep == 1:
+            # Without a row held out there is no inverse probability to speak of: B = A, and nothing outside is supervised.
+            zero = torch.zeros_like(self.mask)
+            return Split(self, self.with_mask(zero), self.mask)
+        design = design or self.design or unknown_design(self.name, self.mask)
+        mask = self.network_mask
+        kept = design.thin(mask, keep, generator=generator)
+        probability = design.probability(mask, kept, keep)
+        held = mask * (1 - kept)
+        weights = kept + torch.where(held > 0, held / probability.clamp(min=1e-12), held)
+        as_rows = self._rows_from_network_mask
+        return Split(
+            self.with_mask(as_rows(kept), design=design),
+            self.with_mask(as_rows(held), design=design),
+            as_rows(weights),
+        )
+
+    def _rows_from_network_mask(self, mask: Tensor) -> Tensor:
+        """Inverse of `network_mask`: image channels back to measurement space."""
+        return mask
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # deepinv's base class holds lambdas, which do not pickle: rebuild from the constructor's arguments instead.
+        state = {
+            **self._state(),
+            "design": self.design,
+            "noise_std": float(getattr(self.noise_model, "sigma", 0.0)),
+        }
+        return _rebuild, (type(self), self.mask, state)
+
+    # -- checks --------------------------------------------------------------------------------------------------------------
+
+    def _refuse_updates(self, kwargs: dict[str, Any]) -> None:
+        for key in ("mask", "coil_maps"):
+            if kwargs.get(key) is not None:
+                raise InputError(
+                    f"{self.name}: {key} is fixed at construction; use with_mask(...) or a new operator"
+                )
+
+    def _fits(self, x: Tensor, size: tuple[int, ...]) -> bool:
+        return tuple(x.shape[1:]) == size and self.mask.shape[0] in (1, x.shape[0])
+
+    def _check_image(self, x: Tensor) -> None:
+        if not self._fits(x, self.img_size):
+            raise InputError(
+                f"{self.name}: expected images (B, {', '.join(map(str, self.img_size))}) with B = "
+                f"{self.mask.shape[0] if self.mask.shape[0] > 1 else 'any'}, got {tuple(x.shape)}"
+            )
+
+    def _check_measurement(self, y: Tensor) -> None:
+        if not self._fits(y, self.measurement_size):
+            raise InputError(
+                f"{self.name}: expected measurements (B, {', '.join(map(str, self.measurement_size))}) with B = "
+                f"{self.mask.shape[0] if self.mask.shape[0] > 1 else 'any'}, got {tuple(y.shape)}"
+            )
+
+
+def _rebuild(kind: type[RowMaskedOperator], mask: Tensor, state: dict[str, Any]) -> RowMaskedOperator:
+    operator = kind(mask=torch.ones_like(mask), **state)
+    operator._buffers["mask"] = mask  # already checked, and the held-out part of a split may be empty
+    return operator

@@ -1,0 +1,514 @@
+r"""Mask designs: how the rows of a measurement were chosen, and what follows for learning from them.
+
+A design draws a mask A over *units*: groups of rows that are always measured together (a pixel in all its channels, a k-space line in
+all coils). Training thins A further to B, the rows a network sees, and scores it on the rest. The loss is an unbiased squared error of
+the whole image if a held-out unit is weighted by 1 / P(A_i = 1 | B): the more surely a unit outside B was measured at all, the less each
+time counts. So every design here knows that probability exactly, or refuses to be trained on and names the rows:
+
+    Independent     units drawn independently (Bernoulli):  P = p (1 - q) / (1 - p q), kept with probability q
+    FixedBudget     exactly m units, probability of a set proportional to the product of its weights (conditional Poisson sampling;
+                    weights 1: the uniform design).  Closed form by elementary symmetric polynomials.
+    RandomBox       one missing box; B misses a second, disjoint one.  By Bayes' rule over "which box is the real one".
+    Enumerated      finitely many masks, e.g. equispaced lines by their offset.  By Bayes' rule over the masks that contain B.
+    PoissonDisc     sampled points keep each other at a distance, so B excludes its own neighbourhoods: refused.
+
+Sources: Millard & Chiew (2023) for independent rows; Chen, Dempster & Liu (1994) for conditional Poisson sampling.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ambient_sci.errors import IdentifiabilityError, InputError
+
+Layout = Literal["pixels", "entries", "columns", "rows"]
+
+
+def uniform(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+    return torch.rand(tuple(shape), generator=generator, dtype=torch.float64)
+
+
+class MaskDesign(ABC):
+    """How masks are drawn. Masks are (num, m, H, W), m = C for "entries" and 1 otherwise (all channels and coils together).
+
+    Args:
+        image_shape: (C, H, W).
+        layout: what is drawn as one: "pixels", "entries" (each channel of each pixel by itself), "columns" (k-space lines along
+            the last-but-one axis, phase encoding along the last) or "rows".
+        status: "given" by the acquisition, "estimated" from the masks of a data set, or "unknown".
+    """
+
+    name: ClassVar[str]
+    _registry: ClassVar[dict[str, type[MaskDesign]]] = {}
+
+    def __init__(self, image_shape: Sequence[int], layout: Layout, status: str = "given") -> None:
+        if layout not in ("pixels", "entries", "columns", "rows"):
+            raise InputError(f"mask design: expected layout pixels, entries, columns or rows, got {layout!r}")
+        self.image_shape = tuple(int(n) for n in image_shape)
+        self.layout: Layout = layout
+        self.status = status
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        MaskDesign._registry[cls.name] = cls
+
+    # -- units ---------------------------------------------------------------------------------------------------------------
+
+    @property
+    def unit_shape(self) -> tuple[int, int, int]:
+        """Shape (m, h, w) over which units are laid out; axes of size 1 are shared by all rows along them."""
+        c, h, w = self.image_shape
+        return {"pixels": (1, h, w), "entries": (c, h, w), "columns": (1, 1, w), "rows": (1, h, 1)}[
+            self.layout
+        ]
+
+    @property
+    def num_units(self) -> int:
+        c, h, w = self.unit_shape
+        return c * h * w
+
+    def to_units(self, mask: Tensor) -> Tensor:
+        """Mask (n, m, H, W) to units (n, U). Rows of one unit agree, so the first stands for all."""
+        m, h, w = self.unit_shape
+        return mask[:, :m, :h, :w].flatten(1)
+
+    def to_mask(self, units: Tensor) -> Tensor:
+        """Units (n, U) to a mask or a map of weights (n, m, H, W)."""
+        _, height, width = self.image_shape
+        m, _, _ = self.unit_shape
+        return units.reshape(-1, *self.unit_shape).expand(-1, m, height, width)
+
+    # -- what a design must know -----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def draw(self, num: int, generator: torch.Generator | None) -> Tensor:
+        """``num`` masks over units, (num, U), float 0/1."""
+
+    @abstractmethod
+    def thin_units(self, units: Tensor, keep: float, generator: torch.Generator | None) -> Tensor:
+        """Kept units B of the measured units A, (n, U)."""
+
+    @abstractmethod
+    def probability_units(self, units: Tensor, kept: Tensor, keep: float) -> Tensor:
+        """P(A_i = 1 | B) for every unit, (n, U), float64; 1 on B."""
+
+    @abstractmethod
+    def parameters(self) -> dict[str, Any]:
+        """What `design_from_dict` needs besides shape, layout and status; JSON types only."""
+
+    def check_trainable(self, keep: float) -> None:
+        """Raise unless P(A_i = 1 | B) > 0 for every unit and every B.
+
+        Raises:
+            IdentifiabilityError: names the units that are never supervised.
+        """
+        never = self.unsupervised(keep)
+        if len(never):
+            raise IdentifiabilityError(
+                f"mask design {self.name!r} cannot be trained on: {len(never)} of {self.num_units} {self.layout} are never measured "
+                f"outside the kept ones (P(measured | kept) = 0): {_ranges(never)}. Use a randomised design, or EM on the measurements"
+            )
+
+    @abstractmethod
+    def unsupervised(self, keep: float) -> list[int]:
+        """Units that have P(A_i = 1 | B) = 0 for some B of positive probability."""
+
+    # -- what callers use ----------------------------------------------------------------------------------------------------
+
+    def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num`` masks, (num, m, H, W), float32; none is empty (an empty draw is drawn again)."""
+        units = self.draw(num, generator)
+        for _ in range(100):
+            empty = ~units.any(1)
+            if not bool(empty.any()):
+                return self.to_mask(units.float()).contiguous()
+            units[empty] = self.draw(int(empty.sum()), generator)
+        raise InputError(
+            f"mask design {self.name!r}: expected masks that measure something, drew 100 empty ones"
+        )
+
+    def thin(self, mask: Tensor, keep: float, *, generator: torch.Generator | None = None) -> Tensor:
+        """Kept rows B of the measured rows ``mask`` (n, m, H, W)."""
+        units = self.to_units(mask).cpu()
+        return self.to_mask(self.thin_units(units, keep, generator).to(mask)).to(mask)
+
+    def probability(self, mask: Tensor, kept: Tensor, keep: float) -> Tensor:
+        """P(A_i = 1 | B) for every row, (n, m, H, W). ``mask`` is A: designs that ignore it are all but `RandomBox`."""
+        units = self.probability_units(
+            self.to_units(mask).double().cpu(), self.to_units(kept).double().cpu(), keep
+        )
+        return self.to_mask(units.to(mask)).to(mask)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able description; `design_from_dict` reads it back."""
+        return {
+            "name": self.name,
+            "image_shape": list(self.image_shape),
+            "layout": self.layout,
+            "status": self.status,
+            **self.parameters(),
+        }
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={_short(v)}' for k, v in self.to_dict().items() if k != 'name')})"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """0, 1, 2, 5 as "0-2, 5", at most eight runs."""
+    runs: list[list[int]] = []
+    for i in sorted(indices):
+        if runs and i == runs[-1][1] + 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    shown = ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs[:8])
+    return shown + (f" and {len(runs) - 8} more runs" if len(runs) > 8 else "")
+
+
+def _vector(value: float | Sequence[float] | Tensor, num: int, what: str) -> Tensor:
+    vector = torch.as_tensor(value, dtype=torch.float64)
+    if vector.ndim > 1 or (vector.ndim == 1 and vector.shape[0] != num):
+        raise InputError(
+            f"{what}: expected one value or one per unit ({num}), got shape {tuple(vector.shape)}"
+        )
+    return vector.expand(num).clone()
+
+
+class Independent(MaskDesign):
+    """Units measured independently with probability p_i; thinned independently, each kept with probability q.
+
+    P(A_i = 1 | B) = p_i (1 - q) / (1 - p_i q) for i outside B. p_i = 1 (always measured) is allowed and gives 1.
+
+    Args:
+        probability: p_i in (0, 1], one value or one per unit.
+    """
+
+    name = "independent"
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        layout: Layout,
+        probability: float | Sequence[float] | Tensor,
+        status: str = "given",
+    ) -> None:
+        super().__init__(image_shape, layout, status)
+        self.p = _vector(probability, self.num_units, "sampling probability")
+        if not bool(((self.p >= 0) & (self.p <= 1)).all()):
+            raise InputError("sampling probability: expected values in [0, 1]")
+
+    def draw(self, num: int, generator: torch.Generator | None) -> Tensor:
+        return (uniform((num, self.num_units), generator) < self.p).double()
+
+    def thin_units(self, units: Tensor, keep: float, generator: torch.Generator | None) -> Tensor:
+        return units * (uniform(units.shape, generator) < keep)
+
+    def probability_units(self, units: Tensor, kept: Tensor, keep: float) -> Tensor:
+        outside = self.p * (1 - keep) / (1 - self.p * keep)
+        return torch.where(kept > 0, 1.0, outside)
+
+    def unsupervised(self, keep: float) -> list[int]:
+        return (self.p == 0).nonzero().flatten().tolist() if keep < 1 else list(range(self.num_units))
+
+    def parameters(self) -> dict[str, Any]:
+        constant = bool((self.p == self.p[0]).all())
+        return {"probability": float(self.p[0]) if constant else self.p.tolist()}
+
+
+class FixedBudget(MaskDesign):
+    r"""Exactly ``budget`` units besides those in ``always``, P(A) proportional to the product of the weights of its units.
+
+    Thinning keeps a fixed number k of the budgeted units, uniformly, and each ``always`` unit with probability q. As P(B | A)
+    is then the same for every A that contains B, what is held out is again such a design, of budget - k units outside B, and
+
+        P(A_i = 1 | B) = w_i e_{r-1}(w without i) / e_r(w),        r = budget - k,  w: the weights outside B,
+
+    with e_r the elementary symmetric polynomials. For weights 1 it is r / (number of units outside B). Units in ``always`` have
+    probability 1 and *are* held out at times: kept always, they would be unsupervised exactly where the network is used.
+
+    Args:
+        budget: number of units to measure besides ``always``.
+        weights: positive odds, one value or one per unit; larger is sampled more often.
+        always: indices of units that are always measured (the auto-calibration lines).
+    """
+
+    name = "fixed-budget"
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        layout: Layout,
+        budget: int,
+        weights: float | Sequence[float] | Tensor = 1.0,
+        always: Sequence[int] = (),
+        status: str = "given",
+    ) -> None:
+        super().__init__(image_shape, layout, status)
+        self.budget = int(budget)
+        self.weights = _vector(weights, self.num_units, "sampling weights")
+        self.always = torch.zeros(self.num_units, dtype=torch.bool)
+        self.always[list(always)] = True
+        free = int((~self.always).sum())
+        if not 0 <= self.budget <= free:
+            raise InputError(
+                f"mask design: expected a budget between 0 and {free} free units, got {self.budget}"
+            )
+        if not bool((self.weights > 0).all()):
+            raise InputError("sampling weights: expected positive values")
+
+    def draw(self, num: int, generator: torch.Generator | None) -> Tensor:
+        """Sequential sampling, exact: unit i is taken with the conditional probability that the table of e_r gives."""
+        free = (~self.always).nonzero().flatten()
+        w = self.weights[free]
+        table = _suffix_polynomials(w[None], self.budget)[0]
+        units = self.always.double().repeat(num, 1)
+        left = torch.full((num,), self.budget)
+        u = uniform((num, len(free)), generator)
+        for i in range(len(free)):
+            with_i = w[i].log() + table[i + 1, (left - 1).clamp(min=0)]
+            take = (left > 0) & (u[:, i].log() < with_i - table[i, left])
+            units[take, free[i]] = 1.0
+            left = left - take.long()
+        return units
+
+    def _kept_budget(self, keep: float) -> int:
+        """Budgeted units to keep: at least one is held out, else nothing would supervise the rest."""
+        return min(round(keep * self.budget), max(self.budget - 1, 0))
+
+    def thin_units(self, units: Tensor, keep: float, generator: torch.Generator | None) -> Tensor:
+        k = self._kept_budget(keep)
+        priority = uniform(units.shape, generator)
+        free = units.bool() & ~self.always
+        # The k free units of highest priority; the others, and unmeasured units, sort below.
+        chosen = torch.where(free, priority, -1.0).topk(k, dim=1).indices if k else None
+        kept = torch.zeros_like(units)
+        if chosen is not None:
+            kept.scatter_(1, chosen, 1.0)
+            kept = kept * free
+        return torch.where(self.always, units * (priority < keep), kept)
+
+    def probability_units(self, units: Tensor, kept: Tensor, keep: float) -> Tensor:
+        rest = self.budget - self._kept_budget(keep)
+        outside = (kept == 0) & ~self.always
+        w = torch.where(outside, self.weights, 0.0)
+        p = _inclusion(w, rest)
+        return torch.where(outside, p, 1.0)
+
+    def unsupervised(self, keep: float) -> list[int]:
+        if keep == 1 or self.budget == 0:
+            return (~self.always).nonzero().flatten().tolist()
+        return []
+
+    def parameters(self) -> dict[str, Any]:
+        constant = bool((self.weights == self.weights[0]).all())
+        return {
+            "budget": self.budget,
+            "weights": float(self.weights[0]) if constant else self.weights.tolist(),
+            "always": self.always.nonzero().flatten().tolist(),
+        }
+
+
+def _suffix_polynomials(weights: Tensor, degree: int) -> Tensor:
+    """log e_r(w_i, ..., w_{n-1}) for every suffix i = 0..n and r = 0..degree: (batch, n + 1, degree + 1).
+
+    In logarithms: with hundreds of units the polynomials overflow float64. Zero weights drop out as -inf.
+    """
+    batch, n = weights.shape
+    log_w = weights.log()
+    table = torch.full((batch, n + 1, degree + 1), -torch.inf, dtype=torch.float64)
+    table[:, :, 0] = 0.0
+    for i in range(n - 1, -1, -1):
+        table[:, i, 1:] = torch.logaddexp(table[:, i + 1, 1:], log_w[:, i, None] + table[:, i + 1, :-1])
+    return table
+
+
+def _inclusion(weights: Tensor, size: int) -> Tensor:
+    """Inclusion probabilities of conditional Poisson sampling, (batch, n): w_i e_{size-1}(w without i) / e_size(w).
+
+    From prefix and suffix tables, e(w without i) is their convolution: no subtraction, so no cancellation.
+    """
+    n = weights.shape[1]
+    if size == 0:
+        return torch.zeros_like(weights)
+    positive = weights > 0
+    same = torch.where(positive, weights, weights.amax(1, keepdim=True)).std(1, unbiased=False).amax() == 0
+    if bool(same):
+        return torch.where(positive, size / positive.sum(1, keepdim=True), 0.0).double()
+    suffix = _suffix_polynomials(weights, size)
+    prefix = _suffix_polynomials(weights.flip(1), size).flip(
+        1
+    )  # prefix[:, i]: polynomials of the first i weights
+    without = torch.logsumexp(prefix[:, :n, :size] + suffix[:, 1:, :size].flip(2), dim=2)
+    return torch.where(positive, (weights.log() + without - suffix[:, :1, size]).exp(), 0.0)
+
+
+class Enumerated(MaskDesign):
+    """One of finitely many masks, drawn with given probabilities; units kept independently with probability q.
+
+    P(A_i = 1 | B) is Bayes' rule over the masks that contain B, P(B | A) = q^|B| (1 - q)^(|A| - |B|). Equispaced lines are the
+    case of R masks by offset: one kept line gives the offset away, all others have probability 0, and training is refused.
+
+    Args:
+        masks: (K, U) 0/1 over units.
+        probabilities: (K,), default uniform.
+    """
+
+    name = "enumerated"
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        layout: Layout,
+        masks: Sequence[Sequence[int]] | Tensor,
+        probabilities: Sequence[float] | None = None,
+        status: str = "given",
+    ) -> None:
+        super().__init__(image_shape, layout, status)
+        self.masks = torch.as_tensor(masks, dtype=torch.float64)
+        if self.masks.ndim != 2 or self.masks.shape[1] != self.num_units:
+            raise InputError(
+                f"mask design: expected masks (K, {self.num_units}), got {tuple(self.masks.shape)}"
+            )
+        p = torch.ones(len(self.masks)) if probabilities is None else torch.as_tensor(probabilities)
+        if p.shape != (len(self.masks),) or not bool((p > 0).all()):
+            raise InputError(
+                f"mask design: expected {len(self.masks)} positive probabilities, got {tuple(p.shape)}"
+            )
+        self.probabilities = (p / p.sum()).double()
+
+    @classmethod
+    def equispaced(
+        cls,
+        image_shape: Sequence[int],
+        layout: Layout,
+        acceleration: int,
+        always: Sequence[int] = (),
+        **kwargs: Any,
+    ) -> Enumerated:
+        """Every R-th line from a random offset, besides the lines in ``always``."""
+        n = {"columns": image_shape[2], "rows": image_shape[1]}.get(layout)
+        if n is None:
+            raise InputError(f"equispaced design: expected layout columns or rows, got {layout!r}")
+        masks = (torch.arange(n)[None] % acceleration == torch.arange(acceleration)[:, None]).double()
+        masks[:, list(always)] = 1.0
+        return cls(image_shape, layout, masks, **kwargs)
+
+    def draw(self, num: int, generator: torch.Generator | None) -> Tensor:
+        index = torch.multinomial(self.probabilities, num, replacement=True, generator=generator)
+        return self.masks[index].clone()
+
+    def thin_units(self, units: Tensor, keep: float, generator: torch.Generator | None) -> Tensor:
+        return units * (uniform(units.shape, generator) < keep)
+
+    def probability_units(self, units: Tensor, kept: Tensor, keep: float) -> Tensor:
+        contains = (kept[:, None] <= self.masks).all(2)
+        # q^|B| is common to all masks, so only the number of units that would have been dropped matters.
+        dropped = self.masks.sum(1) - kept.sum(1, keepdim=True)
+        weight = torch.where(contains, self.probabilities * (1 - keep) ** dropped, 0.0)
+        weight = weight / weight.sum(1, keepdim=True)
+        return torch.where(kept > 0, 1.0, weight @ self.masks)
+
+    def unsupervised(self, keep: float) -> list[int]:
+        # The largest B is the whole of a mask: what it excludes for sure is what no mask above it contains.
+        certain = torch.stack([(self.masks >= m).all(1).double() @ self.masks for m in self.masks])
+        return ((certain == 0) & (self.masks == 0)).any(0).nonzero().flatten().tolist()
+
+    def parameters(self) -> dict[str, Any]:
+        return {"masks": self.masks.int().tolist(), "probabilities": self.probabilities.tolist()}
+
+
+class RandomBox(MaskDesign):
+    """A box of size (h, w), uniformly placed, is missing; thinning removes a second box, uniformly among those disjoint from it.
+
+    Seen from B, either of the two missing boxes may be the real one. A was box a with probability proportional to 1 / N(a), N(a)
+    the number of boxes disjoint from a (the chance that b was then chosen as the second), so with boxes a, b missing from B
+
+        P(pixels of a measured | B) = (1/N(b)) / (1/N(a) + 1/N(b)).
+
+    Independent thinning would give the place of the box away: pixels inside it would have probability 0.
+
+    Args:
+        box: (h, w), at most half the image in one direction, so that two disjoint boxes fit wherever the first one is.
+    """
+
+    name = "random-box"
+
+    def __init__(
+        self, image_shape: Sequence[int], layout: Layout, box: Sequence[int], status: str = "given"
+    ) -> None:
+        super().__init__(image_shape, layout, status)
+        if layout != "pixels":
+            raise InputError(f"box design: expected layout pixels, got {layout!r}")
+        _, height, width = self.image_shape
+        self.box = (int(box[0]), int(box[1]))
+        if not (0 < self.box[0] <= height and 0 < self.box[1] <= width):
+            raise InputError(f"box design: expected a box within {height} x {width}, got {self.box}")
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """Number of vertical and horizontal positions."""
+        return self.image_shape[1] - self.box[0] + 1, self.image_shape[2] - self.box[1] + 1
+
+    def _missing(self, place: Tensor) -> Tensor:
+        """Units missing, (n, U), with the box at flat position ``place`` (n,)."""
+        _, height, width = self.image_shape
+        top, left = (place // self.places[1])[:, None], (place % self.places[1])[:, None]
+        rows, cols = torch.arange(height), torch.arange(width)
+        inside = ((rows >= top) & (rows < top + self.box[0]))[:, :, None] & (
+            (cols >= left) & (cols < left + self.box[1])
+        )[:, None]
+        return inside.flatten(1).double()
+
+    def _disjoint(self, place: Tensor) -> Tensor:
+        """(n, places): which positions are disjoint from the box at ``place``."""
+        every = torch.arange(self.places[0] * self.places[1])
+        apart = [
+            (torch.div(place, step, rounding_mode="floor") % count)[:, None]
+            - (torch.div(every, step, rounding_mode="floor") % count)
+            for step, count in ((self.places[1], self.places[0]), (1, self.places[1]))
+        ]
+        return (apart[0].abs() >= self.box[0]) | (apart[1].abs() >= self.box[1])
+
+    def _place(self, units: Tensor) -> Tensor:
+        """Flat position of the one missing box: its first missing pixel."""
+        first = (units == 0).double().argmax(1)
+        width = self.image_shape[2]
+        return first // width * self.places[1] + first % width
+
+    def draw(self, num: int, generator: torch.Generator | None) -> Tensor:
+        place = torch.randint(self.places[0] * self.places[1], (num,), generator=generator)
+        return 1 - self._missing(place)
+
+    def thin_units(self, units: Tensor, keep: float, generator: torch.Generator | None) -> Tensor:
+        """``keep`` only says whether anything is held out: the second box has the size of the first, or it would be told apart."""
+        free = self._disjoint(self._place(units))
+        second = torch.multinomial(free.double(), 1, generator=generator)[:, 0]
+        return units * (1 - self._missing(second)).to(units)
+
+    def probability_units(self, units: Tensor, kept: Tensor, keep: float) -> Tensor:
+        real = self._place(units)
+        held = units * (1 - kept)
+        second = self._place(1 - held)
+        n_real, n_second = (self._disjoint(p).sum(1, keepdim=True).double() for p in (real, second))
+        # P(a was measured) = P(b is the real box) for a the real, b the second box, and the reverse.
+        total = 1 / n_real + 1 / n_second
+        p = torch.where(held > 0, 1 / n_real / total, 1 / n_second / total)
+        return torch.where(kept > 0, 1.0, p)
+
+    def unsupervised(self, keep: float) -> list[int]:
+        every = torch.arange(self.places[0] * self.places[1])
+        alone = every[~self._disjoint(every).any(1)]
+        return self._missing(alone).any(0).nonzero().flatten().tolist() if len(alone) else []
+
+    def parameters(self) -> dict[str, Any]:
+        return {"box": list(self.box)}

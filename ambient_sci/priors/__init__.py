@@ -1,0 +1,28 @@
+"""Priors: analytic ones, learned ones, combinations of them, and how they are stored."""
+
+from __future__ import annotations
+
+from ambient_sci.priors.analytic import ConditionalMean, GaussianMixturePrior, GaussianPrior, operator_matrix
+from ambient_sci.priors.base import Prior, require_mask_conditional, require_unconditional
+from ambient_sci.priors.config import NetworkConfig, PriorConfig
+from ambient_sci.priors.network import NetworkPrior
+from ambient_sci.priors.storage import load_prior, save_prior
+from ambient_sci.priors.wrappers import DeepinvPrior, StagedPrior, VPPrior
+
+__all__ = [
+    "ConditionalMean",
+    "DeepinvPrior",
+    "GaussianMixturePrior",
+    "GaussianPrior",
+    "NetworkConfig",
+    "NetworkPrior",
+    "Prior",
+    "PriorConfig",
+    "StagedPrior",
+    "VPPrior",
+    "load_prior",
+    "operator_matrix",
+    "require_mask_conditional",
+    "require_unconditional",
+    "save_prior",
+]

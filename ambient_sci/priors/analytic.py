@@ -1,0 +1,213 @@
+r"""Priors with closed forms: Gaussian, and mixture of isotropic Gaussians. The measuring sticks of everything else.
+
+Gaussian N(mu, Sigma):   D(x, sigma) = mu + Sigma (Sigma + sigma^2 I)^-1 (x - mu)
+
+Mixture sum_k w_k N(mu_k, s_k^2 I):
+
+    D(x, sigma) = sum_k r_k(x) [mu_k + s_k^2 / (s_k^2 + sigma^2) (x - mu_k)],
+    r_k proportional to w_k N(x; mu_k, (s_k^2 + sigma^2) I)
+
+Both have exact posteriors under y = A x + sigma_y n (`posterior`), and an exact E[x_0 | y~, B], which is what a
+mask-conditional network should learn (`ConditionalMean`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ambient_sci.errors import InputError
+from ambient_sci.noise import expand
+from ambient_sci.operators.base import RowMaskedOperator
+from ambient_sci.priors.base import Prior
+
+
+def operator_matrix(
+    operator: RowMaskedOperator, shape: tuple[int, ...], dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """A as matrices (B, rows, columns) of a small linear operator, rows outside the mask zero; for tests and analytic priors."""
+    size, batch = math.prod(shape), operator.mask.shape[0]
+    basis = torch.eye(size, dtype=dtype, device=operator.mask.device).reshape(size, *shape)
+    columns = [operator.A(e.expand(batch, *shape)).flatten(1) for e in basis]
+    return torch.stack(columns, 2).to(dtype)
+
+
+class GaussianPrior(Prior):
+    """N(mean, cov).
+
+    Args:
+        mean: (C, H, W) or any shape of one image.
+        cov: (n, n) symmetric positive semi-definite, n the number of entries of ``mean``; or (n,) or mean's shape for a diagonal.
+
+    Raises:
+        InputError: shapes that do not fit, or a covariance that is not symmetric positive semi-definite.
+    """
+
+    def __init__(self, mean: Tensor, cov: Tensor) -> None:
+        super().__init__()
+        n = mean.numel()
+        if cov.numel() == n and cov.shape != (n, n):
+            cov = torch.diag(cov.flatten())
+        if cov.shape != (n, n):
+            raise InputError(f"Gaussian prior: expected a covariance ({n}, {n}), got {tuple(cov.shape)}")
+        if not torch.allclose(cov, cov.T, rtol=1e-5, atol=1e-6 * float(cov.abs().max())):
+            raise InputError("Gaussian prior: expected a symmetric covariance")
+        values, vectors = torch.linalg.eigh(cov)
+        if float(values[0]) < -1e-5 * float(values[-1]):
+            raise InputError(
+                f"Gaussian prior: expected a positive semi-definite covariance, got eigenvalue {float(values[0]):g}"
+            )
+        self.shape = tuple(mean.shape)
+        self.data_std = float((torch.trace(cov) / n).sqrt())
+        self.register_buffer("mean", mean)
+        self.register_buffer("cov", cov)
+        self.register_buffer("values", values.clamp(min=0))
+        self.register_buffer("vectors", vectors)
+
+    def forward(self, x: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """mu + Sigma (Sigma + sigma^2 I)^-1 (x - mu), by the eigendecomposition of Sigma."""
+        flat = (x - self.mean).flatten(1)
+        variance = expand(sigma, flat) ** 2
+        gain = self.values / (self.values + variance)
+        gain = torch.where(
+            self.values + variance > 0, gain, torch.ones_like(gain)
+        )  # sigma = 0 on a null mode: x itself
+        return self.mean + ((flat @ self.vectors) * gain @ self.vectors.T).reshape(x.shape)
+
+    def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num`` draws, (num, *shape)."""
+        z = torch.randn(num, len(self.values), generator=generator, dtype=self.mean.dtype)
+        return self.mean + (z * self.values.sqrt() @ self.vectors.T).reshape(num, *self.shape)
+
+    def posterior(
+        self, operator: RowMaskedOperator, y: Tensor, sigma_y: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Exact posterior under y = A x + sigma_y n: means (B, *shape) and covariances (B, n, n).
+
+        Dense linear algebra: for small images (n up to a few thousand).
+        """
+        a = operator_matrix(operator, self.shape, self.mean.dtype)
+        batch = y.shape[0]
+        a = a.expand(batch, -1, -1)
+        cross = self.cov @ a.mT
+        noise = torch.as_tensor(sigma_y, dtype=a.dtype).reshape(-1, 1, 1) ** 2
+        # Rows outside the mask are zero in A and in y; unit noise there keeps the system regular and changes nothing.
+        measured = operator.mask.expand(batch, *operator.measurement_size).flatten(1).to(a.dtype)
+        diagonal = torch.diag_embed(1 - measured) + noise * torch.diag_embed(measured)
+        gain = torch.linalg.solve(a @ cross + diagonal, cross.mT).mT
+        residual = y.flatten(1) - (a @ self.mean.flatten()[:, None])[..., 0]
+        mean = self.mean.flatten() + (gain @ residual[..., None])[..., 0]
+        return mean.reshape(batch, *self.shape), self.cov - gain @ cross.mT
+
+
+class GaussianMixturePrior(Prior):
+    """sum_k w_k N(mu_k, s_k^2 I).
+
+    Args:
+        means: (K, *shape).
+        std: s, one value or (K,), positive.
+        weights: (K,) positive; normalised to sum 1. Default: equal.
+
+    Raises:
+        InputError: shapes that do not fit, or values out of range.
+    """
+
+    def __init__(self, means: Tensor, std: float | Tensor, weights: Tensor | None = None) -> None:
+        super().__init__()
+        k = means.shape[0]
+        std = torch.as_tensor(std, dtype=means.dtype).expand(k).clone()
+        weights = (
+            torch.ones(k, dtype=means.dtype)
+            if weights is None
+            else torch.as_tensor(weights, dtype=means.dtype)
+        )
+        if weights.shape != (k,) or not bool((weights > 0).all()) or not bool((std > 0).all()):
+            raise InputError(f"mixture prior: expected {k} positive weights and standard deviations")
+        self.shape = tuple(means.shape[1:])
+        weights = weights / weights.sum()
+        flat = means.flatten(1)
+        centre = weights @ flat
+        spread = (weights @ (flat - centre).square()).mean() + weights @ std**2
+        self.data_std = float(spread.sqrt())
+        self.register_buffer("means", means)
+        self.register_buffer("std", std)
+        self.register_buffer("weights", weights)
+
+    def responsibilities(self, x: Tensor, sigma: float | Tensor) -> Tensor:
+        """Posterior probabilities of the components, (B, K)."""
+        flat, means = x.flatten(1), self.means.flatten(1)
+        variance = self.std**2 + expand(sigma, flat) ** 2
+        distance = torch.cdist(flat, means, compute_mode="donot_use_mm_for_euclid_dist").square()
+        log = self.weights.log() - distance / (2 * variance) - flat.shape[1] / 2 * variance.log()
+        return log.softmax(1)
+
+    def forward(self, x: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Responsibility-weighted mean of the components' posterior means."""
+        flat, means = x.flatten(1), self.means.flatten(1)
+        gain = self.std**2 / (self.std**2 + expand(sigma, flat) ** 2)
+        r = self.responsibilities(x, sigma)
+        return ((r * (1 - gain)) @ means + (r * gain).sum(1, keepdim=True) * flat).reshape(x.shape)
+
+    def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num`` draws, (num, *shape)."""
+        index = torch.multinomial(self.weights, num, replacement=True, generator=generator)
+        z = torch.randn(num, *self.shape, generator=generator, dtype=self.means.dtype)
+        return self.means[index] + self.std[index].reshape(-1, *([1] * len(self.shape))) * z
+
+    def posterior(
+        self, operator: RowMaskedOperator, y: Tensor, sigma_y: float | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Exact posterior under y = A x + sigma_y n, again a mixture: weights (B, K), means (B, K, n), covariances (B, K, n, n)."""
+        parts = [
+            GaussianPrior(m, s**2 * torch.ones_like(m)) for m, s in zip(self.means, self.std, strict=True)
+        ]
+        moments = [p.posterior(operator, y, sigma_y) for p in parts]
+        a = operator_matrix(operator, self.shape, self.means.dtype).expand(y.shape[0], -1, -1)
+        measured = operator.mask.expand(y.shape[0], *operator.measurement_size).flatten(1).to(a.dtype)
+        noise = torch.as_tensor(sigma_y, dtype=a.dtype).reshape(-1, 1, 1) ** 2
+        evidence = []
+        for mean, std in zip(self.means, self.std, strict=True):
+            cov = std**2 * a @ a.mT + torch.diag_embed(1 - measured) + noise * torch.diag_embed(measured)
+            residual = (y.flatten(1) - (a @ mean.flatten()[:, None])[..., 0]) * measured
+            factor = torch.linalg.cholesky(cov)
+            white = torch.linalg.solve_triangular(factor, residual[..., None], upper=False)[..., 0]
+            evidence.append(-0.5 * white.square().sum(1) - factor.diagonal(dim1=1, dim2=2).log().sum(1))
+        weights = (self.weights.log() + torch.stack(evidence, 1)).softmax(1)
+        means = torch.stack([m.flatten(1) for m, _ in moments], 1)
+        return weights, means, torch.stack([c for _, c in moments], 1)
+
+
+class ConditionalMean(Prior):
+    """The exact mask-conditional h(A_B^H y~, sigma, B) = E[x_0 | y~, B] of an analytic prior, for a square isometric T.
+
+    What a mask-conditional network converges to. With T^H T = T T^H = I, A_B^H y~ determines y~_B = T (A_B^H y~), so the exact
+    conditional mean is a function of what the network sees.
+
+    Args:
+        prior: Gaussian or mixture.
+        operator: any operator over the transform in question; its own mask does not matter.
+    """
+
+    conditioning = "mask-conditional"
+
+    def __init__(self, prior: GaussianPrior | GaussianMixturePrior, operator: RowMaskedOperator) -> None:
+        super().__init__()
+        if not operator.square:
+            raise InputError("exact conditional mean: expected an operator with a square isometric transform")
+        self.prior, self.operator = prior, operator
+        self.shape, self.data_std = prior.shape, prior.data_std
+
+    def forward(self, x: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """E[x_0 | y~, B] with y~ = T x on the rows ``mask``."""
+        if mask is None:
+            return self.prior(x, sigma)
+        if torch.as_tensor(sigma).ndim == 0:
+            sigma = torch.full((x.shape[0],), float(sigma), dtype=x.dtype)
+        kept = self.operator.with_mask(self.operator._rows_from_network_mask(mask.to(x.dtype)))
+        y = self.operator.transform(x) * kept.mask
+        if isinstance(self.prior, GaussianPrior):
+            return self.prior.posterior(kept, y, sigma)[0]
+        weights, means, _ = self.prior.posterior(kept, y, sigma)
+        return torch.einsum("bk,bkn->bn", weights, means).reshape(x.shape)

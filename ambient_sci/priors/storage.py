@@ -1,0 +1,128 @@
+r"""Priors on disk: a folder with prior.json (what it is) and weights.safetensors (its tensors). Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ambient_sci.errors import InputError
+from ambient_sci.priors.analytic import GaussianMixturePrior, GaussianPrior
+from ambient_sci.priors.base import Prior
+from ambient_sci.priors.config import PriorConfig
+from ambient_sci.priors.network import NetworkPrior
+from ambient_sci.priors.wrappers import StagedPrior
+
+FORMAT = 1
+
+
+def _describe(prior: Prior) -> dict[str, Any]:
+    if isinstance(prior, NetworkPrior):
+        return {"kind": "network", **prior.config.to_dict()}
+    if isinstance(prior, StagedPrior):
+        return {
+            "kind": "staged",
+            "sigma_n": prior.sigma_n,
+            "anchor": _describe(prior.anchor),
+            "below": _describe(prior.below),
+        }
+    if isinstance(prior, GaussianPrior):
+        return {"kind": "gaussian"}
+    if isinstance(prior, GaussianMixturePrior):
+        return {"kind": "mixture"}
+    raise InputError(
+        f"saving a prior: expected a network, staged, Gaussian or mixture prior, got {type(prior).__name__}"
+    )
+
+
+def _build(description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Prior:
+    values = dict(description)
+    kind = values.pop("kind", None)
+    if kind == "gaussian":
+        return GaussianPrior(tensors["mean"], tensors["cov"])
+    if kind == "mixture":
+        return GaussianMixturePrior(tensors["means"], tensors["std"], tensors["weights"])
+    if kind == "staged":
+        parts = {
+            name: _build(
+                values[name],
+                {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")},
+            )
+            for name in ("anchor", "below")
+        }
+        return StagedPrior(parts["anchor"], parts["below"], values["sigma_n"])
+    if kind == "network":
+        prior = NetworkPrior.from_config(PriorConfig.from_dict(values))
+        prior.load_state_dict(tensors, strict=True)
+        return prior
+    raise InputError(f"prior: expected kind network, staged, gaussian or mixture, got {kind!r}")
+
+
+def save_prior(prior: Prior, path: str | Path) -> None:
+    """Write ``prior`` to the folder ``path``. It is replaced in one step once the new one is complete on disk."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    description = {"format": FORMAT, **_describe(prior)}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in prior.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        (temporary / "prior.json").write_text(json.dumps(description, indent=2) + "\n")
+        save_file(tensors, str(temporary / "weights.safetensors"))
+        old = None
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / "old"
+            os.rename(path, old)
+        os.rename(temporary, path)
+        if old is not None:
+            shutil.rmtree(old.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    os.chmod(path, 0o755)
+
+
+def load_prior(path: str | Path, device: str | torch.device = "cpu") -> Prior:
+    """Read a prior written by `Prior.save`, or the prior of a training run's folder.
+
+    Args:
+        path: the folder of a prior (prior.json) or of a run (prior/prior.json).
+        device: where to put it.
+
+    Returns:
+        the prior, in evaluation mode.
+
+    Raises:
+        InputError: no prior there, or a file that is damaged or of another format.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not (path / "prior.json").exists() and (path / "prior" / "prior.json").exists():
+        path = path / "prior"
+    if not (path / "prior.json").exists():
+        raise InputError(f"{path}: expected a prior or a training run (a folder with prior.json), found none")
+    try:
+        description = json.loads((path / "prior.json").read_text())
+        if not isinstance(description, dict) or description.pop("format", None) != FORMAT:
+            raise InputError(f"{path / 'prior.json'}: expected a prior of format {FORMAT}")
+        tensors = load_file(str(path / "weights.safetensors"))
+        prior = _build(description, tensors)
+    except (
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        SafetensorError,
+        OSError,
+        KeyError,
+        RuntimeError,
+    ) as error:
+        raise InputError(
+            f"{path}: expected a readable prior, got {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from None
+    return prior.to(device).eval()

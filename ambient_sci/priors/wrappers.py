@@ -1,0 +1,106 @@
+r"""Priors made of other models: any deepinv denoiser, and any VP network (epsilon, v or x_0 prediction)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ambient_sci.noise import Prediction, expand, sample_from_prediction, ve_to_vp
+from ambient_sci.priors.base import Prior
+
+
+class DeepinvPrior(Prior):
+    """Any denoiser with deepinv's call ``denoiser(x, sigma)`` as an unconditional prior.
+
+    Args:
+        denoiser: the model; sigma is passed per sample, (B,).
+        shape: (C, H, W) of one image.
+        data_std: standard deviation of the data it was trained on, per entry.
+        sigma_min, sigma_max: the range of noise levels it was trained for.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        shape: tuple[int, ...],
+        data_std: float,
+        sigma_min: float = 0.0,
+        sigma_max: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.shape, self.data_std = tuple(shape), float(data_std)
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def forward(self, x: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """denoiser(x, sigma)."""
+        return self.denoiser(x, expand(sigma, x).flatten().expand(x.shape[0]))
+
+
+class VPPrior(Prior):
+    """A variance-preserving network as a (variance-exploding) prior.
+
+        D(x, sigma) = x_0 from F(alpha x, t),   alpha = 1 / sqrt(1 + sigma^2),   VP noise scale alpha sigma
+
+    Args:
+        network: F(state, t) with t whatever ``time`` returns.
+        shape, data_std: as for every prior.
+        prediction: what F predicts: "epsilon", "v" or "sample".
+        time: VP noise scale (B,) -> the network's time argument; default: the noise scale itself.
+        sigma_min, sigma_max: the range of VE levels it was trained for.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[Tensor, Tensor], Tensor],
+        shape: tuple[int, ...],
+        data_std: float,
+        prediction: Prediction = "epsilon",
+        time: Callable[[Tensor], Tensor] | None = None,
+        sigma_min: float = 0.0,
+        sigma_max: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.network, self.time, self.prediction = network, time, prediction
+        self.shape, self.data_std = tuple(shape), float(data_std)
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def forward(self, x: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """x_0 at the equivalent VP state."""
+        levels = expand(sigma, x).flatten().expand(x.shape[0])
+        state, scale = ve_to_vp(x, levels)
+        t = scale if self.time is None else self.time(scale)
+        return sample_from_prediction(self.network(state, t), state, scale, self.prediction)
+
+
+class StagedPrior(Prior):
+    """Two denoisers by noise level: ``anchor`` answers sigma >= sigma_n, ``below`` answers under it.
+
+    Staged consistency trains ``anchor`` on the noisy data and then, with it frozen, ``below``: what the data cannot supervise.
+
+    Args:
+        anchor: prior for sigma >= sigma_n.
+        below: prior for sigma < sigma_n.
+        sigma_n: the noise level of the data.
+    """
+
+    def __init__(self, anchor: Prior, below: Prior, sigma_n: float) -> None:
+        super().__init__()
+        self.anchor, self.below, self.sigma_n = anchor, below, float(sigma_n)
+        self.shape, self.data_std = anchor.shape, anchor.data_std
+        self.sigma_min, self.sigma_max = 0.0, anchor.sigma_max
+
+    def forward(self, x: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Each sample by the prior of its noise level; a batch on one side of sigma_n costs one network."""
+        levels = expand(sigma, x).flatten().expand(x.shape[0])
+        high = levels >= self.sigma_n * (1 - 1e-6)
+        if bool(high.all()):
+            return self.anchor(x, levels)
+        if not bool(high.any()):
+            return self.below(x, levels)
+        out = torch.empty_like(x)
+        out[high] = self.anchor(x[high], levels[high])
+        out[~high] = self.below(x[~high], levels[~high])
+        return out
