@@ -1,0 +1,33 @@
+"""Evaluation: metrics, classic baselines, calibration, distribution distances, figures, reports."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "magnitude": "metrics",
+    "volume_peak": "metrics",
+    "psnr": "metrics",
+    "ssim": "metrics",
+    "nrmse": "metrics",
+    "reconstruction_table": "metrics",
+    "format_table": "metrics",
+    "zero_filled": "baselines",
+    "sense": "baselines",
+    "l1_wavelet": "baselines",
+    "total_variation": "baselines",
+    "sweep": "baselines",
+}
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names load their module on first use: importing this package imports no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
