@@ -1,0 +1,54 @@
+"""Training: configuration, the loop, checkpoints and resume. Names load on first use; `TrainConfig` needs no torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_NAMES = {
+    "LevelConfig": "config",
+    "LossConfig": "config",
+    "TrainConfig": "config",
+    "TrainingDiverged": "errors",
+    "TrainingInterrupted": "errors",
+    "AmbientStage": "stages",
+    "Reporter": "report",
+    "RunFolder": "run_folder",
+    "Stage": "loop",
+    "fit": "trainer",
+    "make_accelerator": "trainer",
+    "open_source": "source",
+    "run_stage": "loop",
+}
+
+__all__ = [
+    "AmbientStage",
+    "LevelConfig",
+    "LossConfig",
+    "Reporter",
+    "RunFolder",
+    "Stage",
+    "TrainConfig",
+    "TrainingDiverged",
+    "TrainingInterrupted",
+    "fit",
+    "make_accelerator",
+    "open_source",
+    "run_stage",
+]
+
+if TYPE_CHECKING:
+    from ambient_sci.training.config import LevelConfig, LossConfig, TrainConfig
+    from ambient_sci.training.errors import TrainingDiverged, TrainingInterrupted
+    from ambient_sci.training.loop import Stage, run_stage
+    from ambient_sci.training.report import Reporter
+    from ambient_sci.training.run_folder import RunFolder
+    from ambient_sci.training.source import open_source
+    from ambient_sci.training.stages import AmbientStage
+    from ambient_sci.training.trainer import fit, make_accelerator
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(import_module(f"ambient_sci.training.{_NAMES[name]}"), name)
+    raise AttributeError(f"module 'ambient_sci.training' has no attribute {name!r}")

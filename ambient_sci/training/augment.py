@@ -1,0 +1,133 @@
+r"""Symmetries drawn during training, of image, mask and coil maps together.
+
+Only those that leave white noise white and the mask design as it is. With P a symmetry of the image,
+
+    y' = M' (T' P x + sigma_y n'),        n' white,
+
+holds for reflections (P permutes pixels), for transposition, and for a global phase x -> exp(i theta) x of complex images (circular noise
+does not change under it). For MRI a reflection is taken about the centre of the transform, index j -> (2c - j) mod n with
+c = n // 2: then image, coil maps, mask and k-space are all reflected by the same permutation, exactly and for every n.
+
+The weights of held-out rows depend on the design of the mask, so a reflection is allowed only if the design is invariant
+under it: lines along the reflected axis, or probabilities that are themselves symmetric. Rotations by other angles and scalings interpolate,
+which colours the noise; they do not exist here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ambient_sci.errors import InputError
+from ambient_sci.operators import (
+    MRI,
+    FixedBudget,
+    Identity,
+    Independent,
+    MaskDesign,
+    Masking,
+    RowMaskedOperator,
+)
+
+_AXES = {"flip-vertical": -2, "flip-horizontal": -1}
+
+
+def reflect(t: Tensor, axis: int, about_centre: bool) -> Tensor:
+    """Mirror image along ``axis``: j -> n - 1 - j, or j -> (2 (n // 2) - j) mod n about the centre of a centred transform."""
+    flipped = t.flip(axis)
+    return flipped.roll(1, axis) if about_centre and t.shape[axis] % 2 == 0 else flipped
+
+
+def check_augmentations(
+    names: Sequence[str], image_shape: tuple[int, ...], operator_name: str, design: MaskDesign | None
+) -> None:
+    """Raise InputError unless every augmentation is exact for these data; ``design`` is None for complete data."""
+    for name in names:
+        if name == "phase":
+            if image_shape[0] != 2:
+                raise InputError(
+                    f"augmentation phase: expected complex images (2 channels), got {image_shape[0]} channels"
+                )
+            if design is not None and design.unit_shape[0] != 1:
+                raise InputError(
+                    "augmentation phase: expected masks shared by real and imaginary part, got one for each channel"
+                )
+        elif name == "transpose":
+            if design is not None:
+                raise InputError("augmentation transpose: expected complete data, got data with a mask")
+            if image_shape[1] != image_shape[2]:
+                raise InputError(
+                    f"augmentation transpose: expected square images, got {image_shape[1]} x {image_shape[2]}"
+                )
+        elif design is not None and not _invariant(design, _AXES[name], operator_name == "mri"):
+            raise InputError(
+                f"augmentation {name}: expected a mask design that is the same when mirrored, got {design!r}; "
+                "its weights would be wrong"
+            )
+
+
+def _invariant(design: MaskDesign, axis: int, about_centre: bool) -> bool:
+    if design.unit_shape[axis] == 1:
+        return True  # lines along this axis
+    if isinstance(design, Independent):
+        vectors = [design.p]
+    elif isinstance(design, FixedBudget):
+        vectors = [design.weights, design.always]
+    else:
+        return False
+    shaped = [v.reshape(design.unit_shape) for v in vectors]
+    return all(torch.equal(v, reflect(v, axis, about_centre)) for v in shaped)
+
+
+def augment(
+    operator: RowMaskedOperator, y: Tensor, names: Sequence[str], generator: torch.Generator
+) -> tuple[RowMaskedOperator, Tensor]:
+    """Draw each symmetry of ``names`` and apply it: reflections and transposition for the batch, phases per sample.
+
+    Args:
+        operator: Identity, Masking or MRI.
+        y: measurements (B, ...).
+        names: checked by `check_augmentations`.
+        generator: on the CPU.
+    """
+    for name in names:
+        if name == "phase":
+            y = rotate_phase(y, 2 * math.pi * torch.rand(len(y), generator=generator))
+        elif bool(torch.rand((), generator=generator) < 0.5):
+            if name == "transpose":
+                y = y.transpose(-1, -2)
+            else:
+                operator, y = flip(operator, y, _AXES[name])
+    return operator, y.contiguous() if names else y
+
+
+def rotate_phase(y: Tensor, angle: Tensor) -> Tensor:
+    """exp(i angle) y for complex data in two channels (B, 2, ...); ``angle`` (B,)."""
+    angle = angle.to(y).reshape(-1, *([1] * (y.ndim - 2)))
+    cos, sin = angle.cos(), angle.sin()
+    re, im = y[:, 0], y[:, 1]
+    return torch.stack([cos * re - sin * im, sin * re + cos * im], 1)
+
+
+def flip(operator: RowMaskedOperator, y: Tensor, axis: int) -> tuple[RowMaskedOperator, Tensor]:
+    """The measurement that the mirrored anatomy would have given: operator with mirrored mask and maps, and mirrored y."""
+    if isinstance(operator, Identity):
+        return operator, reflect(y, axis, False)
+    if isinstance(operator, Masking):
+        return operator.with_mask(reflect(operator.mask, axis, False), design=operator.design), reflect(
+            y, axis, False
+        )
+    if isinstance(operator, MRI):
+        maps = operator.coil_maps
+        mirrored = MRI(
+            reflect(operator.mask, axis, True),
+            coil_maps=None if maps is None else reflect(maps, axis, True),
+            design=operator.design,
+        )
+        return mirrored.to(y.device), reflect(y, axis, True)
+    raise InputError(
+        f"augmentation: expected an Identity, Masking or MRI operator, got {type(operator).__name__}"
+    )

@@ -1,0 +1,321 @@
+r"""What a training run is told, as plain dataclasses. Free of torch; JSON and YAML round trip.
+
+A run is a pure function of its configuration and its data: step s draws its batch, noise levels, noise, masks and
+augmentations from (seed, s), and the learning rate is
+
+    lr(s) = learning_rate * min(1, (s + 1) / warmup_steps) * (r + (1 - r) (1 + cos(pi p)) / 2),       r = final_ratio
+
+with p = s / max_steps. Where ``max_minutes`` limits the run, p = elapsed training time / max_minutes (the larger of the two where
+both limits are set), and elapsed time differs from run to run: step-limited runs are reproducible bit for bit on a CPU,
+time-limited runs are not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ambient_sci.errors import InputError
+from ambient_sci.priors.config import NetworkConfig
+
+AUGMENTATIONS = ("flip-horizontal", "flip-vertical", "transpose", "phase")
+DEFAULT_STEPS = 20_000
+
+
+def _require(condition: bool, key: str, expected: str, got: Any) -> None:
+    if not condition:
+        raise InputError(f"configuration: {key}: expected {expected}, got {got!r}")
+
+
+@dataclass(frozen=True)
+class LevelConfig:
+    """Which noise levels are trained, between the noise that the data already has and ``sigma_max``.
+
+    Attributes:
+        kind: "log-normal" (Karras et al. 2022), "log-uniform", or "concentrated" (dense just above the noise of the data).
+        sigma_max: highest level.
+        floor: lowest level, where the data has less noise than that.
+        mean, std: of log sigma, for "log-normal".
+        power: sigma = sigma_n (sigma_max / sigma_n)^(u^power), u uniform, for "concentrated".
+        relative: levels are in units of the data's standard deviation (estimated from the noisy data), so that one
+            configuration serves data of any scale. False: levels are absolute.
+    """
+
+    kind: Literal["log-normal", "log-uniform", "concentrated"] = "log-normal"
+    sigma_max: float = 80.0
+    floor: float = 4e-3
+    mean: float = 0.0
+    std: float = 1.2
+    power: float = 2.0
+    relative: bool = True
+
+    def __post_init__(self) -> None:
+        _check_types(self, "levels.")
+        _require(self.floor > 0, "levels.floor", "a value > 0", self.floor)
+        _require(
+            self.sigma_max > self.floor,
+            "levels.sigma_max",
+            f"a value above floor {self.floor:g}",
+            self.sigma_max,
+        )
+        _require(self.std > 0, "levels.std", "a value > 0", self.std)
+        _require(self.power > 0, "levels.power", "a value > 0", self.power)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised.
+
+    Attributes:
+        kind: "ambient" knows the noise in the data (operator-aware Tweedie, exact for every operator; the plain denoising loss
+            where the data is clean). "denoising" takes complete data for clean whatever its noise: the noisy-as-clean baseline.
+        tweedie: False leaves the correction for that noise out of "ambient", for ablations.
+        weighting: omega(c) of the kept rows, c = 1 - sigma_y^2 / sigma^2: "inverse-variance" 1/c, "unbiased" 1/c^2, "unit" 1.
+        c_min: clamp of c in that weight, which is unbounded at sigma = sigma_y.
+        keep: fraction of the measured rows that the network is shown; the others are held out and predicted. None: 1 for
+            complete data, .75 for incomplete data.
+    """
+
+    kind: Literal["ambient", "denoising"] = "ambient"
+    tweedie: bool = True
+    weighting: Literal["inverse-variance", "unbiased", "unit"] = "inverse-variance"
+    c_min: float = 0.05
+    keep: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_types(self, "loss.")
+        _require(0 < self.c_min <= 1, "loss.c_min", "a value in (0, 1]", self.c_min)
+        _require(self.keep is None or 0 < self.keep <= 1, "loss.keep", "a value in (0, 1]", self.keep)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. Defaults suit 64-pixel scans on a small machine.
+
+    Attributes:
+        seed: decides the initial weights and everything drawn during the run.
+        max_steps, max_minutes: the run ends at whichever comes first; neither means 20,000 steps.
+        batch_size: samples a step, over all processes together.
+        learning_rate, schedule, warmup_steps, final_ratio: see the module's equation; "constant" has no cosine.
+        betas, weight_decay: of AdamW.
+        ema_decay: the saved prior is the exponential moving average of the weights, with decay
+            min(ema_decay, (1 + s) / (10 + s)) at step s: the start of the run is forgotten quickly.
+        gradient_clip: largest norm of the gradient.
+        precision: "bf16" runs the network under autocast; weights, losses and averages stay in fp32.
+        augmentations: drawn per batch ("phase" per sample) from those that keep white noise white and move the mask along;
+            see ambient_sci.training.augment. They state symmetries that the anatomy must have.
+        checkpoint_minutes: time between checkpoints; 0 writes one every step.
+        log_interval: steps between lines of log.jsonl.
+        device: "auto" is CUDA where there is one.
+        network, levels, loss: see there.
+    """
+
+    seed: int = 0
+    max_steps: int | None = None
+    max_minutes: float | None = None
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = 50
+    final_ratio: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    ema_decay: float = 0.999
+    gradient_clip: float = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    augmentations: tuple[str, ...] = ()
+    checkpoint_minutes: float = 2.0
+    log_interval: int = 20
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    levels: LevelConfig = field(default_factory=LevelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    def __post_init__(self) -> None:
+        _check_types(self, "")
+        _require(self.seed >= 0, "seed", "an integer >= 0", self.seed)
+        for key in ("max_steps", "max_minutes"):
+            value = getattr(self, key)
+            _require(value is None or value > 0, key, "a value > 0", value)
+        for key in ("batch_size", "learning_rate", "gradient_clip", "log_interval"):
+            _require(getattr(self, key) > 0, key, "a value > 0", getattr(self, key))
+        for key in ("warmup_steps", "weight_decay", "checkpoint_minutes"):
+            _require(getattr(self, key) >= 0, key, "a value >= 0", getattr(self, key))
+        _require(0 <= self.final_ratio <= 1, "final_ratio", "a value in [0, 1]", self.final_ratio)
+        _require(all(0 <= beta < 1 for beta in self.betas), "betas", "two values in [0, 1)", self.betas)
+        _require(0 <= self.ema_decay < 1, "ema_decay", "a value in [0, 1)", self.ema_decay)
+        for name in self.augmentations:
+            _require(
+                name in AUGMENTATIONS,
+                "augmentations",
+                f"names among {', '.join(AUGMENTATIONS)} (other rotations and scalings interpolate, which colours the noise)",
+                name,
+            )
+
+    # -- what a step is told ---------------------------------------------------------------------------------------------------
+
+    @property
+    def step_limit(self) -> int | None:
+        """Last step of the run, None where only time limits it."""
+        return DEFAULT_STEPS if self.max_steps is None and self.max_minutes is None else self.max_steps
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Part of the run that is over, in [0, 1]: by steps, by training time, whichever is further."""
+        by_step = step / self.step_limit if self.step_limit else 0.0
+        by_time = seconds / (60 * self.max_minutes) if self.max_minutes else 0.0
+        return min(1.0, max(by_step, by_time))
+
+    def learning_rate_at(self, step: int, progress: float) -> float:
+        """Learning rate of ``step`` (counted from 0) when ``progress`` of the run is over."""
+        rate = self.learning_rate * min(1.0, (step + 1) / max(self.warmup_steps, 1))
+        if self.schedule == "constant":
+            return rate
+        return rate * (self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def ema_decay_at(self, step: int) -> float:
+        """Decay of the weight average after ``step`` (counted from 0)."""
+        return min(self.ema_decay, (1 + step) / (10 + step))
+
+    # -- files -----------------------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, ready for JSON."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> TrainConfig:
+        """Inverse of `to_dict`; keys that are left out take their defaults.
+
+        Raises:
+            InputError: an unknown key, a value of the wrong type or out of range; the message names the key.
+        """
+        return _parse_dataclass(TrainConfig, values, "")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as JSON (or YAML, by the suffix .yaml or .yml), whole or not at all."""
+        path = Path(path)
+        if path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            text = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        else:
+            text = json.dumps(self.to_dict(), indent=2) + "\n"
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part.write_text(text)
+        os.replace(part, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> TrainConfig:
+        """Read what `save` wrote, or what a person wrote in the same form.
+
+        Raises:
+            InputError: no such file, not JSON or YAML, or not a configuration; the message names file and key.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"configuration {path}: expected a readable JSON or YAML file, got {error}"
+            ) from None
+        import yaml
+
+        try:
+            values = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+        except (json.JSONDecodeError, yaml.YAMLError) as error:
+            first = str(error).splitlines()[0]
+            raise InputError(
+                f"configuration {path}: expected JSON or YAML, got a file that is neither ({first})"
+            ) from None
+        try:
+            return TrainConfig.from_dict(values if values is not None else {})
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
+
+def differences(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
+    """Dotted names of the settings in which two configurations differ."""
+
+    def walk(a: dict[str, Any], b: dict[str, Any], prefix: str) -> list[str]:
+        found = []
+        for key in sorted(a.keys() | b.keys()):
+            left, right = a.get(key), b.get(key)
+            if isinstance(left, dict) and isinstance(right, dict):
+                found += walk(left, right, f"{prefix}{key}.")
+            elif left != right:
+                found.append(f"{prefix}{key}")
+        return found
+
+    return walk(ours.to_dict(), theirs.to_dict(), "")
+
+
+# -- values from outside into dataclasses --------------------------------------------------------------------------------------
+
+
+def _check_types(config: Any, prefix: str) -> None:
+    """Every field as its annotation says, or an InputError that names it (lists become tuples, integers floats)."""
+    hints = typing.get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if not dataclasses.is_dataclass(value):
+            object.__setattr__(config, f.name, _parse(hints[f.name], value, f"{prefix}{f.name}"))
+
+
+def _parse_dataclass(kind: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise InputError(
+            f"configuration: {where or 'top level'}: expected a table of settings, got {values!r}"
+        )
+    hints = typing.get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind)]
+    prefix = f"{where}." if where else ""
+    unknown = [key for key in values if key not in names]
+    if unknown:
+        raise InputError(
+            f"configuration: {prefix}{unknown[0]}: unknown setting; expected one of {', '.join(names)}"
+        )
+    return kind(**{key: _parse(hints[key], value, f"{prefix}{key}") for key, value in values.items()})
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """``value`` as what the annotation ``kind`` asks for; exact types, except that an integer serves as a float."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _parse_dataclass(kind, value, where)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _parse(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is Literal:
+        _require(value in arguments, where, f"one of {', '.join(map(repr, arguments))}", value)
+        return value
+    if origin is tuple:
+        return _parse_tuple(arguments, value, where)
+    if kind is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-3 (without a decimal point) as text.
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if kind is float and type(value) in (int, float):
+        _require(math.isfinite(value), where, "a finite number", value)
+        return float(value)
+    _require(type(value) is kind, where, f"a value of type {getattr(kind, '__name__', kind)}", value)
+    return value
+
+
+def _parse_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    _require(isinstance(value, (list, tuple)), where, "a list", value)
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return tuple(_parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    _require(len(value) == len(arguments), where, f"a list of {len(arguments)}", value)
+    return tuple(
+        _parse(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(arguments, value, strict=True))
+    )

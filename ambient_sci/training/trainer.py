@@ -1,0 +1,110 @@
+"""`fit`: from measurements to a prior. Decides from the data which stage runs, says so, and runs it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor
+
+from ambient_sci.errors import InputError
+from ambient_sci.operators import RowMaskedOperator
+from ambient_sci.priors import Prior
+from ambient_sci.training.config import TrainConfig
+from ambient_sci.training.loop import run_stage
+from ambient_sci.training.report import Reporter
+from ambient_sci.training.run_folder import RunFolder
+from ambient_sci.training.source import open_source
+from ambient_sci.training.stages import AmbientStage
+
+
+def fit(
+    measurements: str | os.PathLike[str] | tuple[RowMaskedOperator, Tensor, float | Tensor],
+    config: TrainConfig | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Prior:
+    """Train a prior on measurements alone.
+
+    Complete data (identity, or fully sampled MRI with normalised coil maps) give an unconditional prior, by the Ambient loss; incomplete
+    data give a mask-conditional one, by the operator-aware Ambient loss with held-out rows. Which one is said on standard error
+    and written to ``run.json``.
+
+    Args:
+        measurements: a measurement file, or (operator, y, sigma_y) with y (N, ...) and sigma_y a float or (N,), per real channel.
+        config: the run; default: `TrainConfig()`, or what the run was started with when resuming.
+        out: run folder, see `ambient_sci.training.run_folder`; nothing is written without one.
+        resume: continue the run in ``out`` from its last checkpoint. Step-limited runs end with the same bits as if they had not
+            been interrupted (CPU, same number of threads). Limits, device and intervals may be changed; nothing else.
+        overwrite: replace an earlier run in ``out``.
+        progress: show a progress bar, or lines where standard error is no terminal.
+
+    Returns:
+        the prior with averaged weights, in evaluation mode, on the training device.
+
+    Raises:
+        InputError: unusable data or configuration, an occupied folder, or a run of other data or settings to resume.
+        IdentifiabilityError: a mask design that leaves rows unsupervised.
+        TrainingDiverged: loss or gradient not finite; names step and samples.
+        TrainingInterrupted: SIGINT or SIGTERM; after the step at hand, with a checkpoint where ``out`` is given.
+    """
+    if resume and out is None:
+        raise InputError("resume: expected a run folder, got none")
+    folder = RunFolder(out) if out is not None else None
+    if folder and not resume:
+        folder.check_free(overwrite)
+    if config is None:
+        config = folder.config if folder and resume else TrainConfig()
+    accelerator = make_accelerator(config.device)
+    reporter = Reporter(progress and accelerator.is_main_process)
+
+    source = open_source(measurements, config)
+    reporter.say(source.reason)
+    stage = AmbientStage(source, config, accelerator)
+    description = describe(source.reason, source.fingerprint(), stage)
+    if folder and accelerator.is_main_process:
+        folder.reopen(config, description) if resume else folder.create(config, description)
+    accelerator.wait_for_everyone()
+    prior = run_stage(stage, config, accelerator=accelerator, folder=folder, resume=resume, reporter=reporter)
+    return prior.eval()
+
+
+def describe(reason: str, fingerprint: dict[str, Any], stage: AmbientStage) -> dict[str, Any]:
+    """What ``run.json`` says: data, the stage that runs and why."""
+    from ambient_sci import __version__
+
+    network: Any = stage.module
+    return {
+        "ambient_sci": __version__,
+        "torch": str(torch.__version__),
+        "stages": [{"name": stage.name, "reason": reason}],
+        "data": fingerprint,
+        "prior": {
+            "conditioning": network.conditioning,
+            "data_std": network.data_std,
+            "sigma_min": network.sigma_min,
+            "sigma_max": network.sigma_max,
+            "parameters": sum(p.numel() for p in network.parameters()),
+        },
+    }
+
+
+def make_accelerator(device: str) -> Accelerator:
+    """An `Accelerator` for "auto", "cpu" or "cuda". Precision is the configuration's business, not the launcher's.
+
+    Raises:
+        InputError: CUDA is asked for and not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: expected a machine with CUDA for 'cuda', got one without; use auto or cpu")
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    state: Any = PartialState._shared_state
+    if state and state.get("_cpu") != cpu and state.get("num_processes") == 1:
+        # accelerate keeps the device of a process's first run; a later one may ask for another.
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=cpu, mixed_precision="no")
