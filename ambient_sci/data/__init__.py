@@ -5,10 +5,13 @@ from __future__ import annotations
 from ambient_sci.data.files import MeasurementFile, ReferenceFile
 from ambient_sci.data.loader import Batch, MeasurementArrays, MeasurementLoader
 from ambient_sci.data.packaged import brains
+from ambient_sci.data.simulate import simulate, smooth_phase
+from ambient_sci.data.sources import ImageSource, open_source
 from ambient_sci.data.writing import ImageWriter, MeasurementWriter, write_images, write_measurements
 
 __all__ = [
     "Batch",
+    "ImageSource",
     "ImageWriter",
     "MeasurementArrays",
     "MeasurementFile",
@@ -16,6 +19,9 @@ __all__ = [
     "MeasurementWriter",
     "ReferenceFile",
     "brains",
+    "open_source",
+    "simulate",
+    "smooth_phase",
     "write_images",
     "write_measurements",
 ]
