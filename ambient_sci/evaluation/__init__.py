@@ -18,6 +18,7 @@ _HOMES = {
     "l1_wavelet": "baselines",
     "total_variation": "baselines",
     "sweep": "baselines",
+    "reconstruction_figure": "figures",
 }
 __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -1,0 +1,185 @@
+"""Figures: reconstructions side by side with their error bars, and calibration at a glance.
+
+Every function writes one PNG, whole or not at all, with matplotlib's Agg canvas: no display is needed and no
+global matplotlib state is touched. Images share one gray window, [0, peak of the person]; the standard
+deviation and the error share one colour scale, so that "is the error where the standard deviation says it is"
+can be read off.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ambient_sci.errors import InputError
+from ambient_sci.evaluation.metrics import magnitude, psnr, volume_peak
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SPREAD_MAP = "magma"
+
+
+def reconstruction_figure(
+    path: str | os.PathLike[str],
+    reference: Tensor,
+    estimates: Mapping[str, Tensor],
+    *,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    labels: Sequence[str] | None = None,
+    peak: float | Tensor | None = None,
+    mean_title: str = "posterior mean",
+) -> Path:
+    """One row a slice: truth, each estimate, posterior mean, its standard deviation and its error.
+
+    Args:
+        path: PNG to write.
+        reference: the truth, (B, 1|2, H, W).
+        estimates: name to images, in the order of the columns (input first, then baselines).
+        mean, std: posterior mean and per-channel standard deviation, (B, 1|2, H, W). For complex images the
+            maps shown are sqrt(std_re^2 + std_im^2) and |mean - truth|, which are to be compared with each
+            other.
+        labels: one a row.
+        peak: full scale, one number or one a slice; default: the 99.9th percentile of ``reference``.
+        mean_title: title of the posterior mean's column.
+
+    Raises:
+        InputError: images that do not match the reference.
+    """
+    scale = torch.as_tensor(volume_peak(reference) if peak is None else peak, dtype=torch.float64).reshape(-1)
+    scale = scale.expand(len(reference))
+    columns = {"truth": reference, **estimates, **({} if mean is None else {mean_title: mean})}
+    spread = _spread_and_error(mean, std, reference)
+    sheet = _Sheet(len(reference), len(columns) + len(spread), colour_bar=bool(spread))
+    for column, (name, images) in enumerate(columns.items()):
+        scores = None if name == "truth" else psnr(images, reference, scale)
+        for row, image in enumerate(magnitude(images)[:, 0]):
+            axes = sheet.cell(row, column, name if row == 0 else None)
+            axes.imshow(_numpy(image), cmap="gray", vmin=0, vmax=float(scale[row]), interpolation="nearest")
+            if column == 0 and labels is not None:
+                axes.set_ylabel(labels[row], fontsize=10)
+            if scores is not None:
+                _corner(axes, f"{float(scores[row]):.1f} dB")
+    top = _upper(spread.values())
+    for column, (name, maps) in enumerate(spread.items(), start=len(columns)):
+        for row, image in enumerate(maps):
+            axes = sheet.cell(row, column, name if row == 0 else None)
+            drawn = axes.imshow(_numpy(image), cmap=SPREAD_MAP, vmin=0, vmax=top, interpolation="nearest")
+            if (row, column) == (sheet.rows - 1, sheet.columns - 1):
+                bar = sheet.figure.colorbar(drawn, cax=sheet.bar(), extend="max")
+                bar.ax.tick_params(labelsize=9)
+                bar.set_ticks([t for t in bar.get_ticks() if t <= top])
+    return save(sheet.figure, path)
+
+
+class _Sheet:
+    """A sheet of square cells laid out in inches, so that any number of rows and columns looks the same."""
+
+    CELL, GAP, LEFT, TOP, BOTTOM = 1.5, 0.05, 0.28, 0.34, 0.1
+
+    def __init__(self, rows: int, columns: int, colour_bar: bool) -> None:
+        self.rows, self.columns = rows, columns
+        step = self.CELL + self.GAP
+        self.width = self.LEFT + columns * step + (0.75 if colour_bar else 0.05)
+        self.height = self.TOP + rows * step + self.BOTTOM
+        self.figure = _figure(self.width, self.height)
+
+    def cell(self, row: int, column: int, title: str | None) -> Axes:
+        step = self.CELL + self.GAP
+        left = self.LEFT + column * step
+        bottom = self.BOTTOM + (self.rows - 1 - row) * step
+        return _bare(self._axes(left, bottom, self.CELL, self.CELL), title)
+
+    def bar(self) -> Axes:
+        step = self.CELL + self.GAP
+        return self._axes(
+            self.LEFT + self.columns * step + 0.06, self.BOTTOM, 0.16, self.rows * step - self.GAP
+        )
+
+    def _axes(self, left: float, bottom: float, width: float, height: float) -> Axes:
+        box = (left / self.width, bottom / self.height, width / self.width, height / self.height)
+        return self.figure.add_axes(box)
+
+
+def _spread_and_error(mean: Tensor | None, std: Tensor | None, reference: Tensor) -> dict[str, Tensor]:
+    if mean is None:
+        return {}
+    if mean.shape == reference.shape:
+        error = torch.linalg.vector_norm(mean - reference, dim=1)
+    else:
+        error = (magnitude(mean) - magnitude(reference))[:, 0].abs()
+    if std is None:
+        return {"|error|": error}
+    if std.shape[0] != len(reference) or std.shape[-2:] != reference.shape[-2:]:
+        raise InputError(
+            f"figure: expected a standard deviation like the reference {tuple(reference.shape)}, got {tuple(std.shape)}"
+        )
+    return {"std": torch.linalg.vector_norm(std, dim=1), "|error|": error}
+
+
+def _upper(maps: Any) -> float:
+    """Top of the colour scale: the 99.5th percentile over all maps, so that a few pixels do not darken the
+    rest.
+    """
+    values = torch.cat([m.flatten().double() for m in maps]) if maps else torch.ones(1)
+    return max(float(values.sort().values[math.ceil(0.995 * (len(values) - 1))]), 1e-12)
+
+
+# -- common ------------------------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _bare(axes: Axes, title: str | None) -> Axes:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    if title is not None:
+        axes.set_title(title, fontsize=11, pad=5)
+    return axes
+
+
+def _corner(axes: Axes, text: str) -> None:
+    axes.text(
+        0.97,
+        0.03,
+        text,
+        transform=axes.transAxes,
+        ha="right",
+        va="bottom",
+        fontsize=10,
+        color="white",
+        bbox={"facecolor": "black", "alpha": 0.55, "pad": 1.5, "linewidth": 0},
+    )
+
+
+def _numpy(image: Tensor) -> Any:
+    return image.detach().cpu().float().numpy()
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Write the PNG under a temporary name in the same folder, then rename: whole or not at all."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        figure.savefig(part, format="png")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
