@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ambient_sci.data.files import MeasurementFile, ReferenceFile
+from ambient_sci.data.inspect import contact_sheet, describe
 from ambient_sci.data.loader import Batch, MeasurementArrays, MeasurementLoader
 from ambient_sci.data.packaged import brains
 from ambient_sci.data.simulate import simulate, smooth_phase
@@ -19,6 +20,8 @@ __all__ = [
     "MeasurementWriter",
     "ReferenceFile",
     "brains",
+    "contact_sheet",
+    "describe",
     "open_source",
     "simulate",
     "smooth_phase",
