@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from ambient_sci.data.layout import OPERATORS, check_noise_std
-from ambient_sci.data.progress import track
 from ambient_sci.data.sources import ImageSource, as_complex, open_source
 from ambient_sci.data.writing import ImageWriter, MeasurementWriter, check_output
 from ambient_sci.errors import InputError
 from ambient_sci.operators import MRI, MaskDesign, birdcage_maps, make_design
+from ambient_sci.progress import track
 
 #: Images simulated at a time. Random draws follow these blocks, so the number is part of what a seed means.
 BLOCK = 64
@@ -182,7 +182,7 @@ def simulate(
         ImageWriter(reference, **common) as truth,
     ):
         starts = range(0, len(images), BLOCK)
-        for start in track(starts, len(starts), f"simulating {len(images)} measurements"):
+        for start in track(starts, f"simulating {len(images)} measurements"):
             rows = np.arange(start, min(start + BLOCK, len(images)))
             x, y, own = drawn.block(images.images(rows), levels[rows])
             subjects, scale = [images.subjects[r] for r in rows], images.scale_of(rows)
