@@ -18,6 +18,7 @@ Diffusion-Based Generative Models" (2022); Salimans & Ho, "Progressive Distillat
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -46,8 +47,29 @@ def expand(level: float | Tensor, like: Tensor) -> Tensor:
     return level.reshape(-1, *([1] * (like.ndim - 1)))
 
 
-def draw_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
+class ChainNoise:
+    """One random stream for each chain of a batch, so that a chain's sample does not depend on what it is batched with.
+
+    Args:
+        seeds: one integer for each chain.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+
+    def draw(self, like: Tensor) -> Tensor:
+        """Standard normal noise like ``like`` (chains, ...), each chain from its own stream."""
+        rows = [torch.randn(like.shape[1:], generator=g, dtype=like.dtype) for g in self.generators]
+        return torch.stack(rows).to(like.device)
+
+
+Randomness = torch.Generator | ChainNoise | None
+
+
+def draw_noise(like: Tensor, generator: Randomness) -> Tensor:
     """Standard normal noise of the shape, type and device of ``like``; a CPU generator serves tensors on any device."""
+    if isinstance(generator, ChainNoise):
+        return generator.draw(like)
     device = like.device if generator is None else generator.device
     noise = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device)
     return noise if device == like.device else noise.to(like.device)
@@ -208,7 +230,7 @@ def ancestral_step(
     sigma_t: float | Tensor,
     sigma_s: float | Tensor,
     *,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     noise: Tensor | None = None,
 ) -> Tensor:
     r"""One step of the reverse SDE from sigma_t to sigma_s <= sigma_t,

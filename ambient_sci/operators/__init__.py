@@ -7,18 +7,18 @@ from torch import Tensor
 from ambient_sci.errors import InputError
 from ambient_sci.operators.base import RowMaskedOperator, Split
 from ambient_sci.operators.coils import birdcage_maps, normalise_maps
-from ambient_sci.operators.designs import Enumerated, FixedBudget, Independent, MaskDesign, RandomBox
+from ambient_sci.operators.designs import FixedBudget, Independent, MaskDesign
 from ambient_sci.operators.elementary import Identity, Masking
 from ambient_sci.operators.identifiability import IdentifiabilityReport, identifiability
 from ambient_sci.operators.make_design import (
     DESIGN_NAMES,
-    PoissonDisc,
     Unknown,
     design_from_dict,
     estimate_design,
     make_design,
 )
 from ambient_sci.operators.mri import MRI
+from ambient_sci.operators.structured_designs import Enumerated, PoissonDisc, RandomBox
 
 __all__ = [
     "DESIGN_NAMES",

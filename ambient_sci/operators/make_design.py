@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from ambient_sci.errors import IdentifiabilityError, InputError
-from ambient_sci.operators.designs import (
-    Enumerated,
-    FixedBudget,
-    Independent,
-    Layout,
-    MaskDesign,
-    RandomBox,
-    uniform,
-)
+from ambient_sci.operators.designs import FixedBudget, Independent, Layout, MaskDesign
+from ambient_sci.operators.structured_designs import Enumerated, PoissonDisc, RandomBox
 
 DESIGN_NAMES = (
     "bernoulli",
@@ -29,60 +22,6 @@ DESIGN_NAMES = (
     "equispaced",
     "poisson",
 )
-
-
-class PoissonDisc(MaskDesign):
-    """2-D variable-density Poisson-disc sampling (sigpy), for simulation and reconstruction; not for training.
-
-    Samples keep a distance from each other, so a kept one excludes its neighbours: P(A_i = 1 | B) = 0 there.
-
-    Args:
-        acceleration: R, total points / sampled points.
-        calibration: side (h, w) of the fully sampled centre.
-    """
-
-    name = "poisson-disc"
-
-    def __init__(
-        self,
-        image_shape: Sequence[int],
-        layout: Layout = "pixels",
-        acceleration: float = 4.0,
-        calibration: Sequence[int] = (8, 8),
-        status: str = "given",
-    ) -> None:
-        super().__init__(image_shape, layout, status)
-        if not acceleration > 1:
-            raise InputError(f"poisson-disc design: expected an acceleration above 1, got {acceleration}")
-        self.acceleration = float(acceleration)
-        self.calibration = (int(calibration[0]), int(calibration[1]))
-
-    def draw(self, num: int, generator: torch.Generator | None) -> Tensor:
-        from sigpy.mri import poisson
-
-        seeds = torch.randint(2**31 - 1, (num,), generator=generator).tolist()
-        masks = [
-            poisson(self.image_shape[1:], self.acceleration, calib=self.calibration, seed=s).real
-            for s in seeds
-        ]
-        return torch.stack([torch.as_tensor(m != 0).double().flatten() for m in masks])
-
-    def thin_units(self, units: Tensor, keep: float, generator: torch.Generator | None) -> Tensor:
-        return units * (uniform(units.shape, generator) < keep)
-
-    def probability_units(self, units: Tensor, kept: Tensor, keep: float) -> Tensor:
-        self.check_trainable(keep)
-        return torch.ones_like(units)  # only a mask that is calibration region throughout gets here
-
-    def unsupervised(self, keep: float) -> list[int]:
-        _, height, width = self.image_shape
-        plane = torch.ones(height, width, dtype=torch.bool)
-        top, left = (height - self.calibration[0]) // 2, (width - self.calibration[1]) // 2
-        plane[top : top + self.calibration[0], left : left + self.calibration[1]] = False
-        return plane.flatten().nonzero().flatten().tolist()
-
-    def parameters(self) -> dict[str, Any]:
-        return {"acceleration": self.acceleration, "calibration": list(self.calibration)}
 
 
 class Unknown(Independent):

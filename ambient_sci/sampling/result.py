@@ -1,0 +1,195 @@
+r"""What a reconstruction is: posterior mean, standard deviation and samples, in memory (`Reconstruction`) and on disk (`ResultFile`).
+
+Mean and standard deviation are running ones (Welford), so a file holds as many samples as wanted at the memory of one batch:
+
+    mean_k = mean_{k-1} + (x_k - mean_{k-1}) / k,      M_k = M_{k-1} + (x_k - mean_{k-1})(x_k - mean_k),     std = sqrt(M_S / (S - 1))
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from ambient_sci.errors import InputError
+
+FORMAT = "ambient_sci reconstruction 1"
+
+
+@dataclass
+class Reconstruction:
+    """Posterior samples and what follows from them.
+
+    Attributes:
+        mean: (B, C, H, W).
+        std: (B, C, H, W) with S - 1 in the denominator; zero for a single sample or a point estimate.
+        samples: (S, B, C, H, W).
+        report: how it was made and how well the solves went; JSON types.
+        subjects: who each image is of, if known.
+        scale: factor that was divided out of the data; multiply to get the original units.
+    """
+
+    mean: Tensor
+    std: Tensor
+    samples: Tensor
+    report: dict[str, Any] = field(default_factory=dict)
+    subjects: list[str] = field(default_factory=list)
+    scale: float = 1.0
+
+    @classmethod
+    def from_samples(cls, samples: Tensor, report: dict[str, Any]) -> Reconstruction:
+        """From samples (S, B, C, H, W)."""
+        std = samples.std(0) if len(samples) > 1 else torch.zeros_like(samples[0])
+        return cls(samples.mean(0), std, samples, report)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write to an HDF5 file, whole or not at all."""
+        shape = (*self.samples.shape[:2], *self.samples.shape[2:])
+        with ResultWriter(path, shape, self.subjects, self.scale, overwrite=overwrite) as writer:
+            writer.add(slice(0, shape[1]), self.samples)
+            writer.report.update(self.report)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Reconstruction:
+        """Read a whole result file.
+
+        Raises:
+            InputError: not a result file, or a damaged one.
+        """
+        with ResultFile(path) as f:
+            every = slice(None)
+            return cls(f.mean(every), f.std(every), f.samples(every), f.report, f.subjects, f.scale)
+
+
+class ResultFile:
+    """A result on disk, read lazily: ``mean(indices)``, ``std(indices)`` (n, C, H, W), ``samples(indices)`` (S, n, C, H, W).
+
+    Raises:
+        InputError: missing, truncated, foreign or incomplete file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise InputError(f"{path}: expected a result file, found nothing")
+        try:
+            self._file = h5py.File(self.path, "r")
+        except OSError:
+            raise InputError(
+                f"{path}: expected a result file (HDF5), got something else or a truncated file"
+            ) from None
+        kind = self._file.attrs.get("format")
+        missing = [k for k in ("mean", "std", "samples") if k not in self._file]
+        if kind != FORMAT or missing:
+            self._file.close()
+            raise InputError(
+                f"{path}: expected a result file ({FORMAT!r}), got {kind!r}"
+                + (f", without {missing}" if missing else "")
+            )
+        self.shape = tuple(self._file["samples"].shape)
+        self.report: dict[str, Any] = json.loads(self._file.attrs["report"])
+        self.subjects: list[str] = json.loads(self._file.attrs["subjects"])
+        self.scale = float(self._file.attrs["scale"])
+
+    def __len__(self) -> int:
+        return self.shape[1]
+
+    def mean(self, indices: Any) -> Tensor:
+        """Posterior means."""
+        return torch.as_tensor(self._file["mean"][indices])
+
+    def std(self, indices: Any) -> Tensor:
+        """Posterior standard deviations."""
+        return torch.as_tensor(self._file["std"][indices])
+
+    def samples(self, indices: Any) -> Tensor:
+        """Posterior samples."""
+        return torch.as_tensor(self._file["samples"][:, indices])
+
+    def __enter__(self) -> ResultFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
+class ResultWriter:
+    """Streams samples into a result file; the file appears under its name only when it is complete.
+
+    Args:
+        path: the file to make.
+        shape: (S, N, C, H, W) of all samples.
+        subjects, scale: as in `Reconstruction`.
+        overwrite: replace an existing file.
+
+    Raises:
+        InputError: the file exists and ``overwrite`` is not set, or its folder does not exist.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        shape: tuple[int, ...],
+        subjects: list[str] | None = None,
+        scale: float = 1.0,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        check_output(self.path, overwrite)
+        handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
+        os.close(handle)
+        self._temporary = Path(name)
+        self._file = h5py.File(self._temporary, "w")
+        self._file.create_dataset("samples", shape, np.float32, chunks=(1, 1, *shape[2:]))
+        self._file.create_dataset("mean", shape[1:], np.float32, chunks=(1, *shape[2:]))
+        self._file.create_dataset("std", shape[1:], np.float32, chunks=(1, *shape[2:]))
+        self._file.attrs.update(format=FORMAT, scale=scale, subjects=json.dumps(subjects or []))
+        self._moments: dict[tuple[int, int], tuple[int, Tensor, Tensor]] = {}
+        self.report: dict[str, Any] = {}
+
+    def add(self, images: slice, samples: Tensor) -> None:
+        """More samples (s, n, C, H, W) of the images ``images``; those of one image come in any number of parts."""
+        key = (images.start, images.stop)
+        count, mean, square = self._moments.get(
+            key, (0, torch.zeros_like(samples[0]).double(), torch.zeros_like(samples[0]).double())
+        )
+        self._file["samples"][count : count + len(samples), images] = samples.float().cpu().numpy()
+        for x in samples.double():
+            count += 1
+            delta = x - mean
+            mean = mean + delta / count
+            square = square + delta * (x - mean)
+        self._moments[key] = (count, mean, square)
+        self._file["mean"][images] = mean.float().cpu().numpy()
+        self._file["std"][images] = (square / max(count - 1, 1)).sqrt().float().cpu().numpy()
+        if count == self._file["samples"].shape[0]:
+            del self._moments[key]
+
+    def __enter__(self) -> ResultWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._file.attrs["report"] = json.dumps(self.report)
+        self._file.close()
+        if kind is None:
+            os.chmod(self._temporary, 0o644)
+            os.replace(self._temporary, self.path)
+        else:
+            self._temporary.unlink(missing_ok=True)
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raise InputError if ``path`` exists (unless ``overwrite``) or cannot be made."""
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: output exists; give --overwrite (overwrite=True) to replace it")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: expected an existing folder to write to, got {path.parent}")
