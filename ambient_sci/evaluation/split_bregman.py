@@ -30,19 +30,24 @@ from torch import Tensor
 
 from ambient_sci.operators.mri import MRI, to_complex
 
-# Threshold w / rho of the shrinkage as a fraction of the image's peak: it sets the speed, not the solution.
+# First threshold w / rho of the shrinkage as a fraction of the image's peak: it sets the speed, not the
+# solution.
 SHRINKAGE = 0.05
 RELAXATION = 1.7
 CHECK_EVERY = 10
+# rho is adapted until the residuals are within this factor of each other, for so many steps (it must end for
+# convergence).
+BALANCE, ADAPT_UNTIL = 10.0, 500
 
 Array = np.ndarray[Any, Any]
-Solve = Callable[[Array, Array], Array]
+Solve = Callable[[Array, Array, float], Array]
 
 
 def encoding(operator: MRI, y: Tensor) -> tuple[Any, Array]:
     """P F S as a sigpy operator on complex slices (B, H, W), and the measurements (B, [coils,] H, W) as it
     sees them.
     """
+    operator._check_measurement(y)
     data = np.ascontiguousarray(to_complex((y.detach() * operator.mask.to(y)).cpu()).numpy())
     images = (len(data), *data.shape[-2:])
     mask = _mask(operator).astype(data.real.dtype)
@@ -73,11 +78,11 @@ class SplitBregman(sp.alg.Alg):
     """The iteration above.
 
     Args:
-        solve: (right, x) -> (A^H A + rho G^H G)^-1 right, x being the last image.
+        solve: (right, x, rho) -> (A^H A + rho G^H G)^-1 right, x being the last image.
         back: A^H y.
         sparsify: G.
         weight: w.
-        rho: penalty.
+        rho: first penalty.
         start: (x, v, rho u) of a neighbouring problem (u scaled back to the dual variable, which does not
             depend on rho), or None.
         tolerance, max_iterations: when to stop.
@@ -103,7 +108,7 @@ class SplitBregman(sp.alg.Alg):
 
     def _update(self) -> None:
         x, v = self.x, self.v
-        self.x = self.solve(self.back + self.rho * self.sparsify.H(v - self.u), x)
+        self.x = self.solve(self.back + self.rho * self.sparsify.H(v - self.u), x, self.rho)
         sparse = self.sparsify(self.x)
         relaxed = RELAXATION * sparse + (1 - RELAXATION) * v
         self.v = self.shrink(1 / self.rho, relaxed + self.u)
@@ -112,6 +117,18 @@ class SplitBregman(sp.alg.Alg):
             self.primal = _relative(sparse - self.v, sparse)
             self.dual = _relative(self.sparsify.H(self.v - v), self.sparsify.H(self.u))
             self.change = _relative(self.x - x, self.x)
+            if not self.converged and self.iter < ADAPT_UNTIL:
+                self._balance()
+
+    def _balance(self) -> None:
+        """A larger rho presses the primal residual, a smaller one the dual; rho u, the dual variable,
+        stays.
+        """
+        if max(self.primal, self.dual) < BALANCE * min(self.primal, self.dual):
+            return
+        factor = 2.0 if self.primal > self.dual else 0.5
+        self.rho *= factor
+        self.u = self.u / factor
 
     @property
     def converged(self) -> bool:
@@ -140,11 +157,9 @@ def minimise(
     symbol = symbol.astype(back.real.dtype)
     rho = weight / (SHRINKAGE * (float(np.abs(back).max()) or 1.0))
     if operator.coil_maps is None:
-        solve = _diagonal_solve(_mask(operator) + rho * symbol)
+        solve = _diagonal_solve(_mask(operator), symbol)
     else:
-        solve = _iterative_solve(
-            linop.N + rho * sparsify.H * sparsify, operator.mask.mean().item() + rho * symbol
-        )
+        solve = _iterative_solve(linop.N, sparsify, operator.mask.mean().item(), symbol)
     algorithm = SplitBregman(solve, back, sparsify, weight, rho, start, tolerance, max_iterations)
     sp.app.App(algorithm, show_pbar=False).run()
     misfit = 0.5 * float(np.linalg.norm(linop(algorithm.x) - data)) ** 2
@@ -171,21 +186,22 @@ def conjugate_gradients(
     return x, algorithm.iter, _relative(normal(x) - back, back), objective
 
 
-def _diagonal_solve(diagonal: Array) -> Solve:
-    # The mean has no gradient: where it was not measured either, nothing determines it, and it stays zero.
-    inverse = np.divide(1.0, diagonal, out=np.zeros_like(diagonal), where=diagonal > 0)
-
-    def solve(right: Array, x: Array) -> Array:
+def _diagonal_solve(mask: Array, symbol: Array) -> Solve:
+    def solve(right: Array, x: Array, rho: float) -> Array:
+        diagonal = mask + rho * symbol
+        # The mean has no gradient: where it was not measured either, nothing determines it, and it stays
+        # zero.
+        inverse = np.divide(1.0, diagonal, out=np.zeros_like(diagonal), where=diagonal > 0)
         return _circulant(inverse, right)
 
     return solve
 
 
-def _iterative_solve(normal: Any, mean_diagonal: Array) -> Solve:
-    inverse = 1 / mean_diagonal
-
-    def solve(right: Array, x: Array) -> Array:
+def _iterative_solve(data_normal: Any, sparsify: Any, rate: float, symbol: Array) -> Solve:
+    def solve(right: Array, x: Array, rho: float) -> Array:
         x = x.copy()
+        normal = data_normal + rho * sparsify.H * sparsify
+        inverse = 1 / (rate + rho * symbol)  # what the normal operator is on average
         steps = sp.alg.ConjugateGradient(normal, right, x, P=lambda r: _circulant(inverse, r), max_iter=3)
         sp.app.App(steps, show_pbar=False).run()
         return x
