@@ -69,7 +69,8 @@ def _jackknife(groups: list[np.ndarray]) -> NoiseEstimate:
 def estimate_noise(images: Tensor) -> NoiseEstimate:
     """Noise level common to images (B, C, H, W), per real channel, from their diagonal details.
 
-    Pixels whose detail is exactly zero (padding, a constant background) do not count. Noise-free smooth images give 0.
+    Padding does not count: neither do places where the filter meets pixels that are exactly 0, nor details that are
+    exactly 0. Constant images give 0.
 
     Raises: InputError for images under 4 pixels, or with NaN or infinities.
     """
@@ -82,11 +83,13 @@ def estimate_noise(images: Tensor) -> NoiseEstimate:
         raise InputError("noise level: NaN or infinite values")
     wavelet = pywt.Wavelet("sym4" if min(height, width) >= 16 else "haar")
     high_pass = torch.tensor(wavelet.dec_hi, dtype=torch.float64)
-    detail = torch.nn.functional.conv2d(
-        images.double().reshape(-1, 1, height, width), torch.outer(high_pass, high_pass)[None, None]
-    )
+    flat = images.double().reshape(-1, 1, height, width)
+    detail = torch.nn.functional.conv2d(flat, torch.outer(high_pass, high_pass)[None, None])
     # Differences of equal numbers leave rounding errors, not zeros.
     detail[detail.abs() < 1e-9 * images.abs().max()] = 0
+    padding = torch.nn.functional.max_pool2d(flat.eq(0).double(), len(high_pass), stride=1) > 0
+    if not padding.all():
+        detail[padding] = 0
     if len(detail) >= _GROUPS:
         groups = [part.numpy().ravel() for part in detail.tensor_split(_GROUPS)]
     else:
