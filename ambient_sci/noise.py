@@ -84,8 +84,14 @@ def vp_alpha(sigma: float | Tensor) -> Tensor:
 
 
 def vp_to_ve(x: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
-    """VP state (x, sigma) as the VE state (x / alpha, sigma / alpha). Exact: both have the same posterior of x_0."""
+    """VP state (x, sigma) as the VE state (x / alpha, sigma / alpha). Exact: both have the same posterior of x_0.
+
+    Raises:
+        InputError: sigma outside [0, 1); at 1 nothing of x_0 is left, and there is no VE state.
+    """
     sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+    if not bool(((sigma >= 0) & (sigma < 1)).all()):
+        raise InputError(f"VP noise scale: expected 0 <= sigma < 1, got {sigma.flatten().tolist()[:4]}")
     alpha = vp_alpha(sigma)
     return x / expand(alpha, x), sigma / alpha
 
@@ -131,7 +137,10 @@ def prediction_from_sample(x0: Tensor, x: Tensor, sigma: float | Tensor, kind: P
 
 
 class LevelDistribution(Protocol):
-    """A distribution of training noise levels. ``minimum`` (float or (num,)) is the noise that the data already has."""
+    """A distribution of training noise levels.
+
+    ``minimum`` (float or (num,)) is the noise that the data already has; levels (num,) come in its type, float64 for a number.
+    """
 
     sigma_max: float
 
@@ -141,7 +150,13 @@ class LevelDistribution(Protocol):
 
 
 def _minimum(minimum: float | Tensor, num: int, floor: float, sigma_max: float) -> Tensor:
-    low = torch.as_tensor(minimum, dtype=torch.float32).expand(num).clamp(min=floor)
+    # In the type of ``minimum``: rounded to a shorter one, a level could come out below the noise of the data.
+    low = torch.as_tensor(minimum, dtype=None if torch.is_tensor(minimum) else torch.float64)
+    if low.ndim > 1 or (low.ndim == 1 and low.shape[0] not in (1, num)):
+        raise InputError(
+            f"noise levels: expected one minimum or one per sample ({num}), got {tuple(low.shape)}"
+        )
+    low = low.expand(num).clamp(min=floor)
     if bool((low >= sigma_max).any()):
         raise InputError(
             f"noise levels: expected sigma_max above the noise of the data ({float(low.max()):g}), got {sigma_max:g}"
@@ -178,12 +193,15 @@ class LogNormal:
     def sample(
         self, num: int, *, minimum: float | Tensor = 0.0, generator: torch.Generator | None = None
     ) -> Tensor:
-        low = _minimum(minimum, num, self.floor, self.sigma_max).double()
+        low = _minimum(minimum, num, self.floor, self.sigma_max)
+        kind, low = low.dtype, low.double()
         cdf = torch.special.ndtr((low.log() - self.mean) / self.std)
-        top = torch.special.ndtr(torch.tensor((math.log(self.sigma_max) - self.mean) / self.std).double())
+        top = torch.special.ndtr(
+            torch.tensor((math.log(self.sigma_max) - self.mean) / self.std, dtype=torch.float64)
+        )
         u = cdf + (top - cdf) * torch.rand(num, generator=generator).double()
         sigma = (self.mean + self.std * torch.special.ndtri(u)).exp()
-        return torch.minimum(torch.maximum(sigma, low), torch.tensor(self.sigma_max).double()).float()
+        return torch.maximum(sigma, low).clamp(max=self.sigma_max).to(kind)
 
 
 @dataclass(frozen=True)
@@ -221,7 +239,12 @@ def karras_grid(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0
         )
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return (high + ramp * (low - high)) ** rho
+    grid = (high + ramp * (low - high)) ** rho
+    grid[0], grid[-1] = (
+        sigma_max,
+        sigma_min,
+    )  # exactly: rounded, the last level could lie below what a prior has learned
+    return grid
 
 
 def ancestral_step(

@@ -130,7 +130,11 @@ def measurement_mean(
 
     Returns:
         measurement space, zero outside the operator's mask.
+
+    Raises:
+        InputError: images or measurements that do not fit the operator, or sigma_t < sigma_y.
     """
+    operator._check_measurement(y_t)
     predicted = operator.A(x0_mean)
     c = contraction(sigma_t, sigma_y, predicted)
     on = torch.as_tensor(kept, device=predicted.device).to(torch.bool) & operator.mask.to(torch.bool)

@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ambient_sci.errors import InputError
+from ambient_sci.errors import ConditioningError, InputError
 from ambient_sci.noise import draw_noise, expand
 from ambient_sci.operators.base import RowMaskedOperator
 from ambient_sci.priors.base import Prior, require_unconditional
@@ -70,24 +70,22 @@ def estimate(prior: Prior, kept: RowMaskedOperator, y_t: Tensor, sigma: float | 
     """h = D(A_B^H y~, sigma, B): the one place where a prior meets a measurement.
 
     Raises:
-        ConditioningError: an unconditional prior and rows missing from B.
+        ConditioningError: an unconditional prior, and rows missing from B or A^H A != I.
     """
     x = kept.A_adjoint(y_t)
     if prior.conditioning == "mask-conditional":
         return prior(x, sigma, mask=kept.network_mask)
-    if not (kept.complete and kept.isometry):
-        require_unconditional_for_complete(prior)
+    if not kept.complete:
+        raise ConditioningError(
+            "expected a mask-conditional prior for incomplete measurements (rows missing or held out), got an unconditional one: "
+            "E[x0 | kept rows] depends on which rows were kept"
+        )
+    if not kept.isometry:
+        raise ConditioningError(
+            f"expected an operator with A^H A = I for an unconditional prior, got a {kept.name} operator of another scale: its combined "
+            "image is not x0 plus white noise. Normalise the coil maps (normalise_maps) over the whole image"
+        )
     return prior(x, sigma)
-
-
-def require_unconditional_for_complete(prior: Prior) -> None:
-    """An unconditional prior cannot be shown an image with rows missing; say so."""
-    from ambient_sci.errors import ConditioningError
-
-    raise ConditioningError(
-        "expected a mask-conditional prior for incomplete measurements (rows missing or held out), got an unconditional one: "
-        "E[x0 | kept rows] depends on which rows were kept"
-    )
 
 
 def ambient_step(
@@ -107,9 +105,18 @@ def ambient_step(
 
     ``tweedie=False`` leaves the correction out (c = 1 in the target): the baseline that treats noisy data as clean.
     """
+    operator._check_measurement(y)
+    if keep < 1:
+        if operator.design is not None:
+            operator.design.check_trainable(keep)
+        # One mask for the whole batch is still split anew for each sample.
+        rows = operator.mask.expand(y.shape[0], *operator.mask.shape[1:])
+        operator = operator.with_mask(rows, design=operator.design)
     split = operator.split(keep=keep, generator=generator)
     added = (expand(sigma, y) ** 2 - expand(sigma_y, y) ** 2).clamp(min=0).sqrt()
-    c = contraction(sigma, sigma_y, y) if tweedie else torch.ones_like(expand(sigma, y))
+    c = contraction(sigma, sigma_y, y)
+    if not tweedie:
+        c = torch.ones_like(c)
     y_t = y + added * draw_noise(y, generator)
     h = estimate(prior, split.kept, y_t, sigma)
 
@@ -120,8 +127,7 @@ def ambient_step(
         squared = torch.where(split.kept.mask > 0, on_kept, (predicted - y).square()) * split.weights
     else:
         squared = on_kept if operator.name == "identity" else on_kept * operator.mask
-    level = torch.as_tensor(sigma, dtype=h.dtype, device=h.device)
-    weight = prior.loss_weight(level, split.kept.kept_fraction.to(h))
+    weight = prior.loss_weight(expand(sigma, h).flatten(), split.kept.kept_fraction.to(h))
     return AmbientStep(weight * squared.flatten(1).sum(1) / h[0].numel(), y_t, h, split.kept)
 
 
@@ -154,7 +160,7 @@ def ambient(
 
     Raises:
         InputError: sigma < sigma_y, keep outside (0, 1], shapes that do not fit.
-        ConditioningError: an unconditional prior and incomplete rows.
+        ConditioningError: an unconditional prior and incomplete rows, or coil maps that are not normalised.
         IdentifiabilityError: keep < 1 and a design that leaves rows unsupervised.
     """
     return ambient_step(
@@ -192,4 +198,4 @@ def denoising(
     require_unconditional(prior, "the denoising loss")
     x_t = x0 + expand(sigma, x0) * draw_noise(x0, generator)
     squared = (prior(x_t, sigma) - x0).square().flatten(1).mean(1)
-    return prior.loss_weight(torch.as_tensor(sigma, dtype=x0.dtype, device=x0.device)) * squared
+    return prior.loss_weight(expand(sigma, x0).flatten()) * squared

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from ambient_sci.errors import InputError
 from ambient_sci.losses.ambient import estimate
-from ambient_sci.noise import ancestral_step
+from ambient_sci.noise import ancestral_step, expand
 from ambient_sci.operators.base import RowMaskedOperator
-from ambient_sci.priors.base import Prior
+from ambient_sci.priors.base import Prior, require_unconditional
 
 
 def squared_expectation_gap(target: Tensor, draws: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def consistency(
     Args:
         prior: the denoiser, or a `StagedPrior`. Unconditional, or mask-conditional together with ``operator``.
         x_t: states (B, C, H, W); with ``operator``, y~ in measurement space (values off its rows are ignored).
-        sigma_t, sigma_s: float or (B,), sigma_s < sigma_t.
+        sigma_t, sigma_s: float or (B,), 0 < sigma_s < sigma_t.
         draws: m >= 2 independent draws of x_s, evaluated in one batched call.
         denoised: D(x_t, sigma_t) with its graph, if a loss has already computed it: saves one evaluation.
         operator: the kept rows B. They are walked with A_B h; the residual is taken on the *whole* of h, or held-out
@@ -61,13 +61,17 @@ def consistency(
         detach_target: no gradient through D_s. Its fixed point is not anchored; for ablations.
 
     Raises:
-        InputError: draws < 2, or sigma_s >= sigma_t.
+        InputError: draws < 2, or not 0 < sigma_s < sigma_t.
         ConditioningError: the prior does not match ``operator``.
     """
     if draws < 2:
         raise InputError(f"consistency: expected at least 2 draws for an unbiased estimate, got {draws}")
-    if bool((torch.as_tensor(sigma_s) >= torch.as_tensor(sigma_t)).any()):
-        raise InputError("consistency: expected sigma_s < sigma_t for every sample")
+    batch = x_t.shape[0]
+    t, s = (expand(level, x_t).flatten().expand(batch) for level in (sigma_t, sigma_s))
+    if not bool(((s > 0) & (s < t)).all()):
+        raise InputError("consistency: expected 0 < sigma_s < sigma_t for every sample")
+    if operator is None:
+        require_unconditional(prior, "consistency without an operator")
     if denoised is None:
         denoised = prior(x_t, sigma_t) if operator is None else estimate(prior, operator, x_t, sigma_t)
     centre = denoised if operator is None else operator.A(denoised)
@@ -75,8 +79,6 @@ def consistency(
     def repeat(value: Tensor) -> Tensor:
         return value.repeat(draws, *([1] * (value.ndim - 1)))
 
-    batch = x_t.shape[0]
-    t, s = (torch.as_tensor(v, dtype=x_t.dtype, device=x_t.device).expand(batch) for v in (sigma_t, sigma_s))
     x_s = ancestral_step(repeat(x_t), repeat(centre), repeat(t), repeat(s), generator=generator)
     if operator is None:
         after = prior(x_s, repeat(s))

@@ -13,7 +13,9 @@ can be indexed, split and pickled.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
+from operator import index as as_index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +57,7 @@ class RowMaskedOperator(LinearPhysics):
     """
 
     name = "row-masked"
+    mask: Tensor
 
     def __init__(
         self,
@@ -77,6 +80,15 @@ class RowMaskedOperator(LinearPhysics):
     def _checked(self, mask: Tensor) -> Tensor:
         # One floating type whatever came in: 0 and 1 are exact in any, and a float64 mask must not turn float32 data into float64.
         mask = torch.as_tensor(mask).to(torch.get_default_dtype())
+        self._check_mask_shape(mask)
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise InputError(f"{self.name} mask: expected only 0 and 1, got other values")
+        empty = ~mask.flatten(1).any(1)
+        if bool(empty.any()):
+            raise InputError(f"{self.name} mask: sample {int(empty.nonzero()[0])} selects nothing (all zero)")
+        return mask
+
+    def _check_mask_shape(self, mask: Tensor) -> None:
         fits = mask.ndim == len(self.measurement_size) + 1 and all(
             m in (1, s) for m, s in zip(mask.shape[1:], self.measurement_size, strict=True)
         )
@@ -85,12 +97,6 @@ class RowMaskedOperator(LinearPhysics):
                 f"{self.name} mask: expected a shape that broadcasts to (1 or B, {', '.join(map(str, self.measurement_size))}), "
                 f"got {tuple(mask.shape)}"
             )
-        if not bool(((mask == 0) | (mask == 1)).all()):
-            raise InputError(f"{self.name} mask: expected only 0 and 1, got other values")
-        empty = ~mask.flatten(1).any(1)
-        if bool(empty.any()):
-            raise InputError(f"{self.name} mask: sample {int(empty.nonzero()[0])} selects nothing (all zero)")
-        return mask
 
     # -- the transform; subclasses override ----------------------------------------------------------------------------------
 
@@ -153,10 +159,15 @@ class RowMaskedOperator(LinearPhysics):
         """Measurement noise on the rows that were measured, and there only."""
         return self.noise_model(x, **kwargs) * self.mask
 
+    def update_parameters(self, **kwargs: Any) -> None:
+        """deepinv's way of changing an operator in place: refused for the mask and the maps."""
+        self._refuse_updates(kwargs)
+
     # -- masks ---------------------------------------------------------------------------------------------------------------
 
     def with_mask(self, mask: Tensor, *, design: MaskDesign | None = None) -> RowMaskedOperator:
-        """The same T under another mask (in the same memory: nothing but the mask is new)."""
+        """The same T under another mask in measurement space (in the same memory: nothing but the mask is new)."""
+        self._check_mask_shape(mask)
         new = object.__new__(type(self))
         new.__dict__ = {**self.__dict__}
         for part in ("_buffers", "_modules", "_parameters", "_non_persistent_buffers_set"):
@@ -167,11 +178,19 @@ class RowMaskedOperator(LinearPhysics):
 
     def __getitem__(self, index: Any) -> RowMaskedOperator:
         """The operator of some samples of the batch: ``op[3]``, ``op[2:5]``, ``op[tensor]``; shared parts stay shared."""
+        with suppress(TypeError):
+            index = as_index(index)
         if isinstance(index, int):
+            if not -self.batch_size <= index < self.batch_size and self.batch_size > 1:
+                raise IndexError(f"{self.name}: expected an index below {self.batch_size}, got {index}")
             index = slice(index, index + 1 if index != -1 else None)
         new = self.with_mask(self.mask if self.mask.shape[0] == 1 else self.mask[index], design=self.design)
         new._index_shared(index)
         return new
+
+    __iter__ = (
+        None  # an operator for any number of samples has no end: iterating over `__getitem__` would not stop
+    )
 
     def _index_shared(self, index: Any) -> None:
         """Index what else varies over the batch (coil maps)."""
@@ -213,8 +232,8 @@ class RowMaskedOperator(LinearPhysics):
             generator: source of randomness.
 
         Raises:
-            InputError: keep outside (0, 1].
-            IdentifiabilityError: the design cannot supervise some rows.
+            InputError: keep outside (0, 1], or masks that this design cannot have drawn.
+            IdentifiabilityError: the design has no probabilities (Poisson disc).
         """
         from ambient_sci.operators.make_design import unknown_design
 
@@ -224,8 +243,8 @@ class RowMaskedOperator(LinearPhysics):
             # Without a row held out there is no inverse probability to speak of: B = A, and nothing outside is supervised.
             zero = torch.zeros_like(self.mask)
             return Split(self, self.with_mask(zero), self.mask)
-        design = design or self.design or unknown_design(self.name, self.mask)
         mask = self.network_mask
+        design = design or self.design or unknown_design(self.name, mask)
         kept = design.thin(mask, keep, generator=generator)
         probability = design.probability(mask, kept, keep)
         held = mask * (1 - kept)

@@ -52,6 +52,7 @@ class MaskDesign(ABC):
         self.image_shape = tuple(int(n) for n in image_shape)
         self.layout: Layout = layout
         self.status = status
+        self._unsupervised: dict[float, list[int]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -107,8 +108,10 @@ class MaskDesign(ABC):
         Raises:
             IdentifiabilityError: names the units that are never supervised.
         """
-        never = self.unsupervised(keep)
-        if len(never):
+        if keep not in self._unsupervised:  # a loss asks at every step
+            self._unsupervised[keep] = self.unsupervised(keep)
+        never = self._unsupervised[keep]
+        if never:
             raise IdentifiabilityError(
                 f"mask design {self.name!r} cannot be trained on: {len(never)} of {self.num_units} {self.layout} are never measured "
                 f"outside the kept ones (P(measured | kept) = 0): {_ranges(never)}. Use a randomised design, or EM on the measurements"
@@ -133,8 +136,18 @@ class MaskDesign(ABC):
         )
 
     def thin(self, mask: Tensor, keep: float, *, generator: torch.Generator | None = None) -> Tensor:
-        """Kept rows B of the measured rows ``mask`` (n, m, H, W)."""
+        """Kept rows B of the measured rows ``mask`` (n, m, H, W).
+
+        Raises:
+            InputError: masks of another shape, or rows of one unit that were not measured together.
+        """
         units = self.to_units(mask).cpu()
+        fits = units.shape[1] == self.num_units and mask.shape[2:] == self.image_shape[1:]
+        if not fits or bool((self.to_mask(units) != mask.cpu()).any()):
+            raise InputError(
+                f"mask design {self.name!r}: expected masks (n, {self.unit_shape[0]}, {self.image_shape[1]}, {self.image_shape[2]}) "
+                f"that measure {self.layout} as one, got {tuple(mask.shape)}{' that do not' if fits else ''}"
+            )
         return self.to_mask(self.thin_units(units, keep, generator).to(mask)).to(mask)
 
     def probability(self, mask: Tensor, kept: Tensor, keep: float) -> Tensor:
@@ -187,10 +200,11 @@ def _vector(value: float | Sequence[float] | Tensor, num: int, what: str) -> Ten
 class Independent(MaskDesign):
     """Units measured independently with probability p_i; thinned independently, each kept with probability q.
 
-    P(A_i = 1 | B) = p_i (1 - q) / (1 - p_i q) for i outside B. p_i = 1 (always measured) is allowed and gives 1.
+    P(A_i = 1 | B) = p_i (1 - q) / (1 - p_i q) for i outside B. p_i = 1 (always measured) is allowed and gives 1. A mask that measures
+    nothing is drawn again; that tells something only if B is empty, where A != 0 divides by 1 - prod_j (1 - P_j).
 
     Args:
-        probability: p_i in (0, 1], one value or one per unit.
+        probability: p_i in (0, 1], one value or one per unit; 0 only for units that are never measured.
     """
 
     name = "independent"
@@ -215,6 +229,8 @@ class Independent(MaskDesign):
 
     def probability_units(self, units: Tensor, kept: Tensor, keep: float) -> Tensor:
         outside = self.p * (1 - keep) / (1 - self.p * keep)
+        something = -torch.expm1(torch.log1p(-outside).sum())  # P(A != 0 | B = 0)
+        outside = torch.where(kept.any(1, keepdim=True), outside, outside / something)
         return torch.where(kept > 0, 1.0, outside)
 
     def unsupervised(self, keep: float) -> list[int]:

@@ -58,6 +58,11 @@ class Masking(RowMaskedOperator):
     def _state(self) -> dict[str, Any]:
         return {"img_size": None if self._any_channels else self.img_size}
 
+    @property
+    def network_mask(self) -> Tensor:
+        """The mask as image channels, (1|B, m, H, W)."""
+        return self.mask.expand(-1, -1, *self.img_size[1:])
+
     # A projection onto coordinates is its own adjoint and its own normal operator: one multiplication, not two.
     def A_adjoint_A(self, x: Tensor, **kwargs: Any) -> Tensor:
         """A^H A x = mask * x."""
@@ -91,17 +96,12 @@ class Identity(Masking):
         """Always: nothing is missing (said without reading the mask, which may be on another device)."""
         return True
 
-    @property
-    def network_mask(self) -> Tensor:
-        """Ones, (1, 1, H, W)."""
-        return torch.ones(1, 1, *self.img_size[1:], dtype=self.mask.dtype, device=self.mask.device)
-
     def with_mask(self, mask: Tensor, *, design: MaskDesign | None = None) -> RowMaskedOperator:
         """A `Masking` operator: the identity with rows missing is no identity."""
         new = Masking(torch.ones_like(mask[:1]), img_size=self.img_size, design=design)
-        new._buffers["mask"] = (
-            mask  # the held-out part of a split may be empty, which the constructor refuses
-        )
+        new.noise_model = self.noise_model
+        # The held-out part of a split may be empty, which the constructor refuses.
+        new._buffers["mask"] = mask
         return new
 
     def __getitem__(self, index: Any) -> Identity:

@@ -62,14 +62,15 @@ def identifiability(
     mask = operator.network_mask
     layout = guess_layout(mask) if operator.name == "mri" else "pixels"
     plane = {"columns": mask[:, :, 0], "rows": mask[..., 0]}.get(layout, mask)
-    units = torch.unique(plane.flatten(1), dim=0).double()
+    units, counts = torch.unique(plane.flatten(1), dim=0, return_counts=True)
+    units, share = units.double(), counts.double() / counts.sum()
     frequency = plane.flatten(1).double().mean(0)
     if units.shape[1] > max_units:
         units = units[:, torch.linspace(0, units.shape[1] - 1, max_units).long()]
-    together = units.T @ units / units.shape[0]
+    together = (units.T * share) @ units
     coils = getattr(operator, "coils", 1)
     if coils > 1 and layout in ("columns", "rows"):
-        conditioning = _multi_coil_conditioning(operator, units, layout)
+        conditioning = _multi_coil_conditioning(operator, units, share, layout)
     else:
         conditioning = float(together.min() / together.max())
     found = {
@@ -85,7 +86,7 @@ def identifiability(
 
 
 def _multi_coil_conditioning(
-    operator: RowMaskedOperator, units: Tensor, layout: str, max_masks: int = 64
+    operator: RowMaskedOperator, units: Tensor, share: Tensor, layout: str, max_masks: int = 64
 ) -> float:
     """Extreme eigenvalues of G for one readout position: fully sampled readouts decouple, so lines of the image are separate problems."""
     from scipy.sparse.linalg import LinearOperator, eigsh
@@ -97,14 +98,16 @@ def _multi_coil_conditioning(
     centred = np.fft.fftshift(np.fft.fft(np.fft.ifftshift(np.eye(n), axes=0), axis=0, norm="ortho"), axes=0)
     encode = np.concatenate([centred * s for s in line])[:, inside]
     normals = []
-    for m in units[:max_masks].numpy():
+    commonest = share.argsort(descending=True)[:max_masks]
+    for m in units[commonest].numpy():
         rows = encode[np.tile(m > 0, len(line))]
         normals.append(rows.conj().T @ rows)
     p = np.stack(normals)
     size = p.shape[1] ** 2
+    weight = (share[commonest] / share[commonest].sum()).numpy()
 
     def apply(v: np.ndarray) -> np.ndarray:
-        return (p @ v.reshape(p.shape[1], -1) @ p).mean(0).ravel()
+        return np.tensordot(weight, p @ v.reshape(p.shape[1], -1) @ p, 1).ravel()
 
     start = np.random.default_rng(0).standard_normal(size).astype(complex)
     g = LinearOperator((size, size), matvec=apply, dtype=complex)

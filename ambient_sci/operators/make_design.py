@@ -61,8 +61,6 @@ def guess_layout(mask: Tensor) -> Layout:
 
 def unknown_design(operator_name: str, mask: Tensor) -> Unknown:
     """The design of a mask of unknown origin. Only k-space masks are looked at for lines: images have none."""
-    if mask.ndim == 5:
-        mask = mask[:, :, 0]
     layout = guess_layout(mask)
     if operator_name != "mri" and layout in ("columns", "rows"):
         layout = "pixels"
@@ -140,6 +138,8 @@ def make_design(
         return RandomBox(image_shape, "pixels", box or (max(height // 4, 1), max(width // 4, 1)))
     if acceleration is None or not acceleration > 1:
         raise InputError(f"mask design {name!r}: expected an acceleration above 1, got {acceleration}")
+    if axis not in ("columns", "rows"):
+        raise InputError(f"mask design {name!r}: expected axis columns or rows, got {axis!r}")
     lines = width if axis == "columns" else height
     if name == "poisson":
         side = acs if acs is not None else max(round(0.08 * lines), 4)
@@ -176,5 +176,7 @@ def design_from_dict(description: dict[str, Any]) -> MaskDesign:
         )
     try:
         return kind(**rest)
-    except TypeError as error:
-        raise InputError(f"mask design {description['name']!r}: {error}") from None
+    except InputError:
+        raise
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise InputError(f"mask design {description['name']!r}: {str(error).splitlines()[0]}") from None

@@ -47,19 +47,18 @@ def to_channels(z: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def _fold(height: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Image-side factor u[j] and k-space-side factor w u[k], (H, W); real for even sizes, complex otherwise."""
-    image, kspace = torch.ones((), dtype=torch.complex128), torch.ones((), dtype=torch.complex128)
-    for n, shape in ((height, (-1, 1)), (width, (1, -1))):
-        c = n // 2
-        j = torch.arange(n, dtype=torch.float64)
-        u = torch.exp(2j * math.pi * torch.remainder(c * j, n) / n).reshape(shape)
-        image = image * u
-        kspace = (
-            kspace * u * torch.exp(torch.tensor(-2j * math.pi * ((c * c) % n) / n, dtype=torch.complex128))
-        )
-    if height % 2 == 0 and width % 2 == 0:
-        real = torch.float64 if dtype == torch.complex128 else torch.float32
-        return image.real.round().to(device, real), kspace.real.round().to(device, real)
-    return image.to(device, dtype), kspace.to(device, dtype)
+    # The cache outlives its caller: tensors first made under inference_mode could never enter a graph later.
+    with torch.inference_mode(False):
+        image, kspace = torch.ones((), dtype=torch.complex128), torch.ones((), dtype=torch.complex128)
+        for n, shape in ((height, (-1, 1)), (width, (1, -1))):
+            c = n // 2
+            u = torch.exp(2j * math.pi * torch.remainder(c * torch.arange(n).double(), n) / n).reshape(shape)
+            w = torch.exp(torch.tensor(-2j * math.pi * ((c * c) % n) / n, dtype=torch.complex128))
+            image, kspace = image * u, kspace * u * w
+        if height % 2 == 0 and width % 2 == 0:
+            real = torch.float64 if dtype == torch.complex128 else torch.float32
+            return image.real.round().to(device, real), kspace.real.round().to(device, real)
+        return image.to(device, dtype), kspace.to(device, dtype)
 
 
 class MRI(RowMaskedOperator):
@@ -77,6 +76,7 @@ class MRI(RowMaskedOperator):
     """
 
     name = "mri"
+    _maps: Tensor | None
 
     def __init__(
         self,

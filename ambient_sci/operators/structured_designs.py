@@ -40,11 +40,14 @@ class Enumerated(MaskDesign):
                 f"mask design: expected masks (K, {self.num_units}), got {tuple(self.masks.shape)}"
             )
         p = torch.ones(len(self.masks)) if probabilities is None else torch.as_tensor(probabilities)
+        p = p.double()
         if p.shape != (len(self.masks),) or not bool((p > 0).all()):
             raise InputError(
                 f"mask design: expected {len(self.masks)} positive probabilities, got {tuple(p.shape)}"
             )
-        self.probabilities = (p / p.sum()).double()
+        if not bool(self.masks.any(1).all()):
+            raise InputError("mask design: expected masks that measure something, got an empty one")
+        self.probabilities = p / p.sum()
 
     @classmethod
     def equispaced(
@@ -74,8 +77,9 @@ class Enumerated(MaskDesign):
         contains = (kept[:, None] <= self.masks).all(2)
         # q^|B| is common to all masks, so only the number of units that would have been dropped matters.
         dropped = self.masks.sum(1) - kept.sum(1, keepdim=True)
-        weight = torch.where(contains, self.probabilities * (1 - keep) ** dropped, 0.0)
-        weight = weight / weight.sum(1, keepdim=True)
+        # Logarithms: with hundreds of units the powers underflow.
+        log_weight = self.probabilities.log() + torch.xlogy(dropped, 1 - keep)
+        weight = torch.where(contains, log_weight, -torch.inf).softmax(1)
         return torch.where(kept > 0, 1.0, weight @ self.masks)
 
     def unsupervised(self, keep: float) -> list[int]:
@@ -98,7 +102,8 @@ class RandomBox(MaskDesign):
     Independent thinning would give the place of the box away: pixels inside it would have probability 0.
 
     Args:
-        box: (h, w), at most half the image in one direction, so that two disjoint boxes fit wherever the first one is.
+        box: (h, w). At most a third of the image in one direction a second, disjoint box fits wherever the first one is; for
+            larger boxes some places leave no room, and training is refused.
     """
 
     name = "random-box"
@@ -152,6 +157,8 @@ class RandomBox(MaskDesign):
     def thin_units(self, units: Tensor, keep: float, generator: torch.Generator | None) -> Tensor:
         """``keep`` only says whether anything is held out: the second box has the size of the first, or it would be told apart."""
         free = self._disjoint(self._place(units))
+        if not bool(free.any(1).all()):
+            self.check_trainable(keep)
         second = torch.multinomial(free.double(), 1, generator=generator)[:, 0]
         return units * (1 - self._missing(second)).to(units)
 

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from ambient_sci.errors import InputError
-from ambient_sci.noise import expand
+from ambient_sci.noise import draw_noise, expand
 from ambient_sci.operators.base import RowMaskedOperator
-from ambient_sci.priors.base import Prior
+from ambient_sci.priors.base import Prior, require_mask_conditional
 
 
 def operator_matrix(
     operator: RowMaskedOperator, shape: tuple[int, ...], dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """A as matrices (B, rows, columns) of a small linear operator, rows outside the mask zero; for tests and analytic priors."""
-    size, batch = math.prod(shape), operator.mask.shape[0]
+    size, batch = math.prod(shape), operator.batch_size
     basis = torch.eye(size, dtype=dtype, device=operator.mask.device).reshape(size, *shape)
     columns = [operator.A(e.expand(batch, *shape)).flatten(1) for e in basis]
     return torch.stack(columns, 2).to(dtype)
@@ -68,8 +68,10 @@ class GaussianPrior(Prior):
 
     def forward(self, x: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """mu + Sigma (Sigma + sigma^2 I)^-1 (x - mu), by the eigendecomposition of Sigma."""
+        if mask is not None:
+            require_mask_conditional(self, "a mask")
         flat = (x - self.mean).flatten(1)
-        variance = expand(sigma, flat) ** 2
+        variance = expand(sigma, x).flatten(1) ** 2
         gain = self.values / (self.values + variance)
         gain = torch.where(
             self.values + variance > 0, gain, torch.ones_like(gain)
@@ -78,7 +80,7 @@ class GaussianPrior(Prior):
 
     def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         """``num`` draws, (num, *shape)."""
-        z = torch.randn(num, len(self.values), generator=generator, dtype=self.mean.dtype)
+        z = draw_noise(self.values.expand(num, -1), generator)
         return self.mean + (z * self.values.sqrt() @ self.vectors.T).reshape(num, *self.shape)
 
     def posterior(
@@ -138,22 +140,24 @@ class GaussianMixturePrior(Prior):
     def responsibilities(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         """Posterior probabilities of the components, (B, K)."""
         flat, means = x.flatten(1), self.means.flatten(1)
-        variance = self.std**2 + expand(sigma, flat) ** 2
+        variance = self.std**2 + expand(sigma, x).flatten(1) ** 2
         distance = torch.cdist(flat, means, compute_mode="donot_use_mm_for_euclid_dist").square()
         log = self.weights.log() - distance / (2 * variance) - flat.shape[1] / 2 * variance.log()
         return log.softmax(1)
 
     def forward(self, x: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Responsibility-weighted mean of the components' posterior means."""
+        if mask is not None:
+            require_mask_conditional(self, "a mask")
         flat, means = x.flatten(1), self.means.flatten(1)
-        gain = self.std**2 / (self.std**2 + expand(sigma, flat) ** 2)
+        gain = self.std**2 / (self.std**2 + expand(sigma, x).flatten(1) ** 2)
         r = self.responsibilities(x, sigma)
         return ((r * (1 - gain)) @ means + (r * gain).sum(1, keepdim=True) * flat).reshape(x.shape)
 
     def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         """``num`` draws, (num, *shape)."""
         index = torch.multinomial(self.weights, num, replacement=True, generator=generator)
-        z = torch.randn(num, *self.shape, generator=generator, dtype=self.means.dtype)
+        z = draw_noise(self.means[:1].expand(num, *self.shape), generator)
         return self.means[index] + self.std[index].reshape(-1, *([1] * len(self.shape))) * z
 
     def posterior(
@@ -180,34 +184,56 @@ class GaussianMixturePrior(Prior):
 
 
 class ConditionalMean(Prior):
-    """The exact mask-conditional h(A_B^H y~, sigma, B) = E[x_0 | y~, B] of an analytic prior, for a square isometric T.
+    r"""The exact mask-conditional h(A_B^H y~, sigma, B) = E[x_0 | y~, B] of an analytic prior, for any transform T.
 
-    What a mask-conditional network converges to. With T^H T = T T^H = I, A_B^H y~ determines y~_B = T (A_B^H y~), so the exact
-    conditional mean is a function of what the network sees.
+    What a mask-conditional network converges to. With the maps of the coils known, z = A_B^H y~ is sufficient for x_0. It is
+    G x_0 + noise of covariance sigma^2 G, G = A_B^H A_B, and so for each Gaussian N(mu, Sigma)
+
+        E[x_0 | z] = mu + Sigma (G Sigma + sigma^2 I)^-1 (z - G mu),
+
+    a mixture weighting these by the evidence of its components. No square T is needed, and nothing is inverted that could be singular.
 
     Args:
         prior: Gaussian or mixture.
-        operator: any operator over the transform in question; its own mask does not matter.
+        operator: any operator over the transform in question, with the coil maps of one scan or of each sample; its own mask does
+            not matter.
     """
 
     conditioning = "mask-conditional"
 
     def __init__(self, prior: GaussianPrior | GaussianMixturePrior, operator: RowMaskedOperator) -> None:
         super().__init__()
-        if not operator.square:
-            raise InputError("exact conditional mean: expected an operator with a square isometric transform")
         self.prior, self.operator = prior, operator
         self.shape, self.data_std = prior.shape, prior.data_std
 
     def forward(self, x: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """E[x_0 | y~, B] with y~ = T x on the rows ``mask``."""
+        """E[x_0 | y~, B] from x = A_B^H y~ and the rows ``mask`` (1|B, m, H, W); without a mask B is complete."""
         if mask is None:
-            return self.prior(x, sigma)
-        if torch.as_tensor(sigma).ndim == 0:
-            sigma = torch.full((x.shape[0],), float(sigma), dtype=x.dtype)
+            mask = torch.ones_like(self.operator.network_mask[:1])
         kept = self.operator.with_mask(self.operator._rows_from_network_mask(mask.to(x.dtype)))
-        y = self.operator.transform(x) * kept.mask
+        a = operator_matrix(kept, self.shape, x.dtype)
+        normal, z = a.mT @ a, x.flatten(1)
+        variance = expand(sigma, z)[..., None] ** 2
         if isinstance(self.prior, GaussianPrior):
-            return self.prior.posterior(kept, y, sigma)[0]
-        weights, means, _ = self.prior.posterior(kept, y, sigma)
-        return torch.einsum("bk,bkn->bn", weights, means).reshape(x.shape)
+            return self._component(z, normal, variance, self.prior.mean, self.prior.cov)[0].reshape(x.shape)
+        identity = torch.eye(z.shape[1], dtype=x.dtype, device=x.device)
+        parts = [
+            self._component(z, normal, variance, mean, std**2 * identity)
+            for mean, std in zip(self.prior.means, self.prior.std, strict=True)
+        ]
+        weights = (self.prior.weights.log() + torch.stack([e for _, e in parts], 1)).softmax(1)
+        return torch.einsum("bk,bkn->bn", weights, torch.stack([m for m, _ in parts], 1)).reshape(x.shape)
+
+    @staticmethod
+    def _component(
+        z: Tensor, normal: Tensor, variance: Tensor, mean: Tensor, cov: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Posterior mean (B, n) and log-evidence (B,) of one Gaussian, up to a constant that all components share."""
+        mean = mean.flatten()
+        image = normal @ mean
+        system = normal @ cov + variance * torch.eye(len(mean), dtype=z.dtype, device=z.device)
+        shift = torch.linalg.solve(system, (z - image)[..., None])[..., 0] @ cov
+        # Woodbury: |y - A mu|^2 in the metric of the evidence needs y through z alone.
+        fit = (mean * (2 * z - image)).sum(1) + ((z - image) * shift).sum(1)
+        evidence = fit / (2 * variance.flatten()) - torch.linalg.slogdet(system / variance)[1] / 2
+        return mean + shift, evidence

@@ -42,13 +42,14 @@ class Prior(Denoiser):
         raise TypeError(f"{type(self).__name__} does not say how it denoises")
 
     def loss_weight(self, sigma: Tensor, fraction: float | Tensor = 1.0) -> Tensor:
-        r"""lambda(sigma) = 1 / (d^2 (1 - f d^2 / (d^2 + sigma^2))), the inverse of the error a best linear denoiser leaves per entry.
+        r"""lambda(sigma) = (d^2 + sigma^2) / (d^2 (sigma^2 + (1 - f) d^2)), the inverse of the error a best linear denoiser leaves per entry.
 
         For complete data (f = 1) it is the EDM weight 1/sigma^2 + 1/d^2; with a fraction f of the rows kept, the missing rest
         leaves an error of (1 - f) d^2 that no sigma makes small.
         """
-        skip = self.data_std**2 / (self.data_std**2 + sigma**2)
-        return 1 / (self.data_std**2 * (1 - fraction * skip))
+        # Not as 1 - f d^2 / (d^2 + sigma^2): in float32 that cancels to zero long before sigma does.
+        variance = self.data_std**2
+        return (variance + sigma**2) / (variance * (sigma**2 + (1 - fraction) * variance))
 
     def save(self, path: str | Path) -> None:
         """Write to a folder (prior.json and weights.safetensors), whole or not at all; `load_prior` reads it back."""

@@ -1,7 +1,8 @@
 r"""The learned prior: a network in EDM preconditioning.
 
     D(x, sigma) = c_skip x + c_out F(c_in x, sigma)
-    c_skip = d^2 / (d^2 + sigma^2),     c_in = 1 / sqrt(f (d^2 + sigma^2)),     c_out = d sqrt(1 - f c_skip)
+    c_skip = d^2 / (d^2 + sigma^2),     c_in = 1 / sqrt(f (d^2 + sigma^2)),
+    c_out = d sqrt(1 - f c_skip) = d sqrt((sigma^2 + (1 - f) d^2) / (sigma^2 + d^2))
 
 with d the standard deviation of the clean data and f the fraction of rows kept. For f = 1 this is Karras et al. (2022). For a
 mask-conditional prior the input A_B^H y~ is zero on missing rows, where its power scales with f and the best linear estimate
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ambient_sci.errors import InputError
+from ambient_sci.errors import ConditioningError, InputError
 from ambient_sci.noise import expand
 from ambient_sci.priors.base import Prior, match_dtype, require_mask_conditional
 from ambient_sci.priors.config import NetworkConfig, PriorConfig
@@ -160,15 +161,17 @@ class NetworkPrior(Prior):
             inputs = z * scale
         else:
             mask = self._expanded_mask(mask, z)
-            fraction = (
-                mask.flatten(1).mean(1).clamp(min=1e-3).reshape(level.shape[:0] + (-1,) + (1,) * (z.ndim - 1))
-            )
-            out = self.data_std * (1 - fraction * skip).sqrt()
+            fraction = expand(mask.flatten(1).mean(1).clamp(min=1e-3), z)
+            out = self.data_std * ((level**2 + (1 - fraction) * self.data_std**2) / variance).sqrt()
             inputs = torch.cat([z * (fraction * variance).rsqrt(), mask], 1)
         levels = level.flatten().expand(z.shape[0]).clamp(min=1e-6)
         return (skip * z + out * self.network(inputs, levels).to(z.dtype)).to(x.dtype)
 
     def _expanded_mask(self, mask: Tensor | None, x: Tensor) -> Tensor:
         if mask is None:
-            raise InputError("mask-conditional prior: expected the mask of kept rows, got none")
+            raise ConditioningError("mask-conditional prior: expected the mask of kept rows, got none")
+        if mask.ndim != x.ndim or mask.shape[1] != self.config.mask_channels:
+            raise InputError(
+                f"mask-conditional prior: expected a mask (1 or B, {self.config.mask_channels}, H, W), got {tuple(mask.shape)}"
+            )
         return mask.to(x).expand(x.shape[0], -1, *x.shape[2:])

@@ -19,6 +19,7 @@ from ambient_sci.priors.network import NetworkPrior
 from ambient_sci.priors.wrappers import StagedPrior
 
 FORMAT = 1
+FILES = {"prior.json", "weights.safetensors"}
 
 
 def _describe(prior: Prior) -> dict[str, Any]:
@@ -44,9 +45,9 @@ def _build(description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Pri
     values = dict(description)
     kind = values.pop("kind", None)
     if kind == "gaussian":
-        return GaussianPrior(tensors["mean"], tensors["cov"])
+        return _filled(GaussianPrior(tensors["mean"], tensors["cov"]), tensors)
     if kind == "mixture":
-        return GaussianMixturePrior(tensors["means"], tensors["std"], tensors["weights"])
+        return _filled(GaussianMixturePrior(tensors["means"], tensors["std"], tensors["weights"]), tensors)
     if kind == "staged":
         parts = {
             name: _build(
@@ -57,19 +58,35 @@ def _build(description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Pri
         }
         return StagedPrior(parts["anchor"], parts["below"], values["sigma_n"])
     if kind == "network":
-        prior = NetworkPrior.from_config(PriorConfig.from_dict(values))
-        prior.load_state_dict(tensors, strict=True)
-        return prior
+        return _filled(NetworkPrior.from_config(PriorConfig.from_dict(values)), tensors)
     raise InputError(f"prior: expected kind network, staged, gaussian or mixture, got {kind!r}")
 
 
+def _filled(prior: Prior, tensors: dict[str, torch.Tensor]) -> Prior:
+    """``prior`` with exactly these tensors, in their own type: bit for bit what was saved."""
+    prior.load_state_dict(tensors, strict=True, assign=True)
+    return prior
+
+
 def save_prior(prior: Prior, path: str | Path) -> None:
-    """Write ``prior`` to the folder ``path``. It is replaced in one step once the new one is complete on disk."""
+    """Write ``prior`` to the folder ``path``. A prior there is replaced in one step once the new one is complete on disk.
+
+    Raises:
+        InputError: ``path`` is a file, or a folder that holds anything but a prior (it would be lost).
+    """
     from safetensors.torch import save_file
 
     path = Path(path)
+    if path.exists() and not (
+        path.is_dir() and {p.name for p in path.iterdir() if p.name[0] != "."} <= FILES
+    ):
+        raise InputError(f"{path}: expected a new folder or one with a prior to replace, got something else")
     description = {"format": FORMAT, **_describe(prior)}
-    tensors = {k: v.detach().cpu().contiguous() for k, v in prior.state_dict().items()}
+    # Copies: safetensors refuses tensors that share memory, as the two halves of a staged prior may.
+    tensors = {
+        k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for k, v in prior.state_dict().items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -114,15 +131,10 @@ def load_prior(path: str | Path, device: str | torch.device = "cpu") -> Prior:
             raise InputError(f"{path / 'prior.json'}: expected a prior of format {FORMAT}")
         tensors = load_file(str(path / "weights.safetensors"))
         prior = _build(description, tensors)
-    except (
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        SafetensorError,
-        OSError,
-        KeyError,
-        RuntimeError,
-    ) as error:
+    except InputError:
+        raise
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(
-            f"{path}: expected a readable prior, got {type(error).__name__}: {str(error).splitlines()[0]}"
+            f"{path}: expected a readable prior, got {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         ) from None
     return prior.to(device).eval()

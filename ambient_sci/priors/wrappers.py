@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ambient_sci.errors import InputError
 from ambient_sci.noise import Prediction, expand, sample_from_prediction, ve_to_vp
-from ambient_sci.priors.base import Prior
+from ambient_sci.priors.base import Prior, match_dtype, require_mask_conditional
 
 
 class DeepinvPrior(Prior):
@@ -35,8 +36,11 @@ class DeepinvPrior(Prior):
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def forward(self, x: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """denoiser(x, sigma)."""
-        return self.denoiser(x, expand(sigma, x).flatten().expand(x.shape[0]))
+        """denoiser(x, sigma), computed in the type of the denoiser's parameters."""
+        if mask is not None:
+            require_mask_conditional(self, "a mask")
+        z = match_dtype(self.denoiser, x)
+        return self.denoiser(z, expand(sigma, z).flatten().expand(z.shape[0])).to(x.dtype)
 
 
 class VPPrior(Prior):
@@ -68,11 +72,13 @@ class VPPrior(Prior):
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def forward(self, x: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """x_0 at the equivalent VP state."""
-        levels = expand(sigma, x).flatten().expand(x.shape[0])
-        state, scale = ve_to_vp(x, levels)
+        """x_0 at the equivalent VP state, computed in the type of the network's parameters."""
+        if mask is not None:
+            require_mask_conditional(self, "a mask")
+        z = match_dtype(self, x)
+        state, scale = ve_to_vp(z, expand(sigma, z).flatten().expand(z.shape[0]))
         t = scale if self.time is None else self.time(scale)
-        return sample_from_prediction(self.network(state, t), state, scale, self.prediction)
+        return sample_from_prediction(self.network(state, t), state, scale, self.prediction).to(x.dtype)
 
 
 class StagedPrior(Prior):
@@ -84,10 +90,19 @@ class StagedPrior(Prior):
         anchor: prior for sigma >= sigma_n.
         below: prior for sigma < sigma_n.
         sigma_n: the noise level of the data.
+
+    Raises:
+        InputError: priors of different shapes or conditioning.
     """
 
     def __init__(self, anchor: Prior, below: Prior, sigma_n: float) -> None:
         super().__init__()
+        for what in ("shape", "conditioning"):
+            if getattr(anchor, what) != getattr(below, what):
+                raise InputError(
+                    f"staged prior: expected two priors of one {what}, got {getattr(anchor, what)} and {getattr(below, what)}"
+                )
+        self.conditioning = anchor.conditioning
         self.anchor, self.below, self.sigma_n = anchor, below, float(sigma_n)
         self.shape, self.data_std = anchor.shape, anchor.data_std
         self.sigma_min, self.sigma_max = 0.0, anchor.sigma_max
@@ -97,10 +112,11 @@ class StagedPrior(Prior):
         levels = expand(sigma, x).flatten().expand(x.shape[0])
         high = levels >= self.sigma_n * (1 - 1e-6)
         if bool(high.all()):
-            return self.anchor(x, levels)
+            return self.anchor(x, levels, mask)
         if not bool(high.any()):
-            return self.below(x, levels)
+            return self.below(x, levels, mask)
         out = torch.empty_like(x)
-        out[high] = self.anchor(x[high], levels[high])
-        out[~high] = self.below(x[~high], levels[~high])
+        for prior, part in ((self.anchor, high), (self.below, ~high)):
+            seen = mask if mask is None or mask.shape[0] == 1 else mask[part]
+            out[part] = prior(x[part], levels[part], seen)
         return out
