@@ -1,0 +1,142 @@
+"""The command line: ``ambient-sci COMMAND …``. Argument parsing and calls, nothing else.
+
+Exit status: 0; 2 with one line on standard error for input that is not what was expected; 130 and 143 where SIGINT or SIGTERM
+ended it. Results go to standard output, progress and errors to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shlex
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Union
+
+from ambient_sci import __version__
+from ambient_sci.errors import InputError
+
+PROG = "ambient-sci"
+DESCRIPTION = "Diffusion priors from noisy and incomplete measurements, and posterior samples with error bars that hold."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        print(f"{PROG} {__version__}")
+        return 0
+    from ambient_sci.commands.common import check_common
+    from ambient_sci.training.errors import TrainingInterrupted
+
+    try:
+        with _termination_unwinds(), _warnings_in_one_line():
+            command = parse(arguments)
+            check_common(command)
+            command.run()
+    except InputError as error:
+        return _fail(f"error: {error}", 2)
+    except TrainingInterrupted as error:
+        again = [a for a in arguments if a not in ("--resume", "--overwrite")]
+        return _fail(f"{error}: {shlex.join([PROG, *again, '--resume'])}", error.exit_status)
+    except _Terminated:
+        return _fail("terminated; no unfinished output was left", 128 + signal.SIGTERM)
+    except KeyboardInterrupt:
+        return _fail("interrupted; no unfinished output was left", 128 + signal.SIGINT)
+    except OSError as error:
+        return _fail(f"error: {error}", 2)
+    return 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"{PROG}: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """The command with its options, an instance of one of ``COMMANDS``.
+
+    Raises:
+        InputError: no such command or option, or a value that is not of its kind.
+        SystemExit: status 0, after ``--help``.
+    """
+    from ambient_sci.commands import COMMANDS
+
+    name = arguments[0] if arguments else None
+    if name in COMMANDS:
+        return _parse(COMMANDS[name], f"{PROG} {name}", None, arguments[1:])
+    if name is not None and not name.startswith("-"):
+        raise InputError(f"expected a command, one of {', '.join(COMMANDS)}; got {name!r}")
+    return _parse(_any_of(COMMANDS), PROG, f"{DESCRIPTION} Version {__version__}.", arguments)
+
+
+def _any_of(commands: dict[str, type]) -> Any:
+    """All commands, each with the first line of its docstring, for the overview."""
+    from tyro.conf import subcommand
+
+    lines = {name: (kind.__doc__ or "").partition("\n")[0] for name, kind in commands.items()}
+    choices = tuple(
+        Annotated[kind, subcommand(name, description=lines[name])] for name, kind in commands.items()
+    )
+    return Union[choices]  # noqa: UP007  (a tuple of types cannot be written with |)
+
+
+def _parse(kind: Any, prog: str, description: str | None, arguments: Sequence[str]) -> Any:
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, prog=prog, description=description, args=list(arguments))
+    except SystemExit as exit:
+        if exit.code in (0, None):
+            raise
+        raise InputError(_first_paragraph(said.getvalue())) from None
+
+
+def _first_paragraph(box: str) -> str:
+    """What is wrong, in one line, out of the box that tyro draws around it, its hints and the options' help."""
+    lines = [line.strip("╭╮╰╯│").rstrip(" ─") for line in box.splitlines()]
+    title, *rest = [line for line in lines[:1] if line] + lines[1:] or ["unusable arguments"]
+    end = next((k for k, line in enumerate(rest) if not line), len(rest))
+    title = title.strip(" ─")
+    body = " ".join(line.strip() for line in rest[:end] if not line.startswith(" " * 8))
+    return body if body.startswith(title) else f"{title}: {body}"
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as something that unwinds the stack, so that temporary files are removed."""
+
+
+@contextlib.contextmanager
+def _termination_unwinds() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def unwind(signum: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Our own warnings as one line each; those of libraries below only where -W or PYTHONWARNINGS asks for them."""
+    ours = str(Path(__file__).parent)
+
+    def show(message: Any, category: Any, filename: str, *_: Any, **__: Any) -> None:
+        if filename.startswith(ours) or sys.warnoptions:
+            print(f"{PROG}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

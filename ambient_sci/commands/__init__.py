@@ -1,0 +1,17 @@
+"""The commands of the command line: one dataclass each, whose fields are its options and whose ``run`` calls the rooms."""
+
+from __future__ import annotations
+
+from ambient_sci.commands.data import Import, Inspect, Simulate
+from ambient_sci.commands.model import Generate, Reconstruct, Train
+from ambient_sci.commands.results import Quickstart
+
+COMMANDS = {
+    "simulate": Simulate,
+    "import": Import,
+    "inspect": Inspect,
+    "train": Train,
+    "generate": Generate,
+    "reconstruct": Reconstruct,
+    "quickstart": Quickstart,
+}

@@ -1,0 +1,125 @@
+"""What the commands share: options with one meaning everywhere, and checks of what rooms below take for granted.
+
+Free of torch: ``--help`` must answer at once, so machinery is imported where a command runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from ambient_sci.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+Device = Literal["auto", "cpu", "cuda"]
+
+#: Positional arguments and options as a reader of ``--help`` sees them.
+MeasurementsArgument = Annotated[
+    Path, Positional, arg(metavar="M.h5", help="Measurement file (made by simulate or import).")
+]
+RunArgument = Annotated[
+    Path,
+    Positional,
+    arg(metavar="RUN", help="Run folder (made by train), or the folder of a saved prior."),
+]
+SeedOption = Annotated[
+    int, arg(metavar="N", help="Seed of all randomness, an integer >= 0: the same seed, the same output.")
+]
+DeviceOption = Annotated[
+    Device, arg(help="Where to compute; auto is CUDA where there is one and else the CPU.")
+]
+#: Every command takes --seed and --device, so that a script can give all of them the same; these say so where there is little to do.
+UnusedSeedOption = Annotated[
+    int, arg(metavar="N", help="An integer >= 0, as every command takes one; nothing is random here.")
+]
+CpuDeviceOption = Annotated[
+    Device, arg(help="As every command takes one; this one has no network to run and computes on the CPU.")
+]
+OverwriteOption = Annotated[bool, FlagCreatePairsOff, arg(help="Replace outputs that exist.")]
+StepsOption = Annotated[
+    int, arg(metavar="K", help="Noise levels of the sampler, >= 2; more is finer and slower.")
+]
+SigmaMinOption = Annotated[
+    float | None,
+    arg(
+        metavar="SIGMA",
+        help="Noise level at which sampling stops, > 0, per real channel, in the units of the data.",
+        help_behavior_hint="(default: the lowest level the prior has learned)",
+    ),
+]
+
+
+def require(good: bool, option: str, expected: str, got: Any) -> None:
+    """InputError that names the option unless ``good``."""
+    if not good:
+        raise InputError(f"{option}: expected {expected}, got {got}")
+
+
+def check_common(command: Any) -> None:
+    """The options that every command has: a seed that every generator takes, a device that is there."""
+    seed = getattr(command, "seed", None)
+    require(seed is None or 0 <= seed < 2**63, "--seed", "an integer from 0 to 2^63 - 1", seed)
+    if getattr(command, "device", None) == "cuda":
+        find_device("cuda")
+
+
+def find_device(name: Device) -> torch.device:
+    """The device for "auto", "cpu" or "cuda".
+
+    Raises:
+        InputError: CUDA is asked for and not there.
+    """
+    import torch
+
+    there = torch.cuda.is_available()
+    require(
+        there or name != "cuda", "--device", "a machine with CUDA for cuda", "one without; use auto or cpu"
+    )
+    return torch.device("cuda" if there and name != "cpu" else "cpu")
+
+
+def generator(seed: int) -> torch.Generator:
+    """A generator on the CPU, so that a seed means the same on every device."""
+    import torch
+
+    return torch.Generator().manual_seed(seed)
+
+
+def check_outputs(*paths: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
+    """Refuse before any work what would be refused after it: outputs that exist, that are folders, or that are inputs.
+
+    Raises:
+        InputError: any of these.
+    """
+    for path in paths:
+        require(not path.is_dir(), f"{path}", "a file name for the output", "a folder")
+        require(
+            all(path.resolve() != i.resolve() for i in inputs),
+            f"{path}",
+            "an output other than the input",
+            "the same file",
+        )
+        if path.exists() and not overwrite:
+            raise InputError(f"{path}: expected a new file, got one that exists; --overwrite replaces it")
+        above = next(p for p in path.absolute().parents if p.exists())
+        require(above.is_dir(), f"{path}", "a folder to write to", f"the file {above}")
+
+
+@contextlib.contextmanager
+def folder_of(path: Path) -> Iterator[None]:
+    """The folder that ``path`` goes to, made where it is missing, and unmade if what is to fill it fails."""
+    made = [folder for folder in path.absolute().parents if not folder.exists()]
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
