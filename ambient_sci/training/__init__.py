@@ -6,6 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _NAMES = {
+    "ConsistencyConfig": "stage_configs",
+    "EMConfig": "stage_configs",
+    "ConsistencyStage": "consistency",
+    "JointStage": "consistency",
+    "fit_em": "em",
+    "em_report": "em",
     "LevelConfig": "config",
     "LossConfig": "config",
     "TrainConfig": "config",
@@ -23,6 +29,10 @@ _NAMES = {
 
 __all__ = [
     "AmbientStage",
+    "ConsistencyConfig",
+    "ConsistencyStage",
+    "EMConfig",
+    "JointStage",
     "LevelConfig",
     "LossConfig",
     "Reporter",
@@ -31,7 +41,9 @@ __all__ = [
     "TrainConfig",
     "TrainingDiverged",
     "TrainingInterrupted",
+    "em_report",
     "fit",
+    "fit_em",
     "make_accelerator",
     "open_source",
     "run_stage",
@@ -39,11 +51,14 @@ __all__ = [
 
 if TYPE_CHECKING:
     from ambient_sci.training.config import LevelConfig, LossConfig, TrainConfig
+    from ambient_sci.training.consistency import ConsistencyStage, JointStage
+    from ambient_sci.training.em import em_report, fit_em
     from ambient_sci.training.errors import TrainingDiverged, TrainingInterrupted
     from ambient_sci.training.loop import Stage, run_stage
     from ambient_sci.training.report import Reporter
     from ambient_sci.training.run_folder import RunFolder
     from ambient_sci.training.source import open_source
+    from ambient_sci.training.stage_configs import ConsistencyConfig, EMConfig
     from ambient_sci.training.stages import AmbientStage
     from ambient_sci.training.trainer import fit, make_accelerator
 

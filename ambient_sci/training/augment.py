@@ -8,9 +8,12 @@ holds for reflections (P permutes pixels), for transposition, and for a global p
 does not change under it). For MRI a reflection is taken about the centre of the transform, index j -> (2c - j) mod n with
 c = n // 2: then image, coil maps, mask and k-space are all reflected by the same permutation, exactly and for every n.
 
+A gain x -> a x is exact as well, if the noise level moves along: a y has noise a sigma_y, and every loss takes sigma_y per sample. It
+makes a prior that does not depend on how bright the training scans happened to be.
+
 The weights of held-out rows depend on the design of the mask, so a reflection is allowed only if the design is invariant
-under it: lines along the reflected axis, or probabilities that are themselves symmetric. Rotations by other angles and scalings interpolate,
-which colours the noise; they do not exist here.
+under it: lines along the reflected axis, or probabilities that are themselves symmetric. Rotations by other angles and changes of size
+interpolate, which colours the noise; they do not exist here.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from ambient_sci.operators import (
 )
 
 _AXES = {"flip-vertical": -2, "flip-horizontal": -1}
+LOWEST_GAIN = 0.5
 
 
 def reflect(t: Tensor, axis: int, about_centre: bool) -> Tensor:
@@ -46,6 +50,8 @@ def check_augmentations(
 ) -> None:
     """Raise InputError unless every augmentation is exact for these data; ``design`` is None for complete data."""
     for name in names:
+        if name == "gain":
+            continue  # exact for every linear operator
         if name == "phase":
             if image_shape[0] != 2:
                 raise InputError(
@@ -83,25 +89,37 @@ def _invariant(design: MaskDesign, axis: int, about_centre: bool) -> bool:
 
 
 def augment(
-    operator: RowMaskedOperator, y: Tensor, names: Sequence[str], generator: torch.Generator
-) -> tuple[RowMaskedOperator, Tensor]:
-    """Draw each symmetry of ``names`` and apply it: reflections and transposition for the batch, phases per sample.
+    operator: RowMaskedOperator,
+    y: Tensor,
+    names: Sequence[str],
+    generator: torch.Generator,
+    sigma_y: Tensor | None = None,
+) -> tuple[RowMaskedOperator, Tensor, Tensor | None]:
+    """Draw each symmetry of ``names`` and apply it: reflections and transposition for the batch, phases and gains per sample.
 
     Args:
         operator: Identity, Masking or MRI.
         y: measurements (B, ...).
         names: checked by `check_augmentations`.
         generator: on the CPU.
+        sigma_y: noise levels (B,), which a gain scales with the data; it is at most 1, so levels chosen above sigma_y stay above.
+
+    Returns:
+        operator, measurements and noise levels.
     """
     for name in names:
         if name == "phase":
             y = rotate_phase(y, 2 * math.pi * torch.rand(len(y), generator=generator))
+        elif name == "gain":
+            gain = (LOWEST_GAIN ** torch.rand(len(y), generator=generator)).to(y)
+            y = y * gain.reshape(-1, *([1] * (y.ndim - 1)))
+            sigma_y = None if sigma_y is None else sigma_y * gain
         elif bool(torch.rand((), generator=generator) < 0.5):
             if name == "transpose":
                 y = y.transpose(-1, -2)
             else:
                 operator, y = flip(operator, y, _AXES[name])
-    return operator, y.contiguous() if names else y
+    return operator, y.contiguous() if names else y, sigma_y
 
 
 def rotate_phase(y: Tensor, angle: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-r"""What a training run is told, as plain dataclasses. Free of torch; JSON and YAML round trip.
+r"""What a training run is told, as plain dataclasses that need no torch; JSON and YAML round trip.
 
 A run is a pure function of its configuration and its data: step s draws its batch, noise levels, noise, masks and
 augmentations from (seed, s), and the learning rate is
@@ -16,22 +16,17 @@ import dataclasses
 import json
 import math
 import os
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ambient_sci.errors import InputError
 from ambient_sci.priors.config import NetworkConfig
+from ambient_sci.training.settings import check_types, parse_dataclass, require
+from ambient_sci.training.stage_configs import ConsistencyConfig, EMConfig
 
-AUGMENTATIONS = ("flip-horizontal", "flip-vertical", "transpose", "phase")
+AUGMENTATIONS = ("flip-horizontal", "flip-vertical", "transpose", "phase", "gain")
 DEFAULT_STEPS = 20_000
-
-
-def _require(condition: bool, key: str, expected: str, got: Any) -> None:
-    if not condition:
-        raise InputError(f"configuration: {key}: expected {expected}, got {got!r}")
 
 
 @dataclass(frozen=True)
@@ -57,16 +52,16 @@ class LevelConfig:
     relative: bool = True
 
     def __post_init__(self) -> None:
-        _check_types(self, "levels.")
-        _require(self.floor > 0, "levels.floor", "a value > 0", self.floor)
-        _require(
+        check_types(self, "levels.")
+        require(self.floor > 0, "levels.floor", "a value > 0", self.floor)
+        require(
             self.sigma_max > self.floor,
             "levels.sigma_max",
             f"a value above floor {self.floor:g}",
             self.sigma_max,
         )
-        _require(self.std > 0, "levels.std", "a value > 0", self.std)
-        _require(self.power > 0, "levels.power", "a value > 0", self.power)
+        require(self.std > 0, "levels.std", "a value > 0", self.std)
+        require(self.power > 0, "levels.power", "a value > 0", self.power)
 
 
 @dataclass(frozen=True)
@@ -90,9 +85,9 @@ class LossConfig:
     keep: float | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self, "loss.")
-        _require(0 < self.c_min <= 1, "loss.c_min", "a value in (0, 1]", self.c_min)
-        _require(self.keep is None or 0 < self.keep <= 1, "loss.keep", "a value in (0, 1]", self.keep)
+        check_types(self, "loss.")
+        require(0 < self.c_min <= 1, "loss.c_min", "a value in (0, 1]", self.c_min)
+        require(self.keep is None or 0 < self.keep <= 1, "loss.keep", "a value in (0, 1]", self.keep)
 
 
 @dataclass(frozen=True)
@@ -115,6 +110,9 @@ class TrainConfig:
         log_interval: steps between lines of log.jsonl.
         device: "auto" is CUDA where there is one.
         network, levels, loss: see there.
+        consistency: learn what lies below the noise of the data, too; None: do not.
+        em: learn an unconditional prior from incomplete (or any) measurements by expectation maximisation; max_steps and
+            max_minutes must then be left out, ``em.steps`` counts for every lap.
     """
 
     seed: int = 0
@@ -137,26 +135,40 @@ class TrainConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     levels: LevelConfig = field(default_factory=LevelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    consistency: ConsistencyConfig | None = None
+    em: EMConfig | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self, "")
-        _require(self.seed >= 0, "seed", "an integer >= 0", self.seed)
+        check_types(self, "")
+        require(self.seed >= 0, "seed", "an integer >= 0", self.seed)
         for key in ("max_steps", "max_minutes"):
             value = getattr(self, key)
-            _require(value is None or value > 0, key, "a value > 0", value)
+            require(value is None or value > 0, key, "a value > 0", value)
         for key in ("batch_size", "learning_rate", "gradient_clip", "log_interval"):
-            _require(getattr(self, key) > 0, key, "a value > 0", getattr(self, key))
+            require(getattr(self, key) > 0, key, "a value > 0", getattr(self, key))
         for key in ("warmup_steps", "weight_decay", "checkpoint_minutes"):
-            _require(getattr(self, key) >= 0, key, "a value >= 0", getattr(self, key))
-        _require(0 <= self.final_ratio <= 1, "final_ratio", "a value in [0, 1]", self.final_ratio)
-        _require(all(0 <= beta < 1 for beta in self.betas), "betas", "two values in [0, 1)", self.betas)
-        _require(0 <= self.ema_decay < 1, "ema_decay", "a value in [0, 1)", self.ema_decay)
+            require(getattr(self, key) >= 0, key, "a value >= 0", getattr(self, key))
+        require(0 <= self.final_ratio <= 1, "final_ratio", "a value in [0, 1]", self.final_ratio)
+        require(all(0 <= beta < 1 for beta in self.betas), "betas", "two values in [0, 1)", self.betas)
+        require(0 <= self.ema_decay < 1, "ema_decay", "a value in [0, 1)", self.ema_decay)
+        self._check_stages()
         for name in self.augmentations:
-            _require(
+            require(
                 name in AUGMENTATIONS,
                 "augmentations",
-                f"names among {', '.join(AUGMENTATIONS)} (other rotations and scalings interpolate, which colours the noise)",
+                f"names among {', '.join(AUGMENTATIONS)} (other rotations and changes of size interpolate, which colours the noise)",
                 name,
+            )
+
+    def _check_stages(self) -> None:
+        if self.consistency is not None:
+            require(self.loss.kind == "ambient", "consistency", "loss.kind ambient with it", self.loss.kind)
+        if self.em is not None:
+            limits = (self.max_steps, self.max_minutes)
+            require(limits == (None, None), "em", "no max_steps and max_minutes beside em.steps", limits)
+            require(self.consistency is None, "em", "no consistency stage beside it", "both")
+            require(
+                self.loss == LossConfig(), "em", "no loss settings beside it (its M-steps denoise)", self.loss
             )
 
     # -- what a step is told ---------------------------------------------------------------------------------------------------
@@ -196,7 +208,7 @@ class TrainConfig:
         Raises:
             InputError: an unknown key, a value of the wrong type or out of range; the message names the key.
         """
-        return _parse_dataclass(TrainConfig, values, "")
+        return parse_dataclass(TrainConfig, values, "")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON (or YAML, by the suffix .yaml or .yml), whole or not at all."""
@@ -254,68 +266,3 @@ def differences(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
         return found
 
     return walk(ours.to_dict(), theirs.to_dict(), "")
-
-
-# -- values from outside into dataclasses --------------------------------------------------------------------------------------
-
-
-def _check_types(config: Any, prefix: str) -> None:
-    """Every field as its annotation says, or an InputError that names it (lists become tuples, integers floats)."""
-    hints = typing.get_type_hints(type(config))
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if not dataclasses.is_dataclass(value):
-            object.__setattr__(config, f.name, _parse(hints[f.name], value, f"{prefix}{f.name}"))
-
-
-def _parse_dataclass(kind: type, values: Any, where: str) -> Any:
-    if not isinstance(values, dict):
-        raise InputError(
-            f"configuration: {where or 'top level'}: expected a table of settings, got {values!r}"
-        )
-    hints = typing.get_type_hints(kind)
-    names = [f.name for f in dataclasses.fields(kind)]
-    prefix = f"{where}." if where else ""
-    unknown = [key for key in values if key not in names]
-    if unknown:
-        raise InputError(
-            f"configuration: {prefix}{unknown[0]}: unknown setting; expected one of {', '.join(names)}"
-        )
-    return kind(**{key: _parse(hints[key], value, f"{prefix}{key}") for key, value in values.items()})
-
-
-def _parse(kind: Any, value: Any, where: str) -> Any:
-    """``value`` as what the annotation ``kind`` asks for; exact types, except that an integer serves as a float."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return _parse_dataclass(kind, value, where)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _parse(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is Literal:
-        _require(value in arguments, where, f"one of {', '.join(map(repr, arguments))}", value)
-        return value
-    if origin is tuple:
-        return _parse_tuple(arguments, value, where)
-    if kind is float and isinstance(value, str):
-        # YAML 1.1 reads 1e-3 (without a decimal point) as text.
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-    if kind is float and type(value) in (int, float):
-        _require(math.isfinite(value), where, "a finite number", value)
-        return float(value)
-    _require(type(value) is kind, where, f"a value of type {getattr(kind, '__name__', kind)}", value)
-    return value
-
-
-def _parse_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
-    _require(isinstance(value, (list, tuple)), where, "a list", value)
-    if len(arguments) == 2 and arguments[1] is Ellipsis:
-        return tuple(_parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    _require(len(value) == len(arguments), where, f"a list of {len(arguments)}", value)
-    return tuple(
-        _parse(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(arguments, value, strict=True))
-    )

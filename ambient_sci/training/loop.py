@@ -39,6 +39,8 @@ class Stage(Protocol):
     Attributes:
         name: names the checkpoint and the lines of the log.
         module: its trainable parameters are optimised, averaged and saved.
+
+    A stage whose loss depends on more than that has ``state()`` and ``load_state(tensors)``, for the checkpoint.
     """
 
     name: str
@@ -216,6 +218,8 @@ class _Loop:
         tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         tensors["trace"] = self.trace
+        if hasattr(self.stage, "state"):
+            tensors |= {f"stage.{k}": v for k, v in self.stage.state().items()}
         for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
         self.folder.save_checkpoint(self.stage.name, tensors, {"step": self.step, "seconds": self.seconds})
@@ -236,6 +240,8 @@ class _Loop:
         self.module.load_state_dict(_below(tensors, "module."))
         self.average.load_state_dict(_below(tensors, "average."))
         self.trace.copy_(tensors["trace"])
+        if hasattr(self.stage, "load_state"):
+            self.stage.load_state(_below(tensors, "stage."))
         moments: dict[int, dict[str, Any]] = {}
         for key, value in _below(tensors, "optimizer.").items():
             index, name = key.split(".", 1)

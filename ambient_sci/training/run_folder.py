@@ -26,7 +26,10 @@ from ambient_sci.errors import InputError
 from ambient_sci.training.config import TrainConfig, differences
 
 #: Settings that do not change what is learned; a run may be continued with others.
-FREE_ON_RESUME = ("max_steps", "max_minutes", "device", "log_interval", "checkpoint_minutes")
+FREE_ON_RESUME = (
+    *("max_steps", "max_minutes", "device", "log_interval", "checkpoint_minutes"),
+    *("consistency.max_steps", "consistency.max_minutes", "em.laps"),
+)
 
 
 class RunFolder:
@@ -64,7 +67,7 @@ class RunFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)
         self.log.unlink(missing_ok=True)
         (self.path / "checkpoint").mkdir(parents=True, exist_ok=True)
-        self._write_json("run.json", description)
+        self.write_json("run.json", description)
         config.save(self.path / "config.json")
 
     @property
@@ -87,7 +90,14 @@ class RunFolder:
         changed = [key for key in differences(self.config, config) if key not in FREE_ON_RESUME]
         if changed:
             raise InputError(f"resume {self.path}: the run was configured otherwise in {', '.join(changed)}")
-        data = self._read_json("run.json").get("data", {})
+        limits = [
+            key for key in ("max_steps", "max_minutes") if getattr(config, key) != getattr(self.config, key)
+        ]
+        if limits and (self.path / "checkpoint" / "consistency.safetensors").exists():
+            raise InputError(
+                f"resume {self.path}: expected {limits[0]} as it was, since the next stage has begun (consistency.{limits[0]} is free)"
+            )
+        data = self.read_json("run.json").get("data", {})
         for key, value in description["data"].items():
             if data.get(key) != value:
                 raise InputError(
@@ -149,10 +159,10 @@ class RunFolder:
 
     # -- whole files -----------------------------------------------------------------------------------------------------------
 
-    def _write_json(self, name: str, value: dict[str, Any]) -> None:
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
         self._replace(name, json.dumps(value, indent=2) + "\n")
 
-    def _read_json(self, name: str) -> dict[str, Any]:
+    def read_json(self, name: str) -> dict[str, Any]:
         try:
             return json.loads((self.path / name).read_text())
         except (OSError, json.JSONDecodeError) as error:

@@ -111,8 +111,8 @@ def open_source(
         InputError: not readable, not finite, noise that explains all variance, or a loss that the data do not allow.
         IdentifiabilityError: rows are missing by a design that leaves some unsupervised, or by an unknown one.
     """
-    data = _open(measurements)
-    fraction, masks = _survey_masks(data)
+    data = open_measurements(measurements)
+    fraction, masks = survey_masks(data)
     complete = fraction == 1
     keep = config.loss.keep
     if complete and keep not in (None, 1.0):
@@ -125,7 +125,8 @@ def open_source(
     return replace(source, data_std=_data_std(source))
 
 
-def _open(measurements: Any) -> Measurements:
+def open_measurements(measurements: Any) -> Measurements:
+    """A file (in memory where it is small) or (operator, y, sigma_y) as measurements; InputError if they are neither."""
     if isinstance(measurements, (str, os.PathLike)):
         file = MeasurementFile(measurements)
         return MeasurementArrays.read(file) if file.nbytes < CACHE_BYTES else file
@@ -177,7 +178,7 @@ def _reason(data: Measurements, fraction: float, design: MaskDesign | None, conf
 # -- masks -----------------------------------------------------------------------------------------------------------------------
 
 
-def _survey_masks(data: Measurements) -> tuple[float, Tensor]:
+def survey_masks(data: Measurements) -> tuple[float, Tensor]:
     """Measured fraction of all rows, and all masks (N or 1, m, H, W)."""
     if data.operator_name == "identity":
         return 1.0, torch.ones(1, 1, 1, 1)

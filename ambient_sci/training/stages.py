@@ -7,6 +7,8 @@ Step s, all of it a function of (seed, s):
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -16,6 +18,7 @@ from ambient_sci import losses
 from ambient_sci.data import MeasurementLoader
 from ambient_sci.errors import InputError
 from ambient_sci.noise import Concentrated, LogNormal, LogUniform
+from ambient_sci.operators import RowMaskedOperator
 from ambient_sci.priors import NetworkPrior, Prior
 from ambient_sci.training.augment import augment, check_augmentations
 from ambient_sci.training.config import LevelConfig, TrainConfig
@@ -42,6 +45,16 @@ def level_distribution(config: LevelConfig, data_std: float) -> LogNormal | Conc
     return LogUniform(sigma_max=high, floor=low)
 
 
+class Drawn(NamedTuple):
+    """A batch of measurements, noise levels (B,) to train it at, and where the noise of its loss comes from."""
+
+    operator: RowMaskedOperator
+    y: Tensor
+    sigma_y: Tensor
+    sigma: Tensor
+    noise: torch.Generator
+
+
 class AmbientStage:
     """Trains a `NetworkPrior` on measurements; unconditional where they are complete, mask-conditional where not.
 
@@ -49,6 +62,7 @@ class AmbientStage:
         source: the data, see `open_source`.
         config: the run.
         accelerator: device, and this process's share of each batch.
+        initial: the prior to start from; default: one with random weights.
 
     Raises:
         InputError: a size that the network cannot divide, an augmentation that is not exact for these data, levels that end
@@ -57,7 +71,13 @@ class AmbientStage:
 
     name = "ambient"
 
-    def __init__(self, source: Source, config: TrainConfig, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        source: Source,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        initial: NetworkPrior | None = None,
+    ) -> None:
         self.source, self.config = source, config
         self.device, self.rank = accelerator.device, accelerator.process_index
         if config.batch_size % accelerator.num_processes:
@@ -77,7 +97,7 @@ class AmbientStage:
                 f"got {self.levels.sigma_max:g}"
             )
         self.keep = config.loss.keep or default_keep(source.complete)
-        self.module: nn.Module = self._initial_prior()
+        self.module: nn.Module = initial or self._initial_prior()
         self.loader = MeasurementLoader(
             source.measurements,
             config.batch_size // accelerator.num_processes,
@@ -95,17 +115,33 @@ class AmbientStage:
             data_std=source.data_std,
             conditioning="mask-conditional" if conditional else "unconditional",
             network=config.network,
-            sigma_min=max(float(self.noise_std.min()), self.levels.floor),
+            sigma_min=self._lowest_level(),
             sigma_max=self.levels.sigma_max,
             mask_channels=source.design.unit_shape[0] if source.design else 1,
             about={"data": source.reason, "subjects": len(set(source.measurements.subjects))},
             generator=seeded(config.seed, INITIAL_WEIGHTS),
         )
 
+    def _lowest_level(self) -> float:
+        """The level above which the network learns what it answers: the noise of the data, unless consistency goes below."""
+        consistency, unit = (
+            self.config.consistency,
+            self.source.data_std if self.config.levels.relative else 1.0,
+        )
+        if consistency is not None and consistency.mode == "joint":
+            return consistency.sigma_min * unit
+        return max(float(self.noise_std.min()), self.levels.floor)
+
+    @property
+    def reason(self) -> str:
+        """What this stage does and why, in words."""
+        return self.source.reason
+
     def indices(self, step: int) -> list[int]:
         return self.loader.indices(step).tolist()
 
-    def loss(self, step: int) -> Tensor:
+    def draw(self, step: int) -> Drawn:
+        """The batch of a step with the noise levels and the randomness of its loss, a function of (seed, step)."""
         config, key = self.config, (step, self.rank)
         raw = self.loader.batch(step)
         draw = seeded(config.seed, LEVELS, *key)
@@ -115,23 +151,32 @@ class AmbientStage:
             self.device, non_blocking=True
         )
         operator, y, sigma_y = self.source.ready(raw.operator, raw.y, raw.sigma_y, draw)
-        operator, y = augment(operator, y, config.augmentations, draw)
+        operator, y, sigma_y = augment(operator, y, config.augmentations, draw, sigma_y)
         # Splits of masks are drawn on the CPU; without them noise is drawn where it is needed.
         noise = seeded(config.seed, NOISE, *key, device=self.device if self.source.complete else "cpu")
-        if config.loss.kind == "denoising":
-            return losses.denoising(self.module, y, sigma, generator=noise)
-        return losses.ambient(
-            self.module,
-            operator,
-            y,
-            sigma_y,
-            sigma,
+        return Drawn(operator, y, sigma_y, sigma, noise)
+
+    def ambient_step(self, prior: Prior, drawn: Drawn, sigma: Tensor | None = None) -> losses.AmbientStep:
+        """The operator-aware Tweedie loss of ``prior`` on a batch, at its own levels or at ``sigma``."""
+        settings = self.config.loss
+        return losses.ambient_step(
+            prior,
+            drawn.operator,
+            drawn.y,
+            drawn.sigma_y,
+            drawn.sigma if sigma is None else sigma,
             keep=self.keep,
-            generator=noise,
-            weighting=config.loss.weighting,
-            c_min=config.loss.c_min,
-            tweedie=config.loss.tweedie,
+            generator=drawn.noise,
+            weighting=settings.weighting,
+            c_min=settings.c_min,
+            tweedie=settings.tweedie,
         )
+
+    def loss(self, step: int) -> Tensor:
+        drawn = self.draw(step)
+        if self.config.loss.kind == "denoising":
+            return losses.denoising(self.module, drawn.y, drawn.sigma, generator=drawn.noise)
+        return self.ambient_step(self.module, drawn).loss
 
     def prior(self, average: nn.Module) -> Prior:
         return average  # type: ignore[return-value]  # a NetworkPrior: a copy of ``module``

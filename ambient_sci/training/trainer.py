@@ -1,4 +1,4 @@
-"""`fit`: from measurements to a prior. Decides from the data which stage runs, says so, and runs it."""
+"""`fit`: from measurements to a prior. Decides from data and configuration which stages run, says so, and runs them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from ambient_sci.errors import InputError
 from ambient_sci.operators import RowMaskedOperator
 from ambient_sci.priors import Prior
 from ambient_sci.training.config import TrainConfig
+from ambient_sci.training.consistency import ConsistencyStage, JointStage, second_stage_config
+from ambient_sci.training.em import run_em
 from ambient_sci.training.loop import run_stage
 from ambient_sci.training.report import Reporter
 from ambient_sci.training.run_folder import RunFolder
@@ -32,8 +34,9 @@ def fit(
     """Train a prior on measurements alone.
 
     Complete data (identity, or fully sampled MRI with normalised coil maps) give an unconditional prior, by the Ambient loss; incomplete
-    data give a mask-conditional one, by the operator-aware Ambient loss with held-out rows. Which one is said on standard error
-    and written to ``run.json``.
+    data give a mask-conditional one, by the operator-aware Ambient loss with held-out rows. ``config.consistency`` adds a stage (or a
+    loss) for what lies below the noise of the data; ``config.em`` gives an unconditional prior from any measurements. What
+    runs is said on standard error and written to ``run.json``.
 
     Args:
         measurements: a measurement file, or (operator, y, sigma_y) with y (N, ...) and sigma_y a float or (N,), per real channel.
@@ -63,26 +66,38 @@ def fit(
     accelerator = make_accelerator(config.device)
     reporter = Reporter(progress and accelerator.is_main_process)
 
+    if config.em is not None:
+        return run_em(measurements, config, folder, accelerator, reporter, resume)
     source = open_source(measurements, config)
-    reporter.say(source.reason)
-    stage = AmbientStage(source, config, accelerator)
-    description = describe(source.reason, source.fingerprint(), stage)
+    settings = config.consistency
+    joint = settings is not None and settings.mode == "joint"
+    first = JointStage(source, config, accelerator) if joint else AmbientStage(source, config, accelerator)
+    reasons = {first.name: first.reason}
+    staged = settings is not None and not joint
+    if staged:  # made before anything runs, so that what it refuses is refused now
+        reasons["consistency"] = ConsistencyStage(first, first.module, config).reason
+    for reason in reasons.values():
+        reporter.say(reason)
+    description = describe(reasons, source.fingerprint(), first)
     if folder and accelerator.is_main_process:
         folder.reopen(config, description) if resume else folder.create(config, description)
     accelerator.wait_for_everyone()
-    prior = run_stage(stage, config, accelerator=accelerator, folder=folder, resume=resume, reporter=reporter)
+    options: Any = {"accelerator": accelerator, "folder": folder, "resume": resume, "reporter": reporter}
+    prior = run_stage(first, config, **options)
+    if staged:
+        prior = run_stage(ConsistencyStage(first, prior, config), second_stage_config(config), **options)
     return prior.eval()
 
 
-def describe(reason: str, fingerprint: dict[str, Any], stage: AmbientStage) -> dict[str, Any]:
-    """What ``run.json`` says: data, the stage that runs and why."""
+def describe(reasons: dict[str, str], fingerprint: dict[str, Any], stage: AmbientStage) -> dict[str, Any]:
+    """What ``run.json`` says: data, the stages that run and why."""
     from ambient_sci import __version__
 
     network: Any = stage.module
     return {
         "ambient_sci": __version__,
         "torch": str(torch.__version__),
-        "stages": [{"name": stage.name, "reason": reason}],
+        "stages": [{"name": name, "reason": reason} for name, reason in reasons.items()],
         "data": fingerprint,
         "prior": {
             "conditioning": network.conditioning,

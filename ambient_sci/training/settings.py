@@ -1,0 +1,80 @@
+"""Values from outside (JSON, YAML, a person) into dataclasses: exact types, one line that names the setting where one is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any, Literal
+
+from ambient_sci.errors import InputError
+
+
+def require(condition: bool, key: str, expected: str, got: Any) -> None:
+    """Raise InputError, naming the setting, unless ``condition``."""
+    if not condition:
+        raise InputError(f"configuration: {key}: expected {expected}, got {got!r}")
+
+
+def check_types(config: Any, prefix: str) -> None:
+    """Every field as its annotation says, or an InputError that names it (lists become tuples, integers floats)."""
+    hints = typing.get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if not dataclasses.is_dataclass(value):
+            object.__setattr__(config, f.name, _parse(hints[f.name], value, f"{prefix}{f.name}"))
+
+
+def parse_dataclass(kind: type, values: Any, where: str) -> Any:
+    """A dataclass of type ``kind`` from a table of settings, or an InputError that names what does not belong."""
+    if not isinstance(values, dict):
+        raise InputError(
+            f"configuration: {where or 'top level'}: expected a table of settings, got {values!r}"
+        )
+    hints = typing.get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind)]
+    prefix = f"{where}." if where else ""
+    unknown = [key for key in values if key not in names]
+    if unknown:
+        raise InputError(
+            f"configuration: {prefix}{unknown[0]}: unknown setting; expected one of {', '.join(names)}"
+        )
+    return kind(**{key: _parse(hints[key], value, f"{prefix}{key}") for key, value in values.items()})
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """``value`` as what the annotation ``kind`` asks for; exact types, except that an integer serves as a float."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return parse_dataclass(kind, value, where)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _parse(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is Literal:
+        require(value in arguments, where, f"one of {', '.join(map(repr, arguments))}", value)
+        return value
+    if origin is tuple:
+        return _parse_tuple(arguments, value, where)
+    if kind is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-3 (without a decimal point) as text.
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if kind is float and type(value) in (int, float):
+        require(math.isfinite(value), where, "a finite number", value)
+        return float(value)
+    require(type(value) is kind, where, f"a value of type {getattr(kind, '__name__', kind)}", value)
+    return value
+
+
+def _parse_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    require(isinstance(value, (list, tuple)), where, "a list", value)
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return tuple(_parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    require(len(value) == len(arguments), where, f"a list of {len(arguments)}", value)
+    return tuple(
+        _parse(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(arguments, value, strict=True))
+    )

@@ -1,0 +1,149 @@
+"""What the stages beyond the first are told, as plain dataclasses. Free of torch; part of `TrainConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ambient_sci.training.settings import check_types, require
+
+
+@dataclass(frozen=True)
+class ConsistencyConfig:
+    """Consistency below the noise of the data; see `ambient_sci.training.consistency`.
+
+    A pair of levels (t, s) starts at a noisy image of the data, at its own level sigma_n, and walks down k steps of the
+    reverse process, t <- max(t exp(-stride u), sigma_min); then s = t exp(-gap u'), with u and u' uniform on (0, 1).
+
+    Attributes:
+        mode: "staged" freezes what the Ambient loss has learned and trains a copy of it for the levels below; "joint" adds
+            the loss to the Ambient loss on one network, as published.
+        max_steps, max_minutes: length of the second stage ("staged"; "joint" lasts as long as the Ambient stage).
+        learning_rate: of the second stage ("staged").
+        ema_decay: of its weight average ("staged").
+        draws: m >= 2, independent draws of x_s for each pair, in one batched call.
+        walk: smallest and largest k; k is drawn once a batch. Reaching far below sigma_n takes about
+            2 ln(sigma_n / sigma_min) steps, and each costs an evaluation without gradient.
+        replay: instead of walking anew, keep a batch of chains: the state at s is where the next step starts, at no
+            evaluation at all, and a chain that has reached sigma_min starts again from the data. "staged" only.
+        stride, gap: see above.
+        sigma_n: the level below which consistency is asked for; default: the lowest noise in the data. To be given where some
+            of the data are clean. In the units of ``levels``.
+        sigma_min: lowest level of a walk, in the units of ``levels``.
+        weight: factor of the loss beside the Ambient loss ("joint"; and for data with less noise than ``sigma_n``).
+        kick_in: first step at which it counts ("joint").
+        ramp: steps from there until it counts in full ("joint").
+        detach_target: no gradient through D_s: a fixed point that is not anchored. For ablations.
+    """
+
+    mode: Literal["staged", "joint"] = "staged"
+    max_steps: int | None = 5_000
+    max_minutes: float | None = None
+    learning_rate: float = 5e-4
+    ema_decay: float = 0.999
+    draws: int = 4
+    walk: tuple[int, int] = (0, 3)
+    replay: bool = False
+    stride: float = 1.0
+    gap: float = 0.5
+    sigma_n: float | None = None
+    sigma_min: float = 0.01
+    weight: float = 1.0
+    kick_in: int = 0
+    ramp: int = 0
+    detach_target: bool = False
+
+    def __post_init__(self) -> None:
+        name = "consistency."
+        check_types(self, name)
+        for key in ("max_steps", "max_minutes", "sigma_n"):
+            value = getattr(self, key)
+            require(value is None or value > 0, name + key, "a value > 0", value)
+        limited = self.max_steps is not None or self.max_minutes is not None
+        require(limited, name + "max_steps", "a limit in steps or minutes", None)
+        for key in ("learning_rate", "stride", "gap", "sigma_min", "weight"):
+            require(getattr(self, key) > 0, name + key, "a value > 0", getattr(self, key))
+        require(0 <= self.ema_decay < 1, name + "ema_decay", "a value in [0, 1)", self.ema_decay)
+        require(self.draws >= 2, name + "draws", "at least 2 (one draw gives a biased loss)", self.draws)
+        require(0 <= self.walk[0] <= self.walk[1], name + "walk", "0 <= smallest <= largest", self.walk)
+        require(
+            self.kick_in >= 0 and self.ramp >= 0,
+            name + "kick_in, ramp",
+            "values >= 0",
+            (self.kick_in, self.ramp),
+        )
+        for key in ("kick_in", "ramp"):
+            joint = self.mode == "joint" or getattr(self, key) == 0
+            require(
+                joint,
+                name + key,
+                "mode joint with it (staged consistency has no other loss to wait for)",
+                self.mode,
+            )
+        require(self.mode == "staged" or not self.replay, name + "replay", "mode staged with it", self.mode)
+
+
+@dataclass(frozen=True)
+class EMConfig:
+    """Expectation maximisation; see `ambient_sci.training.em`.
+
+    Attributes:
+        laps: most laps; a lap draws images from the posterior of every measurement and trains on them.
+        steps: training steps of each lap; learning rate, batch size and the rest are those of `TrainConfig`.
+        first_steps: training steps of the first lap, which starts from nothing; default: ``steps``.
+        m_step: "network" trains the network on the draws; "gaussian" takes their mean and covariance.
+        initial_samples: measurements that the initial Gaussian is fitted to, at most.
+        initial_iterations: iterations of that fit, at most.
+        sampler_steps: noise levels of the posterior sampler (MMPS).
+        integrator: "heun" or "ancestral".
+        max_iterations, tolerance: of the sampler's linear solves.
+        sampler_batch: measurements at a time in the E-step.
+        patience: laps without a better held-out score after which EM stops; the best lap's prior is kept.
+        improvement: relative decrease of the score that counts as better.
+        held_out: measurements that the score is computed on.
+        held_out_keep: fraction of their rows that are shown; the others are predicted.
+        held_out_draws: posterior samples of each.
+    """
+
+    laps: int = 6
+    steps: int = 2_000
+    first_steps: int | None = None
+    m_step: Literal["network", "gaussian"] = "network"
+    initial_samples: int = 2_000
+    initial_iterations: int = 50
+    sampler_steps: int = 18
+    integrator: Literal["heun", "ancestral"] = "heun"
+    max_iterations: int = 5
+    tolerance: float = 1e-2
+    sampler_batch: int = 64
+    patience: int = 2
+    improvement: float = 1e-3
+    held_out: int = 64
+    held_out_keep: float = 0.8
+    held_out_draws: int = 8
+
+    def __post_init__(self) -> None:
+        name = "em."
+        check_types(self, name)
+        for key, least in {
+            "laps": 0,
+            "steps": 1,
+            "initial_samples": 2,
+            "initial_iterations": 1,
+            "sampler_steps": 2,
+            "max_iterations": 1,
+            "sampler_batch": 1,
+            "patience": 1,
+            "held_out": 1,
+            "held_out_draws": 2,
+        }.items():
+            require(getattr(self, key) >= least, name + key, f"at least {least}", getattr(self, key))
+        require(
+            self.first_steps is None or self.first_steps >= 1,
+            name + "first_steps",
+            "at least 1",
+            self.first_steps,
+        )
+        require(self.tolerance > 0, name + "tolerance", "a value > 0", self.tolerance)
+        require(0 <= self.improvement < 1, name + "improvement", "a value in [0, 1)", self.improvement)
+        require(0 < self.held_out_keep < 1, name + "held_out_keep", "a value in (0, 1)", self.held_out_keep)
