@@ -32,8 +32,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ambient_sci.data.hdf5_writer import check_output
 from ambient_sci.data.images import percentile_scale, resize, slices
-from ambient_sci.data.writing import check_output, write_images
+from ambient_sci.data.writing import write_images
 from ambient_sci.errors import InputError
 
 MIN_FOREGROUND = 0.15

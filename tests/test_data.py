@@ -707,7 +707,7 @@ BAD_ARRAYS = {
     ),
     "unknown ending": (lambda p: (p / "a.txt").write_text("hello"), "a.txt", "expected .npy"),
     "missing": (lambda p: None, "a.npy", "no such file"),
-    "empty folder": (lambda p: (p / "d").mkdir(), "d", "no pictures"),
+    "empty folder": (lambda p: (p / "d").mkdir(), "d", "no pictures, volumes or DICOM"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ambient_sci.data.files import MeasurementFile, ReferenceFile
+from ambient_sci.data.importers import ImportOptions, import_source
 from ambient_sci.data.inspect import contact_sheet, describe
 from ambient_sci.data.loader import Batch, MeasurementArrays, MeasurementLoader
 from ambient_sci.data.packaged import brains
@@ -14,6 +15,7 @@ __all__ = [
     "Batch",
     "ImageSource",
     "ImageWriter",
+    "ImportOptions",
     "MeasurementArrays",
     "MeasurementFile",
     "MeasurementLoader",
@@ -22,6 +24,7 @@ __all__ = [
     "brains",
     "contact_sheet",
     "describe",
+    "import_source",
     "open_source",
     "simulate",
     "smooth_phase",

@@ -7,7 +7,7 @@ A measurement file holds what a scanner delivers, ``y = M (T x + sigma_y n)``, a
   (layouts: ``layout.py``);
 - attributes: ``format``, ``format_version``, ``operator``, ``design`` (JSON) with ``design_status`` (given,
   estimated or unknown), ``image_shape``, ``scale``, ``subjects``, ``history``, ``geometry`` (JSON:
-  orientation, affines).
+  orientation, and for each volume its affine, shape, slice axis, slice numbers and first sample).
 
 ``scale`` turns stored values into the original units: original = stored * scale. Clean images live in a
 *separate* reference file (``images`` (N, C, H, W) float32 or (N, H, W) complex64), which the trainer has no

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ambient_sci.data.files import IMAGE_FORMAT, MeasurementFile, ReferenceFile
-from ambient_sci.data.writing import check_output
+from ambient_sci.data.hdf5_writer import check_output
 from ambient_sci.errors import InputError
 
 #: Masks and images looked at for the statistics of a description; a large file is sampled regularly.

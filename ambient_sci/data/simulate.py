@@ -27,9 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ambient_sci.data.hdf5_writer import check_output
 from ambient_sci.data.layout import OPERATORS, check_noise_std
 from ambient_sci.data.sources import ImageSource, as_complex, open_source
-from ambient_sci.data.writing import ImageWriter, MeasurementWriter, check_output
+from ambient_sci.data.writing import ImageWriter, MeasurementWriter
 from ambient_sci.errors import InputError
 from ambient_sci.operators import MRI, MaskDesign, birdcage_maps, make_design
 from ambient_sci.progress import track
@@ -88,6 +89,8 @@ def plan_design(
         _refuse(
             f"masking by {name}", given, allowed=("design", "box") if name == "box" else ("design", "keep")
         )
+        if keep == 1:
+            return None
         return make_design(name, image_shape=image_shape, keep=keep, box=box)
     if design is not None and design.startswith("bernoulli"):
         _refuse(f"mri by {design}", given, allowed=("design", "keep"))
@@ -140,7 +143,7 @@ def simulate(
         acceleration, acs: R >= 1 and number of calibration lines (MRI).
         coils: simulated birdcage coils; 1 is a single coil of uniform sensitivity (MRI).
         phase: "smooth" (default for MRI of magnitude images) or "none" (default otherwise).
-        keep: probability that a pixel is measured (masking).
+        keep: probability that a pixel is measured (masking); 1 measures everything.
         design: name of a mask design (see ``plan_design``), or a MaskDesign.
         box: (height, width) of the missing box (design "box").
         shared_mask: one mask for the whole data set instead of one an image.

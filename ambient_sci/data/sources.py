@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ambient_sci.data.dicom import read_dicom_folder
 from ambient_sci.data.files import ReferenceFile
 from ambient_sci.data.images import SLICE_AXES, percentile_scale, resize, slices
 from ambient_sci.data.layout import channels_to_complex, complex_to_channels, to_numpy
@@ -92,11 +93,11 @@ def open_source(
         raise InputError(f"{path}: no such file or folder")
     name = path.name.lower()
     if path.is_dir():
-        volumes = sorted(p for p in path.rglob("*") if p.name.lower().endswith(VOLUMES))
-        found = _from_volumes(volumes, plane, min_foreground, size) if volumes else _from_pictures(path, size)
-        return found
+        return _from_folder(path, plane, min_foreground, size)
     if name.endswith(VOLUMES):
-        return _from_volumes([path], plane, min_foreground, size)
+        return _from_volumes(_nifti_volumes([path]), str(path), plane, min_foreground, size)
+    if name.endswith((".dcm", ".ima")):
+        return _from_volumes(read_dicom_folder(path), str(path), plane, min_foreground, size)
     if name.endswith((".zip", *PICTURES)):
         return _from_pictures(path, size)
     if name.endswith((".npy", ".npz")):
@@ -104,8 +105,21 @@ def open_source(
     if name.endswith((".h5", ".hdf5")):
         return _resized(_from_reference(path), size)
     raise InputError(
-        f"{path}: expected .npy, .npz, .h5, .nii, .nii.gz, a picture, a zip, or a folder of pictures or volumes"
+        f"{path}: expected .npy, .npz, .h5, .nii, .nii.gz, .dcm, a picture, a zip, or a folder of pictures or volumes"
     )
+
+
+def _from_folder(path: Path, plane: str, min_foreground: float, size: int | None) -> ImageSource:
+    """NIfTI volumes if there are any, else pictures, else DICOM series (whose files have any name)."""
+    names = sorted(p for p in path.rglob("*") if p.is_file())
+    volumes = [p for p in names if p.name.lower().endswith(VOLUMES)]
+    if volumes:
+        return _from_volumes(_nifti_volumes(volumes), str(path), plane, min_foreground, size)
+    if any(p.name.lower().endswith(PICTURES) for p in names):
+        return _from_pictures(path, size)
+    if not names:
+        raise InputError(f"{path}: no pictures, volumes or DICOM files in it")
+    return _from_volumes(read_dicom_folder(path), str(path), plane, min_foreground, size)
 
 
 def _resized(source: ImageSource, size: int | None) -> ImageSource:
@@ -262,42 +276,56 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return volume.astype(np.complex64 if volume.dtype.kind == "c" else np.float32), affine
 
 
-def _from_volumes(paths: list[Path], plane: str, min_foreground: float, size: int | None) -> ImageSource:
-    """Slices of NIfTI volumes, each volume scaled by its own 99.9th percentile. A volume's subject is its
-    file name."""
-    stacks, subjects, scales, volumes = [], [], [], {}
+def _nifti_volumes(paths: list[Path]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     for path in paths:
-        volume, affine = read_volume(path)
+        yield path.name.removesuffix(".gz").removesuffix(".nii"), *read_volume(path)
+
+
+def _from_volumes(
+    volumes: Iterable[tuple[str, np.ndarray, np.ndarray]],
+    origin: str,
+    plane: str,
+    min_foreground: float,
+    size: int | None,
+) -> ImageSource:
+    """Slices of volumes (subject, RAS array, affine), each volume scaled by its own 99.9th percentile."""
+    stacks: list[np.ndarray] = []
+    subjects: list[str] = []
+    scales: list[float] = []
+    geometry: list[dict[str, Any]] = []
+    for name, volume, affine in volumes:
         scale = percentile_scale(volume)
         stack, numbers = slices(volume, plane, min_foreground)
-        name = path.name.removesuffix(".gz").removesuffix(".nii")
-        images = _channels_first(stack, str(path)) / np.float32(scale)
+        images = _channels_first(stack, name) / np.float32(scale)
         images = images if size is None else resize(images, size)
         if stacks and images.shape[1:] != stacks[0].shape[1:]:
             raise InputError(
-                f"{path}: slices {images.shape[1:]} unlike those of {paths[0].name} {stacks[0].shape[1:]}; give a common size"
+                f"{origin}: mixed volumes, {name} has slices {images.shape[1:]} and {subjects[0]} {stacks[0].shape[1:]}; "
+                "give a common size"
             )
+        geometry.append(
+            {
+                "name": name,
+                "affine": affine.tolist(),
+                "shape": list(volume.shape),
+                "axis": SLICE_AXES[plane],
+                "first": len(subjects),
+                "slices": numbers.tolist(),
+            }
+        )
         stacks.append(images.astype(np.float32))
         subjects += [name] * len(numbers)
         scales += [scale] * len(numbers)
-        volumes[name] = {
-            "affine": affine.tolist(),
-            "shape": list(volume.shape),
-            "axis": SLICE_AXES[plane],
-            "slices": numbers.tolist(),
-        }
     images = torch.from_numpy(np.concatenate(stacks))
     if len(images) == 0:
-        raise InputError(f"{paths[0]}: no slice has more than {min_foreground:g} foreground")
-    geometry: dict[str, Any] = {"orientation": "RAS"} | ({} if size else {"volumes": volumes})
-    shape = (images.shape[1], images.shape[2], images.shape[3])
+        raise InputError(f"{origin}: no slice has more than {min_foreground:g} foreground")
     return ImageSource(
-        shape,
+        (images.shape[1], images.shape[2], images.shape[3]),
         subjects,
         lambda rows: images[rows],
-        ", ".join(map(str, paths[:3])) + (" …" if len(paths) > 3 else ""),
+        origin,
         np.asarray(scales),
-        geometry,
+        {"orientation": "RAS"} | ({} if size else {"volumes": geometry}),
         magnitude=images.shape[1] == 1,
     )
 
