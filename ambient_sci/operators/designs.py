@@ -359,7 +359,7 @@ def _inclusion(weights: Tensor, size: int) -> Tensor:
     positive = weights > 0
     same = torch.where(positive, weights, weights.amax(1, keepdim=True)).std(1, unbiased=False).amax() == 0
     if bool(same):
-        return torch.where(positive, size / positive.sum(1, keepdim=True), 0.0).double()
+        return torch.where(positive, size / positive.double().sum(1, keepdim=True), 0.0)
     suffix = _suffix_polynomials(weights, size)
     prefix = _suffix_polynomials(weights.flip(1), size).flip(
         1

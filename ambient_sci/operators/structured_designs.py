@@ -39,8 +39,8 @@ class Enumerated(MaskDesign):
             raise InputError(
                 f"mask design: expected masks (K, {self.num_units}), got {tuple(self.masks.shape)}"
             )
-        p = torch.ones(len(self.masks)) if probabilities is None else torch.as_tensor(probabilities)
-        p = p.double()
+        p = [1.0] * len(self.masks) if probabilities is None else probabilities
+        p = torch.as_tensor(p, dtype=torch.float64)
         if p.shape != (len(self.masks),) or not bool((p > 0).all()):
             raise InputError(
                 f"mask design: expected {len(self.masks)} positive probabilities, got {tuple(p.shape)}"
