@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SPREAD_MAP = "magma"
+SPREAD_MAP, MARK = "magma", "tab:blue"
 
 
 def reconstruction_figure(
@@ -133,6 +133,83 @@ def _upper(maps: Any) -> float:
     return max(float(values.sort().values[math.ceil(0.995 * (len(values) - 1))]), 1e-12)
 
 
+def calibration_figure(path: str | os.PathLike[str], results: Mapping[str, Mapping[str, Any]]) -> Path:
+    """One row a test: coverage of central intervals, histogram of ranks, and what TARP covers, where there is
+    one.
+
+    Args:
+        path: PNG to write.
+        results: title to a result of `with_truth` or `held_out_rows`.
+    """
+    width = 3 if any("tarp" in r for r in results.values()) else 2
+    figure = _figure(3.5 * width + 0.3, 3.3 * len(results) + 0.1)
+    grid = figure.subplots(len(results), width, squeeze=False)
+    for (title, result), row in zip(results.items(), grid, strict=True):
+        _coverage_panel(row[0], result["coverage"])
+        _rank_panel(row[1], result["ranks"])
+        if width == 3 and "tarp" in result:
+            _curve_panel(row[2], result["tarp"])
+        elif width == 3:
+            row[2].set_visible(False)
+        row[0].annotate(
+            title,
+            (0, 1),
+            (-38, 12),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            fontsize=11,
+            weight="bold",
+        )
+    figure.tight_layout(h_pad=2.0)
+    return save(figure, path)
+
+
+def _coverage_panel(axes: Axes, coverage: Mapping[str, Mapping[str, float]]) -> None:
+    nominal = [float(k) / 100 for k in coverage]
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    axes.plot(
+        [0, *nominal, 1], [0, *(c["observed"] for c in coverage.values()), 1], "o-", color=MARK, markersize=5
+    )
+    for x, c in zip(nominal, coverage.values(), strict=True):
+        axes.annotate(
+            f"{100 * c['observed']:.0f} %",
+            (x, c["observed"]),
+            (7, -10),
+            textcoords="offset points",
+            fontsize=9,
+        )
+    _labelled(axes, "nominal coverage", "observed coverage")
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
+
+
+def _rank_panel(axes: Axes, ranks: Mapping[str, Sequence[float]]) -> None:
+    """Share of truths in each tenth of the samples; band: two standard deviations of what calibrated samples
+    show.
+    """
+    frequencies, std = ranks["frequencies"], ranks["std"]
+    centres = [(k + 0.5) / len(frequencies) for k in range(len(frequencies))]
+    flat = 1 / len(frequencies)
+    axes.bar(centres, frequencies, width=0.9 * flat, color=MARK, alpha=0.75)
+    edges = [k * flat for k in range(len(frequencies) + 1)]
+    low, high = ([flat + f * 2 * s for s in (*std, std[-1])] for f in (-1, 1))
+    axes.fill_between(edges, low, high, step="post", color="0.4", alpha=0.35, linewidth=0)
+    axes.axhline(flat, color="0.3", linewidth=1)
+    _labelled(axes, "rank of the truth among samples", "share of entries")
+    axes.set(xlim=(0, 1), ylim=(0, max(1.9 * flat, 1.1 * max(frequencies))))
+
+
+def _curve_panel(axes: Axes, tarp: Mapping[str, Any]) -> None:
+    total, covered = 0.0, [0.0]
+    for share in tarp["frequencies"]:
+        total += share
+        covered.append(total)
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    axes.plot(tarp["edges"], covered, color=MARK)
+    axes.text(0.05, 0.9, f"p = {tarp['p']:.2g}", transform=axes.transAxes, fontsize=10)
+    _labelled(axes, "credibility (TARP)", "expected coverage")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+
+
 # -- common ------------------------------------------------------------------------------------------------
 
 
@@ -143,6 +220,12 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _labelled(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x, fontsize=10)
+    axes.set_ylabel(y, fontsize=10)
+    axes.tick_params(labelsize=9)
 
 
 def _bare(axes: Axes, title: str | None) -> Axes:

@@ -1,0 +1,166 @@
+r"""Is what is left over noise? The chi-squared test of posterior samples, which needs no truth.
+
+With the right prior, sampler and noise level one posterior sample x_s per y has
+
+    y - A x_s ~ N(0, sigma_y^2 I),      ||y - A x_s||^2 / sigma_y^2 ~ chi^2_m,      m real rows measured
+
+because truth and x_s are exchangeable given y. What the test can see is limited. A noise level that is really
+k sigma_y shows only along directions the prior determines: for a Gaussian prior with gain g = s^2 / (s^2 +
+sigma_y^2), s^2 the prior variance of a row,
+
+    var (y - A x_s) = sigma_y^2 (1 + (1 - g)^2 (k^2 - 1))
+
+which is sigma_y^2, whatever k, where s^2 >> sigma_y^2: there the sample follows the noise. The power is
+therefore stated with the result, g being estimated from the samples themselves, whose variance in measurement
+space is g sigma_y^2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ambient_sci.errors import InputError
+
+
+def chi_squared(
+    samples: Tensor,
+    operator: Any,
+    y: Tensor,
+    sigma_y: float | Tensor,
+    *,
+    level: float = 0.05,
+    alternatives: Sequence[float] = (0.77, 1.3),
+) -> dict[str, Any]:
+    """Is y - A x_s noise? One posterior sample per measurement against chi^2, with the power of the test.
+
+    Args:
+        samples: (S, N, C, H, W) posterior samples given *all* of y. The test uses the first of each
+            measurement, the power all of them.
+        operator: A; with a 0/1 ``mask`` the rows measured are counted by it, else all of y counts.
+        y: (N, ...). sigma_y: noise level per real channel, > 0, float or (N,).
+        level: probability of rejecting correct samples.
+        alternatives: true noise level over sigma_y, for which the power is stated.
+
+    Returns:
+        JSON-able: ``statistic``, ``degrees`` m, ``ratio`` = sqrt(statistic / m), two-sided ``p``,
+        ``accepted``,
+        ``verdict``, and for each alternative the ``power``: ``determined``, if the prior determined
+            everything (an
+        upper bound, from the degrees of freedom alone), and ``estimated``, with the gains that the samples
+        show (None below three samples).
+
+    Raises:
+        InputError: shapes that do not match, or a noise level that is not positive.
+    """
+    from scipy.stats import chi2
+
+    sigma = noise_level(sigma_y, y, positive=True)
+    if samples.ndim < 2 or samples.shape[1] != len(y):
+        raise InputError(f"calibration: expected samples (S, {len(y)}, ...), got {tuple(samples.shape)}")
+    check_level(level)
+    mask = getattr(operator, "mask", None)
+    rows = torch.ones_like(y) if mask is None else mask.to(y).expand(y.shape)
+    with torch.no_grad():
+        seen = torch.stack([operator.A(x) for x in samples])
+    if seen.shape[1:] != y.shape:
+        raise InputError(
+            f"calibration: expected measurements {tuple(seen.shape[1:])} for these samples, got {tuple(y.shape)}"
+        )
+    residual = ((y - seen[0]) * rows / sigma).double()
+    statistic, degrees = float(residual.square().sum()), int(rows.sum())
+    p = min(1.0, 2 * min(float(chi2.sf(statistic, degrees)), float(chi2.cdf(statistic, degrees))))
+    resolved = _resolved(seen / sigma, rows)
+    power = {
+        f"{k:g}": {
+            "determined": _power(1.0, k, degrees, level),
+            "estimated": None if resolved is None else _power(resolved, k, degrees, level),
+        }
+        for k in alternatives
+    }
+    ratio = math.sqrt(statistic / degrees)
+    return {
+        "measurements": len(y),
+        "statistic": statistic,
+        "degrees": degrees,
+        "ratio": ratio,
+        "p": p,
+        "level": level,
+        "power": power,
+        "accepted": p >= level,
+        "verdict": _verdict(ratio, p, level, power),
+    }
+
+
+def _resolved(seen: Tensor, rows: Tensor) -> float | None:
+    """tr (I - G)^2 / m, G the covariance of A x / sigma_y over the measured rows; None below three samples.
+
+    With nu = S - 1 and a sample covariance C of Gaussian samples, nu^2 / ((nu - 1)(nu + 2)) (tr C^2 - (tr
+    C)^2 / nu) is an unbiased estimate of tr G^2, and tr C^2 is the squared norm of the S x S matrix of inner
+    products.
+    """
+    count = len(seen)
+    if count < 3:
+        return None
+    nu, total = count - 1, 0.0
+    for n in range(seen.shape[1]):
+        deviations = (seen[:, n] * rows[n]).flatten(1).double()
+        deviations = deviations - deviations.mean(0)
+        products = deviations @ deviations.T / nu
+        trace = float(products.trace())
+        square = nu**2 / ((nu - 1) * (nu + 2)) * (float(products.square().sum()) - trace**2 / nu)
+        total += square - 2 * trace
+    return min(max(1 + total / float(rows.sum()), 0.0), 1.0)
+
+
+def _power(resolved: float, k: float, degrees: int, level: float) -> float:
+    """P(reject) when the noise is really k sigma_y.
+
+    The statistic is then sum_i v_i chi^2_1, v_i = 1 + r_i (k^2 - 1) with r_i in [0, 1] of mean ``resolved``;
+    approximated by a scaled chi^2 of the same mean and of the largest variance those r_i allow.
+    """
+    from scipy.stats import chi2
+
+    gap = k**2 - 1
+    mean = 1 + resolved * gap
+    square = 1 + 2 * resolved * gap + resolved * gap**2
+    scale, shape = square / mean, degrees * mean**2 / square
+    low, high = float(chi2.ppf(level / 2, degrees)), float(chi2.isf(level / 2, degrees))
+    return float(chi2.sf(high / scale, shape) + chi2.cdf(low / scale, shape))
+
+
+def _verdict(ratio: float, p: float, level: float, power: dict[str, Any]) -> str:
+    stated = "; ".join(
+        f"power against noise {k}x: "
+        + (f"{v['estimated']:.2f}" if v["estimated"] is not None else f"at most {v['determined']:.2f}")
+        for k, v in power.items()
+    )
+    weak = all((v["estimated"] if v["estimated"] is not None else 1.0) < 0.5 for v in power.values())
+    if p < level:
+        side = "larger" if ratio > 1 else "smaller"
+        return f"residuals {side} than the noise by {max(ratio, 1 / ratio):.3g}x (p = {p:.2g}): rejected; {stated}"
+    if weak:
+        return f"residuals like noise (p = {p:.2g}), but the test has little power here; {stated}"
+    return f"residuals like noise (p = {p:.2g}); {stated}"
+
+
+def check_level(level: float) -> None:
+    """Raise InputError unless 0 < level < 1."""
+    if not 0 < level < 1:
+        raise InputError(f"calibration: expected a level in (0, 1), got {level}")
+
+
+def noise_level(sigma_y: float | Tensor | None, y: Tensor, *, positive: bool) -> Tensor:
+    """Noise level as (1|N, 1, ...)."""
+    sigma = torch.as_tensor(
+        math.nan if sigma_y is None else sigma_y, dtype=y.dtype, device=y.device
+    ).flatten()
+    if len(sigma) not in (1, len(y)) or not bool((sigma > 0 if positive else sigma >= 0).all()):
+        raise InputError(
+            f"calibration: expected a {'positive ' if positive else ''}noise level, or one a measurement ({len(y)}), got {sigma_y}"
+        )
+    return sigma.reshape(-1, *[1] * (y.ndim - 1))
