@@ -16,6 +16,7 @@ from ambient_sci.priors.analytic import GaussianMixturePrior, GaussianPrior
 from ambient_sci.priors.base import Prior
 from ambient_sci.priors.config import PriorConfig
 from ambient_sci.priors.network import NetworkPrior
+from ambient_sci.priors.stationary import StationaryGaussianPrior
 from ambient_sci.priors.wrappers import StagedPrior
 
 FORMAT = 1
@@ -36,6 +37,8 @@ def _describe(prior: Prior) -> dict[str, Any]:
         return {"kind": "gaussian"}
     if isinstance(prior, GaussianMixturePrior):
         return {"kind": "mixture"}
+    if isinstance(prior, StationaryGaussianPrior):
+        return {"kind": "stationary"}
     raise InputError(
         f"saving a prior: expected a network, staged, Gaussian or mixture prior, got {type(prior).__name__}"
     )
@@ -46,6 +49,8 @@ def _build(description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Pri
     kind = values.pop("kind", None)
     if kind == "gaussian":
         return _filled(GaussianPrior(tensors["mean"], tensors["cov"]), tensors)
+    if kind == "stationary":
+        return _filled(StationaryGaussianPrior(tensors["mean"], tensors["spectrum"]), tensors)
     if kind == "mixture":
         return _filled(GaussianMixturePrior(tensors["means"], tensors["std"], tensors["weights"]), tensors)
     if kind == "staged":
@@ -59,7 +64,7 @@ def _build(description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Pri
         return StagedPrior(parts["anchor"], parts["below"], values["sigma_n"])
     if kind == "network":
         return _filled(NetworkPrior.from_config(PriorConfig.from_dict(values)), tensors)
-    raise InputError(f"prior: expected kind network, staged, gaussian or mixture, got {kind!r}")
+    raise InputError(f"prior: expected kind network, staged, gaussian, stationary or mixture, got {kind!r}")
 
 
 def _filled(prior: Prior, tensors: dict[str, torch.Tensor]) -> Prior:

@@ -1,1 +1,339 @@
-def run_em(*a): ...
+r"""Expectation maximisation: an unconditional prior from the measurements of any linear operator [Rozet et al. 2024].
+
+    lap 0    a Gaussian fitted to the measurements (`ambient_sci.training.gaussian_em`)
+    lap l    E-step   x_i ~ p_{l-1}(x | y_i) for every measurement, by moment matching posterior sampling (MMPS)
+             M-step   denoising score matching on the x_i, from the weights of the lap before
+
+With exact posterior draws the likelihood of the measurements rises from lap to lap; MMPS is exact for Gaussian priors. How good a lap's prior
+is can be told without the truth: rows of y that are held out are predicted from the others by posterior samples x_1 .. x_S,
+z_s = A_H x_s + sigma_y n_s, and scored by the continuous ranked probability score, per entry
+
+    CRPS = mean_s |z_s - y_H| - sum_{s<s'} |z_s - z_s'| / (S (S - 1)),
+
+smallest in expectation for the true posterior. EM stops when it no longer falls; the prior of the best lap is kept.
+
+On disk, in the run folder: ``em.json`` (a report a lap), ``prior/`` (the best so far), ``laps/NN/`` with the draws (streamed, a marker for each
+batch that is complete), the M-step's checkpoint and the lap's prior. A run that is killed continues inside its lap, with the same draws
+and the same bits. Several processes share both steps.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ambient_sci.data import MeasurementArrays
+from ambient_sci.errors import InputError
+from ambient_sci.operators import Identity, RowMaskedOperator
+from ambient_sci.priors import GaussianPrior, NetworkPrior, Prior, StationaryGaussianPrior, load_prior
+from ambient_sci.sampling import reconstruct
+from ambient_sci.training.config import TrainConfig
+from ambient_sci.training.gaussian_em import LARGEST_FULL, fit_initial
+from ambient_sci.training.loop import run_stage
+from ambient_sci.training.report import Reporter
+from ambient_sci.training.run_folder import RunFolder
+from ambient_sci.training.source import Measurements, Source, open_measurements, survey_masks
+from ambient_sci.training.stage_configs import EMConfig
+from ambient_sci.training.stages import AmbientStage, seeded
+
+# Streams of randomness, beside those of the other stages.
+_INITIAL, _E_STEP, _HELD_OUT = 20, 21, 22
+
+
+def fit_em(
+    measurements: str | os.PathLike[str] | tuple[RowMaskedOperator, Tensor, float | Tensor],
+    config: TrainConfig | None = None,
+    out: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Prior:
+    """An unconditional prior from measurements of any kind; `fit` with ``config.em``, which this sets to its defaults if it is None.
+
+    Arguments and errors are those of `fit`; em.json in ``out`` has a report for each lap, see `em_report`.
+    """
+    from ambient_sci.training.trainer import fit
+
+    config = config or TrainConfig()
+    return fit(measurements, config if config.em else replace(config, em=EMConfig()), out, **options)
+
+
+def em_report(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The laps of a run: ``lap``, ``crps`` of held-out rows (lower is better), seconds and solver counts.
+
+    Raises:
+        InputError: not the folder of an EM run.
+    """
+    return RunFolder(run).read_json("em.json")["laps"]
+
+
+def run_em(
+    measurements: Any,
+    config: TrainConfig,
+    folder: RunFolder | None,
+    accelerator: Accelerator,
+    reporter: Reporter,
+    resume: bool,
+) -> Prior:
+    """All laps; called by `fit` after it has checked the folder."""
+    if folder is None:
+        if accelerator.num_processes > 1:
+            raise InputError("EM on several processes: expected a run folder, which they share, got none")
+        with tempfile.TemporaryDirectory() as scratch:
+            return run_em(measurements, config, RunFolder(scratch), accelerator, reporter, False)
+    data = open_measurements(measurements)
+    fraction, _ = survey_masks(data)
+    reason = (
+        f"{len(data)} samples, operator {data.operator_name}, {100 * fraction:.0f} % of rows measured: expectation maximisation, an "
+        "unconditional prior"
+    )
+    reporter.say(reason)
+    source = Source(data, complete=fraction == 1, design=data.design, reason=reason)
+    if accelerator.is_main_process:
+        description = {"stages": [{"name": "em", "reason": reason}], "data": source.fingerprint()}
+        folder.reopen(config, description) if resume else folder.create(config, description)
+        if not resume:
+            shutil.rmtree(folder.path / "laps", ignore_errors=True)
+            folder.write_json("em.json", {"laps": []})
+    accelerator.wait_for_everyone()
+    return _Laps(data, config, folder, accelerator, reporter).run()
+
+
+@dataclass
+class _Laps:
+    """The state of an EM run: what is on disk, and the prior of the last lap."""
+
+    data: Measurements
+    config: TrainConfig
+    folder: RunFolder
+    accelerator: Accelerator
+    reporter: Reporter
+
+    @property
+    def settings(self) -> EMConfig:
+        assert self.config.em is not None
+        return self.config.em
+
+    def run(self) -> Prior:
+        """Laps until the score stops falling; the best prior."""
+        reports = em_report(self.folder.path)
+        prior = self._prior(reports[-1]["lap"]) if reports else None
+        while not self._finished(reports):
+            lap = len(reports)
+            begun = time.monotonic()
+            prior, details = self._initial() if prior is None else self._lap(lap, prior)
+            report = {"lap": lap, "crps": self._held_out_score(prior), **details}
+            report["seconds"] = round(time.monotonic() - begun, 2)
+            reports = [*reports, report]
+            self._keep(prior, reports)
+        return self._prior(_best(reports)).eval()
+
+    def _finished(self, reports: list[dict[str, Any]]) -> bool:
+        if not reports:
+            return False
+        best, since = float("inf"), 0
+        for report in reports:
+            better = report["crps"] < best * (1 - self.settings.improvement)
+            best, since = (report["crps"], 0) if better else (best, since + 1)
+        return since >= self.settings.patience or len(reports) > self.settings.laps
+
+    def _keep(self, prior: Prior, reports: list[dict[str, Any]]) -> None:
+        """Write what a lap has reached; its draws are no longer needed."""
+        report = reports[-1]
+        self.reporter.say(
+            f"EM lap {report['lap']}: held-out CRPS {report['crps']:.5g}"
+            + (", the best so far" if _best(reports) == report["lap"] else "")
+        )
+        if self.accelerator.is_main_process:
+            prior.save(self._path(report["lap"]) / "prior")
+            if _best(reports) == report["lap"]:
+                prior.save(self.folder.prior)
+            self.folder.write_json("em.json", {"laps": reports, "best": _best(reports)})
+            steps = sum(r.get("steps", 0) for r in reports)
+            seconds = round(sum(r["seconds"] for r in reports), 2)
+            self.folder.append_log({"stage": "em", "step": steps, "loss": report["crps"], "seconds": seconds})
+            _Draws.remove(self._path(report["lap"]))
+        self.accelerator.wait_for_everyone()
+
+    def _path(self, lap: int) -> Path:
+        return self.folder.path / "laps" / f"{lap:02d}"
+
+    def _prior(self, lap: int) -> Prior:
+        return load_prior(self._path(lap) / "prior", self.accelerator.device)
+
+    # -- lap 0 -----------------------------------------------------------------------------------------------------------------
+
+    def _initial(self) -> tuple[Prior, dict[str, Any]]:
+        """The Gaussian; every process fits the same one."""
+        indices = _spread(len(self.data), self.settings.initial_samples)
+        generator = seeded(self.config.seed, _INITIAL)
+        fit = fit_initial(self.data, indices, self.settings.initial_iterations, generator)
+        details: dict[str, Any] = {"prior": type(fit.prior).__name__}
+        if fit.log_likelihood:
+            details |= {"iterations": len(fit.log_likelihood), "log_likelihood": fit.log_likelihood[-1]}
+        return fit.prior.to(self.accelerator.device), details
+
+    # -- later laps ------------------------------------------------------------------------------------------------------------
+
+    def _lap(self, lap: int, prior: Prior) -> tuple[Prior, dict[str, Any]]:
+        begun = time.monotonic()
+        images, report = self._e_step(lap, prior)
+        details = {"e_step_seconds": round(time.monotonic() - begun, 2), "e_step": report}
+        details |= {"draws_mean": float(images.mean()), "draws_std": float(images.std())}
+        if self.settings.m_step == "gaussian":
+            return _gaussian_of(images).to(self.accelerator.device), details
+        steps = (self.settings.first_steps if lap == 1 else None) or self.settings.steps
+        return self._m_step(lap, images, prior, steps), {**details, "steps": steps}
+
+    def _e_step(self, lap: int, prior: Prior) -> tuple[Tensor, dict[str, Any]]:
+        """A posterior draw for every measurement, (N, C, H, W) on disk, and what the solver reports of this process's last batch."""
+        settings, device = self.settings, self.accelerator.device
+        draws = _Draws(self._path(lap), (len(self.data), *self.data.image_shape), self.accelerator)
+        report: dict[str, Any] = {}
+        chunks = torch.arange(len(self.data)).split(settings.sampler_batch)
+        for index, rows in enumerate(chunks):
+            if index % self.accelerator.num_processes != self.accelerator.process_index or draws.has(index):
+                continue
+            result = reconstruct(
+                prior,
+                self.data.operator(rows).to(device),
+                self.data.measurements(rows).to(device),
+                self.data.sigma(rows),
+                samples=1,
+                sampler="mmps",
+                steps=settings.sampler_steps,
+                integrator=settings.integrator,
+                max_iterations=settings.max_iterations,
+                tolerance=settings.tolerance,
+                batch_size=settings.sampler_batch,
+                generator=seeded(self.config.seed, _E_STEP, lap, index),
+            )
+            draws.add(index, rows, result.samples[0])
+            report = {k: v for k, v in result.report.items() if k.startswith(("solve", "worst", "network"))}
+        self.accelerator.wait_for_everyone()
+        return draws.images, report
+
+    def _m_step(self, lap: int, images: Tensor, prior: Prior, steps: int) -> Prior:
+        """Denoising score matching on the draws. The first lap fixes data_std, so that weights can be handed on."""
+        data = MeasurementArrays(Identity(tuple(self.data.image_shape)), images, 0.0)
+        source = Source(data, complete=True, design=None, reason=f"EM lap {lap}", data_std=prior.data_std)
+        config = replace(self.config, em=None, max_steps=steps, seed=self.config.seed + 1_000_003 * lap)
+        stage = AmbientStage(
+            source, config, self.accelerator, initial=prior if isinstance(prior, NetworkPrior) else None
+        )
+        stage.module.requires_grad_(True)  # a lap's prior is an average, which has no gradients
+        folder = RunFolder(self._path(lap))
+        if self.accelerator.is_main_process and not (folder.path / "checkpoint").exists():
+            folder.create(config, {"stages": [{"name": stage.name, "reason": source.reason}]})
+        self.accelerator.wait_for_everyone()
+        options: Any = {"folder": folder, "resume": True, "reporter": self.reporter}
+        return run_stage(stage, config, accelerator=self.accelerator, **options).eval()
+
+    # -- the score -------------------------------------------------------------------------------------------------------------
+
+    def _held_out_score(self, prior: Prior) -> float:
+        """Mean CRPS of held-out rows, the same rows and noise in every lap."""
+        settings, device = self.settings, self.accelerator.device
+        rows = _spread(len(self.data), settings.held_out)
+        generator = seeded(self.config.seed, _HELD_OUT)
+        operator, y, sigma = self.data.operator(rows), self.data.measurements(rows), self.data.sigma(rows)
+        each = operator.with_mask(
+            operator.mask.expand(len(y), *operator.mask.shape[1:]), design=operator.design
+        )
+        split = each.split(keep=settings.held_out_keep, generator=generator)
+        result = reconstruct(
+            prior,
+            split.kept.to(device),
+            (y * split.kept.mask).to(device),
+            sigma,
+            samples=settings.held_out_draws,
+            steps=settings.sampler_steps,
+            integrator=settings.integrator,
+            max_iterations=settings.max_iterations,
+            tolerance=settings.tolerance,
+            batch_size=settings.sampler_batch,
+            generator=generator,
+        )
+        level = sigma.cpu().reshape(-1, *([1] * (y.ndim - 1)))
+        predicted = torch.stack([split.held_out.A(x) for x in result.samples.cpu().to(y.dtype)])
+        predicted = predicted + level * torch.randn(predicted.shape, generator=generator, dtype=y.dtype)
+        mask = split.held_out.mask.expand(y.shape)
+        if not bool(mask.any()):
+            raise InputError(
+                "em.held_out: expected measurements with rows to hold out, got none; give more of them"
+            )
+        return float((crps(predicted, y.cpu()) * mask).sum() / mask.sum())
+
+
+def crps(samples: Tensor, truth: Tensor) -> Tensor:
+    """Continuous ranked probability score of samples (S, ...), S >= 2, entry by entry: unbiased in S; lower is better."""
+    num = len(samples)
+    ordered = samples.sort(0).values
+    # sum_{s<s'} |z_s - z_s'| = sum_k (2 k - S + 1) z_(k), k = 0 .. S - 1
+    rank = (2 * torch.arange(num, dtype=samples.dtype) - num + 1).reshape(-1, *([1] * truth.ndim))
+    return (samples - truth).abs().mean(0) - (rank * ordered).sum(0) / (num * (num - 1))
+
+
+class _Draws:
+    """One image for each measurement in a memory-mapped file, filled batch by batch, with a marker file for each complete batch."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], accelerator: Accelerator) -> None:
+        self._markers = path / "drawn"
+        file = path / "draws.npy"
+        if accelerator.is_main_process and not file.exists():
+            self._markers.mkdir(parents=True, exist_ok=True)
+            part = file.with_suffix(".part")
+            np.lib.format.open_memmap(part, "w+", np.float32, shape).flush()
+            os.replace(part, file)
+        accelerator.wait_for_everyone()
+        self._array = np.lib.format.open_memmap(file, "r+")
+
+    def has(self, batch: int) -> bool:
+        """Whether this batch is complete."""
+        return (self._markers / str(batch)).exists()
+
+    def add(self, batch: int, rows: Tensor, images: Tensor) -> None:
+        """Write a batch, then its marker."""
+        self._array[rows.numpy()] = images.float().cpu().numpy()
+        self._array.flush()
+        (self._markers / str(batch)).touch()
+
+    @property
+    def images(self) -> Tensor:
+        """All draws, read from disk where they are looked at."""
+        return torch.from_numpy(self._array)
+
+    @staticmethod
+    def remove(path: Path) -> None:
+        """Delete what an E-step has left in a lap's folder."""
+        (path / "draws.npy").unlink(missing_ok=True)
+        shutil.rmtree(path / "drawn", ignore_errors=True)
+
+
+def _gaussian_of(images: Tensor) -> Prior:
+    """Mean and covariance of the draws (maximum likelihood); a spectrum for large images."""
+    images = images.double()
+    mean = images.mean(0)
+    rest = images - mean
+    if mean.numel() <= LARGEST_FULL:
+        flat = rest.flatten(1)
+        return GaussianPrior(mean.float(), (flat.mT @ flat / len(flat)).float())
+    spectrum = torch.fft.fft2(rest, norm="ortho").abs().square().mean(0)
+    return StationaryGaussianPrior(mean.float(), spectrum.float())
+
+
+def _best(reports: list[dict[str, Any]]) -> int:
+    return min(reports, key=lambda r: r["crps"])["lap"]
+
+
+def _spread(num: int, count: int) -> Tensor:
+    """At most ``count`` different indices, evenly spread over range(num)."""
+    return torch.linspace(0, num - 1, min(num, count)).round().long().unique()

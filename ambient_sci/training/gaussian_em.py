@@ -31,7 +31,7 @@ from ambient_sci.training.source import Measurements
 
 #: Entries of an image, and of a measurement, up to which a full covariance is fitted.
 LARGEST_FULL = 1024
-_CHUNK = 32  # systems solved at a time
+_CHUNK_ENTRIES = 1 << 23  # entries of the systems solved at a time
 _CG_ITERATIONS, _CG_TOLERANCE = 30, 1e-3
 
 
@@ -131,13 +131,14 @@ def _iterate(
     num, size = len(rows), len(mean)
     covered = transform @ cov @ transform.mT
     shifts, precision, likelihood = [], torch.zeros_like(covered), 0.0
-    for part in torch.arange(num, device=rows.device).split(_CHUNK):
+    identity = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    for part in torch.arange(num, device=rows.device).split(max(_CHUNK_ENTRIES // rows.shape[1] ** 2, 1)):
         m = mask[part]
         # Rows that were not measured get unit variance and residual zero: they change neither solution nor likelihood.
         system = m[:, :, None] * covered * m[:, None, :] + torch.diag_embed(variance[part, None] * m + 1 - m)
         factor = torch.linalg.cholesky(system)
         residual = m * (rows[part] - transform @ mean)
-        inverse = torch.cholesky_inverse(factor) * m[:, :, None] * m[:, None, :]
+        inverse = torch.cholesky_solve(identity.expand_as(factor), factor) * m[:, :, None] * m[:, None, :]
         solved = (inverse @ residual[..., None])[..., 0]
         log_det = 2 * factor.diagonal(dim1=1, dim2=2).log().sum()
         constant = math.log(2 * math.pi) * m.sum()

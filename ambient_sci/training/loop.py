@@ -150,7 +150,8 @@ class _Loop:
         ):  # elsewhere reading a value waits for the device: done when a log line is due
             self._check_finite()
         self.optimizer.step()
-        torch._foreach_lerp_(self.averaged, self.parameters, 1 - config.ema_decay_at(self.step))
+        with torch.no_grad():  # or the average would carry the graph of all steps
+            torch._foreach_lerp_(self.averaged, self.parameters, 1 - config.ema_decay_at(self.step))
         self.trace += torch.stack([loss.double(), norm.double(), torch.ones_like(norm, dtype=torch.float64)])
         self.step += 1
 
