@@ -1,0 +1,250 @@
+r"""The losses as a user calls them: special cases that must hold exactly, batches that must not couple, input that is refused."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from closed_forms import F64, coil_maps, mixture_prior, normal, operator_zoo, random_mask, seeded
+from torch import Tensor
+
+from ambient_sci import losses
+from ambient_sci.errors import ConditioningError, IdentifiabilityError, InputError
+from ambient_sci.losses import kept_weight
+from ambient_sci.noise import ChainNoise, draw_noise
+from ambient_sci.operators import (
+    MRI,
+    Identity,
+    Masking,
+    RowMaskedOperator,
+    Unknown,
+    make_design,
+)
+from ambient_sci.priors import ConditionalMean, Prior
+
+SHAPE = (2, 4, 3)
+
+
+@pytest.fixture
+def prior():
+    return mixture_prior(SHAPE)
+
+
+# -- special cases -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighting", ["inverse-variance", "unbiased", "unit"])
+def test_noise_free_complete_data_give_the_denoising_loss(prior, weighting):
+    x0, sigma = normal(5, *SHAPE), torch.tensor([0.01, 0.1, 0.5, 2.0, 50.0], dtype=F64)
+    expected = losses.denoising(prior, x0, sigma, generator=seeded(1))
+    found = losses.ambient(prior, Identity(SHAPE), x0, 0.0, sigma, generator=seeded(1), weighting=weighting)
+    assert expected.shape == (5,)
+    assert torch.allclose(found, expected, rtol=1e-12, atol=0)
+
+
+def test_denoising_loss_by_hand(prior):
+    """lambda(sigma) = 1/sigma^2 + 1/d^2, mean over a sample's entries."""
+    x0, sigma = normal(3, *SHAPE), 0.5
+    error = prior(x0 + sigma * draw_noise(x0, seeded(1)), sigma) - x0
+    expected = (1 / sigma**2 + 1 / prior.data_std**2) * error.square().flatten(1).mean(1)
+    assert torch.allclose(losses.denoising(prior, x0, sigma, generator=seeded(1)), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.6])
+@pytest.mark.parametrize("name", operator_zoo())
+def test_ambient_loss_by_hand(name, keep):
+    """lambda / n [ (1/c) |c A_B h + (1-c) y~ - y|^2 + sum_H w_i (A_H h - y)_i^2 ], row by row, on one split and one noise."""
+    operator = operator_zoo()[name]
+    prior = ConditionalMean(mixture_prior(operator.img_size), operator)
+    sigma_y, sigma = torch.tensor([0.0, 0.3, 0.5], dtype=F64), torch.tensor([0.4, 0.35, 2.0], dtype=F64)
+    y = normal(3, *operator.measurement_size, seed=1) * operator.mask
+    step = losses.ambient_step(prior, operator, y, sigma_y, sigma, keep=keep, generator=seeded(2), c_min=1e-3)
+
+    rows = operator.with_mask(operator.mask.expand(3, *operator.mask.shape[1:]))
+    generator = seeded(2)
+    split = rows.split(keep=keep, generator=generator)
+    noise = draw_noise(y, generator)
+    for i in range(3):
+        n, t = float(sigma_y[i]), float(sigma[i])
+        c = 1 - n**2 / t**2
+        full, kept, weight = (
+            m[i % len(m)].expand(y.shape[1:]) for m in (rows.mask, split.kept.mask, split.weights)
+        )
+        y_t = y[i] + (t**2 - n**2) ** 0.5 * noise[i]
+        one = split.kept[i]
+        h = ConditionalMean(prior.prior, one)(one.A_adjoint(y_t[None]), t, one.network_mask)
+        prediction = operator[i].transform(h)[0]
+        on_kept = kept * (c * prediction + (1 - c) * y_t - y[i]).square() / c
+        on_held = (full - kept) * weight * (prediction - y[i]).square()
+        d, f = prior.data_std, float(kept.mean())
+        scale = 1 / (d**2 * (1 - f * d**2 / (d**2 + t**2)))
+        assert abs(float(step.loss[i] - scale * (on_kept + on_held).sum() / h.numel())) < 1e-10
+        assert torch.allclose(step.denoised[i], h[0], atol=1e-10)
+        assert torch.equal(step.y_t[i] * kept, y_t * kept)
+    if keep == 1:
+        assert torch.equal(step.kept.mask, operator.mask)
+
+
+def test_single_coil_kspace_and_image_space_losses_are_one(prior, monkeypatch):
+    """A unitary transform of data and noise changes nothing: complete MRI scans train as noisy images do."""
+    operator = MRI(torch.ones(SHAPE[1:])).to(F64)
+    x, z = normal(2, 3, *SHAPE)
+    # By its module's name: the package's attribute of that name is the function.
+    module = sys.modules[losses.ambient.__module__]
+    monkeypatch.setattr(module, "draw_noise", lambda like, generator: noise)
+    noise = z
+    expected = losses.ambient(prior, Identity(SHAPE), x, 0.3, 0.8)
+    noise = operator.A(z)
+    assert torch.allclose(losses.ambient(prior, operator, operator.A(x), 0.3, 0.8), expected, rtol=1e-11)
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", operator_zoo())
+def test_loss_of_a_batch_is_the_losses_of_its_samples(name):
+    operator = operator_zoo()[name]
+    prior = mixture_prior(operator.img_size)
+    sigma_y, sigma = torch.tensor([0.0, 0.3, 0.5], dtype=F64), torch.tensor([0.4, 0.35, 2.0], dtype=F64)
+    y = normal(3, *operator.measurement_size, seed=1)
+
+    def loss(i: slice) -> Tensor:
+        exact = prior if operator.complete else ConditionalMean(prior, operator[i])
+        streams = ChainNoise([5, 6, 7][i])  # each sample has noise of its own, whatever it is batched with
+        return losses.ambient(exact, operator[i], y[i], sigma_y[i], sigma[i], generator=streams)
+
+    together = loss(slice(0, 3))
+    for i in range(3):
+        assert torch.allclose(loss(slice(i, i + 1))[0], together[i], rtol=1e-11)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.6])
+def test_a_wild_sample_leaves_the_others_alone(keep):
+    operator = operator_zoo()["mri"]
+    prior = ConditionalMean(mixture_prior(operator.img_size), operator)
+    y = normal(3, *operator.measurement_size)
+    wild = y.clone()
+    wild[2] *= 1e4
+    a, b = (losses.ambient(prior, operator, v, 0.3, 0.8, keep=keep, generator=seeded(1)) for v in (y, wild))
+    assert torch.allclose(a[:2], b[:2], rtol=1e-12) and bool(b[2] > 10 * a[2])
+
+
+@pytest.mark.parametrize("operator", [Identity(SHAPE), MRI(torch.ones(SHAPE[1:])), Masking(random_mask(1, *SHAPE[1:]), SHAPE)])  # fmt: skip
+def test_one_mask_for_all_is_split_for_each(operator):
+    """The rows a network sees differ from sample to sample, pixel by pixel, also where the data share one mask."""
+    operator = operator.to(F64)
+    prior = ConditionalMean(mixture_prior(SHAPE), operator)
+    step = losses.ambient_step(prior, operator, normal(16, *SHAPE), 0.3, 0.8, keep=0.5, generator=seeded(1))
+    kept = step.kept.network_mask
+    assert kept.shape == (16, 1, 4, 3)
+    assert len(torch.unique(kept.flatten(1), dim=0)) > 5
+    assert 0.2 < float(kept.sum() / (16 * operator.network_mask.sum())) < 0.8
+    assert bool((kept <= operator.network_mask).all())
+
+
+def test_levels_of_each_sample(prior):
+    """A clean and a noisy image in one batch: the clean one has the denoising loss, and the form of the levels does not matter."""
+    y, sigma = normal(2, *SHAPE), 0.8
+    mixed = losses.ambient(
+        prior, Identity(SHAPE), y, torch.tensor([0.0, 0.5], dtype=F64), sigma, generator=seeded(1)
+    )
+    assert torch.allclose(mixed[0], losses.denoising(prior, y, sigma, generator=seeded(1))[0], rtol=1e-12)
+    assert torch.allclose(
+        mixed[1], losses.ambient(prior, Identity(SHAPE), y, 0.5, sigma, generator=seeded(1))[1], rtol=1e-12
+    )
+    for level in (
+        torch.tensor(sigma),
+        torch.full((2,), sigma, dtype=F64),
+        torch.full((2, 1, 1, 1), sigma, dtype=F64),
+    ):
+        found = losses.ambient(prior, Identity(SHAPE), y, 0.3, level, generator=seeded(1))
+        assert found.shape == (2,)
+        assert torch.allclose(found, losses.ambient(prior, Identity(SHAPE), y, 0.3, sigma, generator=seeded(1)), rtol=1e-6)  # fmt: skip
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------------
+
+
+def test_weight_of_kept_rows():
+    c = torch.tensor([0.0, 0.01, 0.5, 1.0], dtype=F64)
+    assert torch.allclose(
+        kept_weight(c, "inverse-variance", 0.05), torch.tensor([20.0, 20.0, 2.0, 1.0]).double()
+    )
+    assert torch.allclose(kept_weight(c, "unbiased", 0.1), torch.tensor([100.0, 100.0, 4.0, 1.0]).double())
+    assert torch.equal(kept_weight(c, "unit", 0.1), torch.ones(4, dtype=F64))
+    with pytest.raises(InputError, match="weighting"):
+        kept_weight(c, "none", 0.1)  # type: ignore[arg-type]
+
+
+def test_level_weight_in_single_precision():
+    """1/sigma^2 + 1/d^2 to 1e-5 however small sigma is against the data, and 1/(d^2 (1 - f)) where rows are missing."""
+    prior = Prior()
+    prior.data_std = 3000.0
+    sigma = torch.tensor([1e-3, 0.1, 10.0, 1e4])
+    exact = 1 / sigma.double() ** 2 + 1 / 3000.0**2
+    assert torch.allclose(prior.loss_weight(sigma).double(), exact, rtol=1e-5, atol=0)
+    assert float(prior.loss_weight(torch.tensor(1e-3), 0.75)) == pytest.approx(
+        1 / (3000.0**2 * 0.25), rel=1e-5
+    )
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------------
+
+
+def test_unconditional_priors_need_complete_rows(prior):
+    """Rows missing from A, rows held out of it, and maps of another scale each say what is wrong."""
+    y = normal(2, *SHAPE)
+    missing = Masking(random_mask(2, *SHAPE[1:]), SHAPE).to(F64)
+    with pytest.raises(ConditioningError, match="mask-conditional prior"):
+        losses.ambient(prior, missing, y, 0.3, 0.8)
+    with pytest.raises(ConditioningError, match="mask-conditional prior"):
+        losses.ambient(prior, Identity(SHAPE), y, 0.3, 0.8, keep=0.5, generator=seeded(0))
+    loud = MRI(torch.ones(SHAPE[1:]), 2 * coil_maps(3, *SHAPE[1:])).to(F64)
+    with pytest.raises(ConditioningError, match="Normalise the coil maps"):
+        losses.ambient(prior, loud, normal(2, 2, 3, *SHAPE[1:]), 0.3, 0.8)
+    with pytest.raises(ConditioningError, match="unconditional"):
+        losses.denoising(ConditionalMean(prior, missing), y, 0.3)
+
+
+@pytest.mark.parametrize("tweedie", [True, False])
+def test_levels_below_the_noise_of_the_data(prior, tweedie):
+    y = normal(2, *SHAPE)
+    with pytest.raises(InputError, match="sigma_n <= sigma_t"):
+        losses.ambient(prior, Identity(SHAPE), y, 0.5, 0.4, tweedie=tweedie)
+    with pytest.raises(InputError, match="sigma_n <= sigma_t"):
+        losses.ambient(prior, Identity(SHAPE), y, torch.tensor([0.1, 0.5]), 0.4, tweedie=tweedie)
+    assert losses.ambient(prior, Identity(SHAPE), y, 0.4, 0.4, tweedie=tweedie).isfinite().all()
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.5, 1.5])
+def test_keep_out_of_range(prior, keep):
+    with pytest.raises(InputError, match="keep in"):
+        losses.ambient(prior, Identity(SHAPE), normal(2, *SHAPE), 0.3, 0.8, keep=keep)
+
+
+def test_measurements_that_do_not_fit(prior):
+    for operator, y in (
+        (Identity(SHAPE), normal(2, 2, 4, 4)),
+        (MRI(torch.ones(3, 4, 3)), normal(2, *SHAPE)),
+        (MRI(torch.ones(4, 3), coil_maps(3, 4, 3)), normal(2, *SHAPE)),
+    ):
+        for keep in (1.0, 0.5):
+            with pytest.raises(InputError, match=f"{operator.name}: expected measurements"):
+                losses.ambient(prior, operator, y, 0.3, 0.8, keep=keep)
+    with pytest.raises(InputError, match="one per sample"):
+        losses.ambient(prior, Identity(SHAPE), normal(2, *SHAPE), 0.3, torch.full((3,), 0.8))
+
+
+@pytest.mark.parametrize("name", ["equispaced", "poisson", "unknown"])
+def test_designs_that_cannot_be_trained_on(name):
+    shape = (2, 16, 16)
+    if name == "unknown":
+        design = Unknown(shape, "columns")
+    else:
+        design = make_design(name, image_shape=shape, acceleration=2, acs=4)
+    operator: RowMaskedOperator = MRI(torch.ones(2, 1, 16, 16), design=design)
+    prior = ConditionalMean(mixture_prior(shape), operator)
+    y = torch.zeros(2, 2, 16, 16)
+    with pytest.raises(IdentifiabilityError):
+        losses.ambient(prior, operator, y, 0.3, 0.8, keep=0.5, generator=seeded(0))
