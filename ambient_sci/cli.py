@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ambient_sci.commands.common import check_common
     from ambient_sci.training.errors import TrainingInterrupted
 
+    command = None
     try:
         with _termination_unwinds(), _warnings_in_one_line():
             command = parse(arguments)
@@ -41,15 +42,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(f"error: {error}", 2)
     except TrainingInterrupted as error:
-        again = [a for a in arguments if a not in ("--resume", "--overwrite")]
-        return _fail(f"{error}: {shlex.join([PROG, *again, '--resume'])}", error.exit_status)
-    except _Terminated:
-        return _fail("terminated; no unfinished output was left", 128 + signal.SIGTERM)
-    except KeyboardInterrupt:
-        return _fail("interrupted; no unfinished output was left", 128 + signal.SIGINT)
+        return _fail(f"{error}: {_again(arguments)}", error.exit_status)
+    except KeyboardInterrupt as error:
+        word, number = (
+            ("terminated", signal.SIGTERM)
+            if isinstance(error, _Terminated)
+            else ("interrupted", signal.SIGINT)
+        )
+        started = hasattr(command, "started") and command.started()
+        left = f"continue with: {_again(arguments)}" if started else "no unfinished output was left"
+        return _fail(f"{word}; {left}", 128 + number)
     except OSError as error:
         return _fail(f"error: {error}", 2)
     return 0
+
+
+def _again(arguments: Sequence[str]) -> str:
+    """The command that goes on where this one was interrupted."""
+    return shlex.join([PROG, *(a for a in arguments if a not in ("--resume", "--overwrite")), "--resume"])
 
 
 def _fail(message: str, status: int) -> int:
@@ -108,7 +118,7 @@ def _first_paragraph(box: str) -> str:
     return body if body.startswith(title) else f"{title}: {body}"
 
 
-class _Terminated(BaseException):
+class _Terminated(KeyboardInterrupt):
     """SIGTERM, as something that unwinds the stack, so that temporary files are removed."""
 
 

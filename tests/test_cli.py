@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,9 @@ import torch
 from ambient_sci.cli import main
 from ambient_sci.commands import COMMANDS
 from ambient_sci.data import MeasurementFile, ReferenceFile
+from ambient_sci.evaluation.report import evaluate
 from ambient_sci.priors import load_prior
-from ambient_sci.sampling import ResultFile
+from ambient_sci.sampling import MMPS, ResultFile, reconstruct
 from ambient_sci.training import RunFolder, TrainConfig
 
 TINY = {
@@ -225,6 +228,51 @@ def test_one_step_is_for_mask_conditional_priors(
         assert file.shape == (1, IMAGES, 2, 16, 16) and not file.std(slice(None)).any()
 
 
+@pytest.fixture(scope="module")
+def result(work: Path) -> Path:
+    out = work / "result.h5"
+    run("reconstruct", work / "run", work / "under.h5", "--out", out, "--samples", 3, "--steps", 3)
+    return out
+
+
+def test_evaluate_scores_a_result_against_clean_images(
+    work: Path, result: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("evaluate", result, "--reference", work / "under_clean.h5")
+    said = capsys.readouterr().out
+    folder = work / "result_evaluation"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["scores"]["people"] == ["ann", "bob"]
+    assert report["text"] in said and str(folder / "figure.png") in said
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+    first = report["scores"]["methods"]["posterior mean"]["psnr"]["mean"]
+    options = ("--reference", work / "under_clean.h5", "--overwrite")
+    run("evaluate", result, *options, "--peak", 10 * report["scores"]["peak"]["ann"])
+    report = json.loads((folder / "report.json").read_text())
+    # Ten times the peak is 20 dB, up to the difference of the two people's own peaks.
+    assert report["scores"]["methods"]["posterior mean"]["psnr"]["mean"] == pytest.approx(first + 20, abs=2)
+
+
+def test_evaluate_judges_error_bars_without_truth(work: Path, result: Path, tmp_path: Path) -> None:
+    def evaluate(name: str, *options: object) -> dict:
+        run("evaluate", result, "--calibration", work / "under.h5", "--out", tmp_path / name, *options)
+        return json.loads((tmp_path / name / "report.json").read_text())
+
+    report = evaluate("a")
+    assert "chi_squared" in report and "held_out_rows" not in report
+    report = evaluate("b", "--prior", work / "run", "--held-out-images", 2, "--keep", 0.5)
+    assert "held_out_rows" in report
+
+
+def test_evaluate_compares_generated_images_with_real_ones(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("generate", work / "run", "--num", 5, "--steps", 2, "--out", tmp_path / "s.h5")
+    run("evaluate", tmp_path / "s.h5", "--reference", work / "clean.h5", "--out", tmp_path / "deep" / "e")
+    assert "5 samples against 6 references" in capsys.readouterr().out
+    assert json.loads((tmp_path / "deep" / "e" / "report.json").read_text())["distances"]
+
+
 def test_quickstart_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: dict = {}
     monkeypatch.setattr("ambient_sci.quickstart.run", lambda out, **options: given.update(out=out, **options))
@@ -256,6 +304,28 @@ def test_interrupted_training_is_saved_and_says_how_to_go_on(
     assert load_prior(out).shape == (2, 16, 16)
     run(*command, "--resume", "--max-steps", steps + 2)
     assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] == steps + 2
+
+
+def test_an_interrupted_training_that_has_begun_says_how_to_go_on(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where no step is at hand (between stages, say), what is on disk can be resumed all the same."""
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ambient_sci.training.trainer.run_stage", interrupted)
+    command = [
+        "train",
+        str(work / "full.h5"),
+        "--out",
+        str(tmp_path / "run"),
+        "--config",
+        str(work / "tiny.json"),
+    ]
+    assert main([*command, "--overwrite"]) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"ambient-sci: interrupted; continue with: ambient-sci {' '.join(command)} --resume"
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -324,6 +394,16 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
     assert exit.value.code in (0, None)
     for option in ("--seed", "--device {auto,cpu,cuda}", "--out", "--overwrite"):
         assert option in said
+
+
+def test_help_states_the_defaults_of_the_rooms() -> None:
+    def default(function: Callable[..., object], name: str) -> object:
+        return inspect.signature(function).parameters[name].default
+
+    assert (default(reconstruct, "samples"), default(reconstruct, "steps")) == (8, 18)
+    assert (default(MMPS, "max_iterations"), default(MMPS, "tolerance")) == (5, 0.01)
+    assert (default(evaluate, "held_out_images"), default(evaluate, "keep")) == (16, 0.8)
+    assert (TrainConfig().step_limit, TrainConfig().seed, TrainConfig().device) == (20_000, 0, "auto")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ambient_sci.commands.data import Import, Inspect, Simulate
 from ambient_sci.commands.model import Generate, Reconstruct, Train
-from ambient_sci.commands.results import Quickstart
+from ambient_sci.commands.results import Evaluate, Quickstart
 
 COMMANDS = {
     "simulate": Simulate,
@@ -13,5 +13,6 @@ COMMANDS = {
     "train": Train,
     "generate": Generate,
     "reconstruct": Reconstruct,
+    "evaluate": Evaluate,
     "quickstart": Quickstart,
 }

@@ -289,11 +289,12 @@ class Inspect:
         """Print the description, write the contact sheet."""
         from ambient_sci.data import contact_sheet, describe
 
-        sheet = self.out or self.file.with_suffix(".png")
         if self.out is not None:
-            check_outputs(sheet, overwrite=self.overwrite, inputs=(self.file,))
-        print(describe(self.file))
-        if self.out is None and sheet.exists() and not self.overwrite:
-            print(f"contact sheet: {sheet} exists already (--overwrite draws it anew)")
-            return
-        print(f"contact sheet: {contact_sheet(self.file, sheet, overwrite=self.overwrite)}")
+            check_outputs(self.out, overwrite=self.overwrite, inputs=(self.file,))
+        description = describe(self.file)
+        sheet = self.out or self.file.with_suffix(".png")
+        kept = self.out is None and sheet.exists() and not self.overwrite
+        if not kept:
+            contact_sheet(self.file, sheet, overwrite=self.overwrite)
+        print(description)
+        print(f"contact sheet: {sheet}" + (" exists already (--overwrite draws it anew)" if kept else ""))

@@ -37,7 +37,8 @@ class Train:
     """A diffusion prior from measurements alone.
 
     Complete data give an unconditional prior (for generate, and reconstruct with mmps); incomplete data a mask-conditional
-    one (reconstruct with one-step). SIGINT (Ctrl-C) and SIGTERM finish the step at hand, save, and exit; --resume goes on.
+    one (reconstruct with one-step), or by expectation maximisation (settings with "em") an unconditional one. SIGINT
+    (Ctrl-C) and SIGTERM finish the step at hand, save, and exit; --resume goes on.
     """
 
     measurements: MeasurementsArgument
@@ -101,6 +102,10 @@ class Train:
             f"prior: {self.out / 'prior'}, {prior.conditioning}, noise levels from {prior.sigma_min:.3g} up"
         )
 
+    def started(self) -> bool:
+        """Whether there is a run to resume."""
+        return (self.out / "config.json").exists()
+
     def _config(self) -> TrainConfig:
         """The configuration's file (or that of the run to resume), with the options of the command line in front."""
         from ambient_sci.training import RunFolder, TrainConfig
@@ -119,7 +124,10 @@ def _last_line(log: Path) -> str:
     if not lines:
         return "nothing left to do"
     last = json.loads(lines[-1])
-    return f"{last['step']} steps in {last['seconds']:.0f} s, loss {last['loss']:.4g}"
+    what = "held-out CRPS" if last["stage"] == "em" else "loss"
+    return (
+        f"stage {last['stage']}, {last['step']} steps in {last['seconds']:.0f} s, {what} {last['loss']:.4g}"
+    )
 
 
 @dataclass(kw_only=True)
@@ -149,8 +157,10 @@ class Generate:
         from ambient_sci.priors import load_prior
         from ambient_sci.sampling import generate, level_range
 
+        check_outputs(self.out, overwrite=self.overwrite)
         sheet = self.out.with_suffix(".png")
-        check_outputs(self.out, sheet, overwrite=self.overwrite)
+        require(sheet != self.out, "--out", "a name like S.h5 (S.png will be the contact sheet)", self.out)
+        check_outputs(sheet, overwrite=self.overwrite)
         require(self.num >= 1, "--num", "at least 1", self.num)
         _check_sampling(self.steps, self.batch_size)
         prior = load_prior(self.run_folder, find_device(self.device))
