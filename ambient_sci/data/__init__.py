@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ambient_sci.data.exporters import write_nifti
 from ambient_sci.data.files import MeasurementFile, ReferenceFile
 from ambient_sci.data.importers import ImportOptions, import_source
 from ambient_sci.data.inspect import contact_sheet, describe
@@ -30,4 +31,5 @@ __all__ = [
     "smooth_phase",
     "write_images",
     "write_measurements",
+    "write_nifti",
 ]

@@ -79,8 +79,9 @@ def prepare(
     maps = None if scan.coil_maps is None else _stated_maps(scan)
     notes = list(scan.notes)
     kspace, maps, sigma, error = _whiten(scan, kspace, mask, maps, noise_std, notes)
-    if remove_oversampling and scan.readout_size is not None and maps is None:
+    if remove_oversampling and scan.readout_size is not None:
         kspace, mask = _remove_oversampling(kspace, mask, scan.readout_size, notes)
+    maps = None if maps is None else _fit_maps(maps, kspace, scan.origin)
     if compress is not None and compress < kspace.shape[1]:
         kspace, maps = _compress(kspace, maps, compress, notes)
     scale = percentile_scale(np.sqrt((np.abs(_image(kspace)) ** 2).sum(1)))
@@ -139,22 +140,26 @@ def sampled(kspace: np.ndarray, stated: np.ndarray | None, origin: str) -> np.nd
 
 
 def _stated_maps(scan: RawScan) -> np.ndarray:
-    """Coil maps that came with the scan, (S, N, H, W) complex64."""
-    assert scan.coil_maps is not None
+    """Coil maps that came with the scan, (S, N, H or cropped H, W) complex64."""
     maps = np.asarray(scan.coil_maps)
     maps = maps[None] if maps.ndim == 3 else maps
-    if (
-        maps.dtype.kind != "c"
-        or maps.shape[1:] != scan.kspace.shape[1:]
-        or len(maps) not in (1, len(scan.kspace))
-    ):
-        raise InputError(
-            f"{scan.origin}: expected complex coil maps (1 or {len(scan.kspace)}, "
-            f"{', '.join(map(str, scan.kspace.shape[1:]))}), got {maps.dtype} {maps.shape}"
-        )
+    slices, coils, _, width = scan.kspace.shape
+    fits = maps.ndim == 4 and maps.shape[1] == coils and maps.shape[3] == width and len(maps) in (1, slices)
+    if maps.dtype.kind != "c" or not fits:
+        want = f"(1 or {slices}, {coils}, H, {width})"
+        raise InputError(f"{scan.origin}: expected complex coil maps {want}, got {maps.dtype} {maps.shape}")
     if not np.isfinite(maps).all() or not maps.any():
         raise InputError(f"{scan.origin}: expected finite coil maps that are not all zero")
-    return np.broadcast_to(maps, scan.kspace.shape).astype(np.complex64)
+    return np.broadcast_to(maps, (slices, *maps.shape[1:])).astype(np.complex64)
+
+
+def _fit_maps(maps: np.ndarray, kspace: np.ndarray, origin: str) -> np.ndarray:
+    """Maps of the oversampled field of view cropped like the readout; maps of the cropped one as they are."""
+    if maps.shape[2] < kspace.shape[2]:
+        raise InputError(
+            f"{origin}: expected coil maps of {kspace.shape[2]} readout samples, got {maps.shape[2]}"
+        )
+    return crop_centre(maps, axis=2, size=kspace.shape[2])
 
 
 def _whiten(

@@ -37,6 +37,8 @@ from ambient_sci.errors import InputError
 MEDIAN_NORMAL = 0.6744897501960817
 #: noise level per real channel of data whitened to complex variance 1
 WHITENED_SIGMA = 1 / math.sqrt(2)
+#: Relative radii outside which k-space counts as a corner, the preferred one first.
+CORNER_RADII = (1.3, 1.2, 1.1, 1.0)
 _GROUPS = 16
 
 
@@ -69,8 +71,8 @@ def _jackknife(groups: list[np.ndarray]) -> NoiseEstimate:
 def estimate_noise(images: Tensor) -> NoiseEstimate:
     """Noise level common to images (B, C, H, W), per real channel, from their diagonal details.
 
-    Padding does not count: neither do places where the filter meets pixels that are exactly 0, nor details that are
-    exactly 0. Constant images give 0.
+    Padding does not count: neither do places where the filter meets pixels that are exactly 0, nor details
+    that are exactly 0. Constant images give 0.
 
     Raises: InputError for images under 4 pixels, or with NaN or infinities.
     """
@@ -98,22 +100,27 @@ def estimate_noise(images: Tensor) -> NoiseEstimate:
     return _jackknife(groups)
 
 
-def kspace_corners(kspace: Tensor, mask: Tensor | None = None, radius: float = 1.0) -> Tensor:
-    """Samples of centred k-space (B, N, H, W) outside the ellipse of relative ``radius``, as coil vectors (N,
-    n).
+def kspace_corners(kspace: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Samples in the corners of centred k-space (B, N, H, W), as coil vectors (N, n).
 
-    Radius 1 touches the middle of the edges, so what remains are the corners: 21 % of k-space. ``mask``: (1 or B, H, W) of
-    0/1, only measured samples are taken. Samples that are zero in every coil (not acquired) are left out.
+    Corners lie outside an ellipse of relative radius 1.3 (2 % of k-space); of 1.2, 1.1 or 1, which touches
+    the middle of the edges (21 %), if there are fewer than 1000 samples. ``mask``: (1 or B, H, W) of 0/1,
+    only measured samples are taken. Samples that are zero in every coil (not acquired) are left out.
 
-    Raises: InputError when fewer than 64 samples per coil remain.
+    Raises: InputError when fewer than 64 samples a coil remain.
     """
     height, width = kspace.shape[-2:]
     v = (torch.arange(height, dtype=torch.float64) - height // 2) / max(height / 2, 1)
     u = (torch.arange(width, dtype=torch.float64) - width // 2) / max(width / 2, 1)
-    corner = (v[:, None] ** 2 + u[None] ** 2 > radius**2).expand(len(kspace), height, width)
+    measured = kspace.ne(0).any(1)
     if mask is not None:
-        corner = corner & mask.bool()
-    values = kspace.movedim(1, 0)[:, corner & kspace.ne(0).any(1)]
+        measured = measured & mask.bool()
+    square = v[:, None] ** 2 + u[None] ** 2
+    for radius in CORNER_RADII:
+        chosen = measured & (square > radius**2)
+        if int(chosen.sum()) >= 1000:
+            break
+    values = kspace.movedim(1, 0)[:, chosen]
     if values.shape[1] < 64:
         raise InputError(
             f"noise level: expected at least 64 measured samples in the k-space corners, got {values.shape[1]}"
