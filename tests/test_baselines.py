@@ -87,8 +87,8 @@ def test_total_variation_is_the_minimiser_sigpy_finds(coils):
     operator, y, x = problem(coils)
     solution = total_variation(operator, y, 0.02, tolerance=1e-6, max_iterations=3000)
     assert solution.converged
-    theirs = by_sigpy("TotalVariationRecon", operator, y, 1, 0.02, 2000)
-    assert np.abs(to_complex(solution.image)[1].numpy() - theirs).max() < 2e-4 * np.abs(theirs).max()
+    theirs = by_sigpy("TotalVariationRecon", operator, y, 1, 0.02, 1200)
+    assert np.abs(to_complex(solution.image)[1].numpy() - theirs).max() < 5e-4 * np.abs(theirs).max()
     default = total_variation(operator, y, 0.02)
     assert default.converged and default.iterations <= 300
     assert float((default.image - solution.image).norm() / solution.image.norm()) < 2e-3

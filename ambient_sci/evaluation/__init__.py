@@ -18,7 +18,18 @@ _HOMES = {
     "l1_wavelet": "baselines",
     "total_variation": "baselines",
     "sweep": "baselines",
+    "with_truth": "calibration",
+    "held_out_rows": "calibration",
+    "hold_out": "calibration",
+    "chi_squared": "chi_squared",
+    "sliced_wasserstein": "distances",
+    "frechet_distance": "distances",
+    "kernel_distance": "distances",
+    "energy_distance": "distances",
+    "distribution_distances": "distances",
     "reconstruction_figure": "figures",
+    "calibration_figure": "figures",
+    "evaluate": "report",
 }
 __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -139,7 +139,7 @@ def l1_wavelet(
 
     sigpy's own app takes soft thresholding in the wavelet domain for the proximal map, which is exact only
     for a wavelet transform that is onto; with zero extension it is not, and the minimiser found here has the
-    lower objective (by .3 % on 64-px brains; the PSNR is the same to .1 dB).
+    lower objective (by .3 % on 64-px brains, and the PSNR is .1 dB higher).
     """
     return _sparse("wavelet", operator, y, weight, start, tolerance, max_iterations)
 

@@ -214,7 +214,7 @@ def _std_over_error(
     interval = None
     if len(groups) > 1 and 0 < whole < math.inf:
         keep = [torch.tensor([i for i, n in enumerate(names) if n != g]) for g in groups]
-        logs = torch.tensor([math.log(ratio(scores.variance[k], scores.error[k])) for k in keep])
+        logs = torch.tensor([math.log(ratio(scores.variance[k], scores.error[k])) for k in keep]).double()
         std = math.sqrt((len(groups) - 1) * float(logs.var(correction=0)))
         reach = float(t.isf(0.025, len(groups) - 1)) * std
         interval = [whole * math.exp(-reach), whole * math.exp(reach)]

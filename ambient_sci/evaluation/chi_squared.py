@@ -18,13 +18,14 @@ space is g sigma_y^2.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ambient_sci.errors import InputError
+from ambient_sci.operators.base import RowMaskedOperator
 
 
 def chi_squared(
@@ -65,20 +66,23 @@ def chi_squared(
     check_level(level)
     mask = getattr(operator, "mask", None)
     rows = torch.ones_like(y) if mask is None else mask.to(y).expand(y.shape)
-    with torch.no_grad():
-        seen = torch.stack([operator.A(x) for x in samples])
-    if seen.shape[1:] != y.shape:
-        raise InputError(
-            f"calibration: expected measurements {tuple(seen.shape[1:])} for these samples, got {tuple(y.shape)}"
-        )
-    residual = ((y - seen[0]) * rows / sigma).double()
-    statistic, degrees = float(residual.square().sum()), int(rows.sum())
+    statistic, resolved = 0.0, 0.0
+    for n, seen in enumerate(_in_measurement_space(operator, samples)):
+        if seen.shape[1:] != y.shape[1:]:
+            expected = (len(y), *seen.shape[1:])
+            raise InputError(
+                f"calibration: expected measurements {expected} for these samples, got {tuple(y.shape)}"
+            )
+        level_n = sigma[n if len(sigma) > 1 else 0]
+        statistic += float((((y[n] - seen[0]) * rows[n] / level_n).double() ** 2).sum())
+        resolved += _resolved(seen / level_n * rows[n]) if len(samples) > 2 else math.nan
+    degrees = int(rows.sum())
+    share = None if math.isnan(resolved) else min(max(1 + resolved / degrees, 0.0), 1.0)
     p = min(1.0, 2 * min(float(chi2.sf(statistic, degrees)), float(chi2.cdf(statistic, degrees))))
-    resolved = _resolved(seen / sigma, rows)
     power = {
         f"{k:g}": {
             "determined": _power(1.0, k, degrees, level),
-            "estimated": None if resolved is None else _power(resolved, k, degrees, level),
+            "estimated": None if share is None else _power(share, k, degrees, level),
         }
         for k in alternatives
     }
@@ -96,25 +100,30 @@ def chi_squared(
     }
 
 
-def _resolved(seen: Tensor, rows: Tensor) -> float | None:
-    """tr (I - G)^2 / m, G the covariance of A x / sigma_y over the measured rows; None below three samples.
+def _in_measurement_space(operator: Any, samples: Tensor) -> Iterator[Tensor]:
+    """A x_s of one measurement after the other, each (S, ...)."""
+    with torch.no_grad():
+        if isinstance(operator, RowMaskedOperator):
+            operator._check_image(samples[0])
+            for n in range(samples.shape[1]):
+                yield (operator[n] if operator.batch_size > 1 else operator).A(samples[:, n])
+        else:
+            yield from torch.stack([operator.A(x) for x in samples], 1)
+
+
+def _resolved(seen: Tensor) -> float:
+    """tr G^2 - 2 tr G, G the covariance of ``seen`` = A x_s / sigma_y (S, ...): what sum_i (1 - g_i)^2 has
+    beyond m.
 
     With nu = S - 1 and a sample covariance C of Gaussian samples, nu^2 / ((nu - 1)(nu + 2)) (tr C^2 - (tr
     C)^2 / nu) is an unbiased estimate of tr G^2, and tr C^2 is the squared norm of the S x S matrix of inner
     products.
     """
-    count = len(seen)
-    if count < 3:
-        return None
-    nu, total = count - 1, 0.0
-    for n in range(seen.shape[1]):
-        deviations = (seen[:, n] * rows[n]).flatten(1).double()
-        deviations = deviations - deviations.mean(0)
-        products = deviations @ deviations.T / nu
-        trace = float(products.trace())
-        square = nu**2 / ((nu - 1) * (nu + 2)) * (float(products.square().sum()) - trace**2 / nu)
-        total += square - 2 * trace
-    return min(max(1 + total / float(rows.sum()), 0.0), 1.0)
+    nu = len(seen) - 1
+    deviations = (seen - seen.mean(0)).flatten(1).double()
+    products = deviations @ deviations.T / nu
+    trace = float(products.trace())
+    return nu**2 / ((nu - 1) * (nu + 2)) * (float(products.square().sum()) - trace**2 / nu) - 2 * trace
 
 
 def _power(resolved: float, k: float, degrees: int, level: float) -> float:

@@ -102,10 +102,10 @@ def kernel_distance(
     generator = generator or torch.Generator().manual_seed(0)
     size = min(subset, len(x), len(y))
     if max(len(x), len(y)) <= subset:
-        estimates = torch.tensor([_mmd(x, y)])
+        estimates = torch.tensor([_mmd(x, y)], dtype=torch.float64)
     else:
         picks = ([torch.randperm(len(s), generator=generator)[:size] for s in (x, y)] for _ in range(subsets))
-        estimates = torch.tensor([_mmd(x[i], y[j]) for i, j in picks])
+        estimates = torch.tensor([_mmd(x[i], y[j]) for i, j in picks], dtype=torch.float64)
     return {"mean": float(estimates.mean()), "std": float(estimates.std()) if len(estimates) > 1 else 0.0}
 
 

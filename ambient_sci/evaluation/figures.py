@@ -1,9 +1,9 @@
 """Figures: reconstructions side by side with their error bars, and calibration at a glance.
 
 Every function writes one PNG, whole or not at all, with matplotlib's Agg canvas: no display is needed and no
-global matplotlib state is touched. Images share one gray window, [0, peak of the person]; the standard
-deviation and the error share one colour scale, so that "is the error where the standard deviation says it is"
-can be read off.
+global matplotlib state is touched. Images share one gray window, [0, peak of the person] (from the
+darkest value on for real images that go below 0); the standard deviation and the error share one colour
+scale, so that "is the error where the standard deviation says it is" can be read off.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ambient_sci.errors import InputError
-from ambient_sci.evaluation.metrics import magnitude, psnr, volume_peak
+from ambient_sci.evaluation.metrics import graded, psnr, volume_peak
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,12 +58,15 @@ def reconstruction_figure(
     scale = scale.expand(len(reference))
     columns = {"truth": reference, **estimates, **({} if mean is None else {mean_title: mean})}
     spread = _spread_and_error(mean, std, reference)
+    black = min(0.0, float(graded(reference).min()))
     sheet = _Sheet(len(reference), len(columns) + len(spread), colour_bar=bool(spread))
     for column, (name, images) in enumerate(columns.items()):
         scores = None if name == "truth" else psnr(images, reference, scale)
-        for row, image in enumerate(magnitude(images)[:, 0]):
+        for row, image in enumerate(graded(images).mean(1)):
             axes = sheet.cell(row, column, name if row == 0 else None)
-            axes.imshow(_numpy(image), cmap="gray", vmin=0, vmax=float(scale[row]), interpolation="nearest")
+            axes.imshow(
+                _numpy(image), cmap="gray", vmin=black, vmax=float(scale[row]), interpolation="nearest"
+            )
             if column == 0 and labels is not None:
                 axes.set_ylabel(labels[row], fontsize=10)
             if scores is not None:
@@ -115,7 +118,7 @@ def _spread_and_error(mean: Tensor | None, std: Tensor | None, reference: Tensor
     if mean.shape == reference.shape:
         error = torch.linalg.vector_norm(mean - reference, dim=1)
     else:
-        error = (magnitude(mean) - magnitude(reference))[:, 0].abs()
+        error = torch.linalg.vector_norm(graded(mean) - graded(reference), dim=1)
     if std is None:
         return {"|error|": error}
     if std.shape[0] != len(reference) or std.shape[-2:] != reference.shape[-2:]:
@@ -166,20 +169,14 @@ def calibration_figure(path: str | os.PathLike[str], results: Mapping[str, Mappi
 
 def _coverage_panel(axes: Axes, coverage: Mapping[str, Mapping[str, float]]) -> None:
     nominal = [float(k) / 100 for k in coverage]
+    observed = [c["observed"] for c in coverage.values()]
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-    axes.plot(
-        [0, *nominal, 1], [0, *(c["observed"] for c in coverage.values()), 1], "o-", color=MARK, markersize=5
-    )
-    for x, c in zip(nominal, coverage.values(), strict=True):
-        axes.annotate(
-            f"{100 * c['observed']:.0f} %",
-            (x, c["observed"]),
-            (7, -10),
-            textcoords="offset points",
-            fontsize=9,
-        )
+    axes.plot([0, *nominal, 1], [0, *observed, 1], color=MARK)
+    axes.plot(nominal, observed, "o", color=MARK, markersize=5)
+    for x, y in zip(nominal, observed, strict=True):
+        axes.annotate(f"{100 * y:.0f} %", (x, y), (7, -10), textcoords="offset points", fontsize=9)
     _labelled(axes, "nominal coverage", "observed coverage")
-    axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.set(xlim=(0, 1.16), ylim=(0, 1.02), xticks=[0, 0.2, 0.4, 0.6, 0.8, 1.0])
 
 
 def _rank_panel(axes: Axes, ranks: Mapping[str, Sequence[float]]) -> None:

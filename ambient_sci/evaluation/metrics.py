@@ -1,6 +1,6 @@
-r"""Reconstruction quality on magnitude images: PSNR, SSIM, NRMSE, and the table over people.
+r"""Reconstruction quality: PSNR, SSIM, NRMSE of magnitude images, and the table over people.
 
-    magnitude     |x| = sqrt(Re^2 + Im^2)
+    magnitude     |x| = sqrt(Re^2 + Im^2) of complex images (two channels); real images are scored as they are
     PSNR(a, b)    10 log10( peak^2 / mean (a - b)^2 )            decibels
     NRMSE(a, b)   sqrt( mean (a - b)^2 / mean b^2 )              b is the reference
     SSIM(a, b)    Wang et al. 2004: Gaussian window of standard deviation 1.5 (11 x 11 pixels), K = (.01, .03)
@@ -23,6 +23,7 @@ from torch import Tensor
 from ambient_sci.errors import InputError
 
 PEAK_QUANTILE = 0.999
+SSIM_WINDOW = 11
 METRICS = ("psnr", "ssim", "nrmse")
 _TITLES = {"psnr": "PSNR / dB", "ssim": "SSIM", "nrmse": "NRMSE"}
 _DIGITS = {"psnr": 2, "ssim": 3, "nrmse": 3}
@@ -39,11 +40,20 @@ def magnitude(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=1, keepdim=True)
 
 
+def graded(x: Tensor) -> Tensor:
+    """What is scored and shown of an image: the magnitude of a complex one (two channels), a real one as it
+    is.
+    """
+    if x.ndim != 4:
+        raise InputError(f"metric: expected images (B, C, H, W), got {tuple(x.shape)}")
+    return magnitude(x) if x.shape[1] == 2 else x
+
+
 def volume_peak(reference: Tensor) -> float:
     """The 99.9th percentile of the magnitude over all slices given (torch's quantile is limited in size;
     sorting is not).
     """
-    values = magnitude(reference).flatten().double().sort().values
+    values = graded(reference).abs().flatten().double().sort().values
     position = PEAK_QUANTILE * (len(values) - 1)
     low = math.floor(position)
     high = min(low + 1, len(values) - 1)
@@ -76,19 +86,20 @@ def ssim(estimate: Tensor, reference: Tensor, peak: float | Tensor) -> Tensor:
     """Structural similarity of the magnitude, (B,), by torchmetrics; data range = peak. Arguments as for
     `psnr`.
 
+    Edges are continued by reflection, and the average is over all pixels.
+
     Raises:
         InputError: as `psnr`, or images smaller than the 11-pixel window.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     a, b, scale = _compared(estimate, reference, peak)
-    if min(a.shape[-2:]) < 11:
+    if min(a.shape[-2:]) < SSIM_WINDOW:
         raise InputError(f"SSIM: expected images of at least 11 x 11 pixels, got {tuple(a.shape[-2:])}")
-    scale = peak.reshape(
-        -1, 1, 1, 1
-    )  # SSIM depends on values / data range alone, so a peak per slice is a scaling per slice
+    # SSIM depends on values / data range alone, so a peak per slice is a scaling per slice.
+    scale = scale.reshape(-1, 1, 1, 1)
     scores = structural_similarity_index_measure(
-        a / scale, b / scale, sigma=1.5, kernel_size=11, data_range=1.0, reduction="none"
+        a / scale, b / scale, sigma=1.5, kernel_size=SSIM_WINDOW, data_range=1.0, reduction="none"
     )
     return torch.as_tensor(scores).reshape(-1)
 
@@ -110,7 +121,8 @@ def reconstruction_table(
 
     Returns:
         JSON-able: ``{"people": [...], "slices": {person: n}, "peak": {person: value}, "methods": {name:
-        {metric: {"mean": ..., "std": ... or None for one person, "people": {person: value}}}}}``.
+        {metric: {"mean": ..., "std": ... (None for one person), "people": {person: value}}}}}``. SSIM is left
+        out of images smaller than its window.
 
     Raises:
         InputError: shapes, numbers of slices or names that do not match.
@@ -127,11 +139,9 @@ def reconstruction_table(
 
     methods: dict[str, Any] = {}
     for name, estimate in estimates.items():
-        scores = {
-            "psnr": psnr(estimate, reference, per_slice),
-            "ssim": ssim(estimate, reference, per_slice),
-            "nrmse": nrmse(estimate, reference),
-        }
+        scores = {"psnr": psnr(estimate, reference, per_slice), "nrmse": nrmse(estimate, reference)}
+        if min(reference.shape[-2:]) >= SSIM_WINDOW:
+            scores["ssim"] = ssim(estimate, reference, per_slice)
         methods[name] = {
             m: _over_people({p: float(s[rows[p]].mean()) for p in people}) for m, s in scores.items()
         }
@@ -142,6 +152,8 @@ def format_table(table: Mapping[str, Any], metrics: Sequence[str] = METRICS) -> 
     """The table of `reconstruction_table` as text: one line a method, ``mean +- std over people (each
     person)``.
     """
+    scored = set().union(*table["methods"].values())
+    metrics = [m for m in metrics if m in scored]
     people, several = table["people"], len(table["people"]) > 1
     header = ["method"] + [_TITLES[m] for m in metrics]
     if several:
@@ -193,7 +205,7 @@ def _peak_of(person: str, peaks: Mapping[str, float] | float | None, images: Ten
 
 def _compared(estimate: Tensor, reference: Tensor, peak: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Magnitudes in float64 and a positive peak, (B,) or (1,)."""
-    a, b = magnitude(estimate).double(), magnitude(reference).double()
+    a, b = graded(estimate).double(), graded(reference).double()
     if a.shape != b.shape:
         raise InputError(
             f"metric: expected an estimate like the reference {tuple(b.shape)}, got {tuple(a.shape)}"

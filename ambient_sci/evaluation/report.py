@@ -1,0 +1,278 @@
+"""One evaluation of a file: numbers as JSON, figures as PNG, a verdict in words. What `ambient-sci evaluate`
+runs.
+
+    result R.h5 and references   scores over people, calibration against the truth, figure
+    result R.h5 and scans M.h5   chi-squared of the residuals; with the prior also calibration on held-out
+    rows images S.h5 and references   distances between the two distributions
+
+Everything is computed before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ambient_sci.data import MeasurementFile, ReferenceFile
+from ambient_sci.errors import InputError
+from ambient_sci.evaluation import figures
+from ambient_sci.evaluation.calibration import hold_out, with_truth
+from ambient_sci.evaluation.chi_squared import chi_squared
+from ambient_sci.evaluation.distances import distribution_distances
+from ambient_sci.evaluation.metrics import format_table, reconstruction_table
+from ambient_sci.priors import Prior
+from ambient_sci.sampling import Reconstruction, reconstruct
+
+ROWS_SHOWN = 4
+FOUND_BY_DEFAULT = ("sampler", "steps", "sigma_min", "sigma_max")
+
+Figure = tuple[str, Callable[[Path], Path]]
+
+
+def evaluate(
+    result: str | os.PathLike[str] | Reconstruction,
+    out: str | os.PathLike[str],
+    *,
+    reference: str | os.PathLike[str] | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    prior: Prior | None = None,
+    peak: float | None = None,
+    held_out_images: int = 16,
+    keep: float = 0.8,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Evaluate a result, or generated images, and write ``report.json`` and figures into the folder ``out``.
+
+    Args:
+        result: a `Reconstruction` or its file, or a file of images (generated samples).
+        out: folder to write into; made if need be.
+        reference: file of the true images: of the same scans, in the same order (a result), or any from the
+            distribution that the samples should have (images).
+        calibration: measurement file that the result was made from.
+        prior: the prior that made the result. With it, up to ``held_out_images`` scans are sampled again from
+            a fraction ``keep`` of their rows, and the others are predicted; without it the rows used are all
+            that is tested.
+        peak: full scale of PSNR and SSIM; default: the 99.9th percentile over each person's slices in
+            ``reference``.
+        seed: of the random choices (projections, split, p-values).
+        overwrite: replace ``report.json`` and figures.
+
+    Returns:
+        What ``report.json`` holds, JSON-able; ``text`` is the summary to print.
+
+    Raises:
+        InputError: neither reference nor calibration, files that do not belong together, or outputs that
+            exist.
+    """
+    if reference is None and calibration is None:
+        raise InputError("evaluate: expected a reference or a measurement file to compare with, got neither")
+    folder = Path(out)
+    names = ("report.json", "figure.png", "calibration.png")
+    existing = [n for n in names if (folder / n).exists()]
+    if existing and not overwrite:
+        raise InputError(f"{folder / existing[0]}: output exists; give --overwrite to replace it")
+
+    generator = torch.Generator().manual_seed(seed)
+    report: dict[str, Any] = {}
+    drawn: list[Figure] = []
+    if isinstance(result, Reconstruction) or not _is_image_file(result):
+        found = result if isinstance(result, Reconstruction) else Reconstruction.load(Path(result))
+        panels: dict[str, Any] = {}
+        if reference is not None:
+            _against_truth(report, drawn, panels, found, reference, peak, generator)
+        if calibration is not None:
+            _against_scans(report, panels, found, calibration, prior, held_out_images, keep, generator)
+        if panels:
+            drawn.append(("calibration.png", lambda path: figures.calibration_figure(path, panels)))
+    elif reference is None:
+        raise InputError(f"{result}: expected a reference file to compare generated images with, got none")
+    else:
+        report["distances"] = _between_files(result, reference, generator)
+    report["text"] = _text(report)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in drawn:
+        draw(folder / name)
+    report["figures"] = [str(folder / name) for name, _ in drawn]
+    for stale in set(names[1:]) - {name for name, _ in drawn}:  # of an earlier evaluation of something else
+        (folder / stale).unlink(missing_ok=True)
+    _write(folder / "report.json", report)
+    return report
+
+
+def _against_truth(
+    report: dict[str, Any],
+    drawn: list[Figure],
+    panels: dict[str, Any],
+    result: Reconstruction,
+    reference: str | os.PathLike[str],
+    peak: float | None,
+    generator: torch.Generator,
+) -> None:
+    with ReferenceFile(reference) as file:
+        truth, subjects = file.images(), list(file.subjects)
+    _check_pair(result, len(truth), subjects, reference)
+    if result.mean.shape[-2:] != truth.shape[-2:]:
+        raise InputError(
+            f"{reference}: expected images {tuple(result.mean.shape[-2:])} like the result's, got {tuple(truth.shape[-2:])}"
+        )
+    report["scores"] = reconstruction_table({"posterior mean": result.mean}, truth, subjects, peak)
+    people = report["scores"]["people"]
+    # The middle slice of each person, then evenly spaced ones, until there are enough rows.
+    rows = [[i for i, s in enumerate(subjects) if s == p] for p in people]
+    shown = sorted({r[len(r) // 2] for r in rows[:ROWS_SHOWN]})
+    spread = torch.linspace(0, len(truth) - 1, ROWS_SHOWN).round().int().tolist()
+    shown = sorted({*shown, *[i for i in spread if i not in shown][: ROWS_SHOWN - len(shown)]})
+    scale = torch.tensor([report["scores"]["peak"][subjects[i]] for i in shown])
+    several = len(result.samples) > 1
+    drawn.append(
+        (
+            "figure.png",
+            lambda path: figures.reconstruction_figure(
+                path,
+                truth[shown],
+                {},
+                mean=result.mean[shown],
+                std=result.std[shown] if several else None,
+                labels=[subjects[i] for i in shown],
+                peak=scale,
+            ),
+        )
+    )
+    if several and result.samples.shape[1:] == truth.shape:
+        by_people = subjects if len(people) > 1 else None
+        report["with_truth"] = with_truth(result.samples, truth, subjects=by_people, generator=generator)
+        panels["against the truth"] = report["with_truth"]
+
+
+def _against_scans(
+    report: dict[str, Any],
+    panels: dict[str, Any],
+    result: Reconstruction,
+    calibration: str | os.PathLike[str],
+    prior: Prior | None,
+    images: int,
+    keep: float,
+    generator: torch.Generator,
+) -> None:
+    with MeasurementFile(calibration) as file:
+        _check_pair(result, len(file), list(file.subjects), calibration)
+        if tuple(file.image_shape) != tuple(result.mean.shape[1:]):
+            raise InputError(
+                f"{calibration}: expected scans of images {tuple(result.mean.shape[1:])} like the result's, got {file.image_shape}"
+            )
+        report["chi_squared"] = chi_squared(
+            result.samples, file.operator(), file.measurements(), file.sigma()
+        )
+        chosen = torch.linspace(0, len(file) - 1, min(images, len(file))).round().int().tolist()
+        operator, y, sigma = file.operator(chosen), file.measurements(chosen), file.sigma(chosen)
+    if prior is None or len(result.samples) < 2:
+        return
+    settings = {k: result.report[k] for k in FOUND_BY_DEFAULT if k in result.report}
+    settings |= result.report.get("options", {})
+
+    def sample(kept: Any, part: Tensor) -> Tensor:
+        return reconstruct(
+            prior,
+            kept,
+            part,
+            sigma,
+            samples=len(result.samples),
+            generator=generator,
+            progress=True,
+            **settings,
+        ).samples
+
+    subjects = [result.subjects[i] for i in chosen] if len(set(result.subjects)) > 1 else None
+    report["held_out_rows"] = hold_out(
+        sample, operator, y, sigma, keep=keep, subjects=subjects, generator=generator
+    )
+    panels["held-out rows"] = report["held_out_rows"]
+
+
+def _between_files(
+    samples: str | os.PathLike[str] | Reconstruction, reference: Any, generator: torch.Generator
+) -> dict[str, Any]:
+    with ReferenceFile(str(samples)) as a, ReferenceFile(reference) as b:
+        x, y = a.images(), b.images()
+    if x.shape[1:] != y.shape[1:]:
+        raise InputError(
+            f"{samples}: expected images {tuple(y.shape[1:])} like {reference}, got {tuple(x.shape[1:])}"
+        )
+    return distribution_distances(x, y, generator=generator)
+
+
+def _check_pair(
+    result: Reconstruction, count: int, subjects: list[str], path: str | os.PathLike[str]
+) -> None:
+    """The file must hold what the result was made from: as many, and of the same people where both say
+    who.
+    """
+    if len(result.mean) != count:
+        raise InputError(f"{path}: expected {len(result.mean)} images, one a reconstruction, got {count}")
+    if result.subjects and result.subjects != subjects:
+        first = next(i for i, (a, b) in enumerate(zip(result.subjects, subjects, strict=True)) if a != b)
+        raise InputError(
+            f"{path}: expected the people of the result; image {first} is of {subjects[first]!r} here and "
+            f"{result.subjects[first]!r} there"
+        )
+
+
+def _is_image_file(path: str | os.PathLike[str]) -> bool:
+    """A file of images, as opposed to a result; anything else is left to the readers, which say what is
+    wrong.
+    """
+    import h5py
+
+    from ambient_sci.data.files import IMAGE_FORMAT
+
+    try:
+        with h5py.File(path, "r") as file:
+            return file.attrs.get("format") == IMAGE_FORMAT
+    except OSError:
+        return False
+
+
+def _text(report: dict[str, Any]) -> str:
+    lines: list[str] = []
+    if "scores" in report:
+        lines += [format_table(report["scores"]), ""]
+    for key, title in (
+        ("with_truth", "against the truth"),
+        ("chi_squared", "residuals, no truth needed"),
+        ("held_out_rows", "held-out rows, no truth needed"),
+    ):
+        if key in report:
+            lines.append(f"{title}: {report[key]['verdict']}")
+    if "distances" in report:
+        lines += _distance_lines(report["distances"])
+    return "\n".join(lines).strip()
+
+
+def _distance_lines(distances: dict[str, Any]) -> list[str]:
+    floor = distances["between_halves_of_the_reference"]
+    lines = [
+        f"{distances['samples']} samples against {distances['references']} references (in brackets: its two halves)"
+    ]
+    for name, other in floor.items():
+        value = distances[name]
+        value, other = (v["mean"] if isinstance(v, dict) else v for v in (value, other))
+        lines.append(f"  {name.replace('_', ' '):20s} {value:.4g} ({other:.4g})")
+    return lines
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(value, indent=2) + "\n")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
