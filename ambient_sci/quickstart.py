@@ -35,14 +35,14 @@ class Settings:
 
     noise_std: float = 0.05
     acceleration: float = 2.5
-    slices_per_person: int = 4
+    slices_per_person: int = 3
     samples: int = 16
     steps: int = 18
     max_iterations: int = 5
-    train_steps: int = 700
+    train_steps: int = 1300
     batch_size: int = 8
-    learning_rate: float = 1e-3
-    channels: tuple[int, ...] = (32, 64, 64)
+    learning_rate: float = 2e-3
+    channels: tuple[int, ...] = (24, 48, 48)
     precision: str = "bf16"
 
 

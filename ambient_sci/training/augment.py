@@ -36,7 +36,7 @@ from ambient_sci.operators import (
 )
 
 _AXES = {"flip-vertical": -2, "flip-horizontal": -1}
-LOWEST_GAIN = 0.5
+LOWEST_GAIN = 0.4
 
 
 def reflect(t: Tensor, axis: int, about_centre: bool) -> Tensor:

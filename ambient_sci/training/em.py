@@ -95,7 +95,6 @@ def run_em(
         f"{len(data)} samples, operator {data.operator_name}, {100 * fraction:.0f} % of rows measured: expectation maximisation, an "
         "unconditional prior"
     )
-    reporter.say(reason)
     source = Source(data, complete=fraction == 1, design=data.design, reason=reason)
     if accelerator.is_main_process:
         description = {"stages": [{"name": "em", "reason": reason}], "data": source.fingerprint()}
@@ -104,6 +103,7 @@ def run_em(
             shutil.rmtree(folder.path / "laps", ignore_errors=True)
             folder.write_json("em.json", {"laps": []})
     accelerator.wait_for_everyone()
+    reporter.say(reason)
     return _Laps(data, config, folder, accelerator, reporter).run()
 
 

@@ -76,12 +76,12 @@ def fit(
     staged = settings is not None and not joint
     if staged:  # made before anything runs, so that what it refuses is refused now
         reasons["consistency"] = ConsistencyStage(first, first.module, config).reason
-    for reason in reasons.values():
-        reporter.say(reason)
     description = describe(reasons, source.fingerprint(), first)
     if folder and accelerator.is_main_process:
         folder.reopen(config, description) if resume else folder.create(config, description)
     accelerator.wait_for_everyone()
+    for reason in reasons.values():
+        reporter.say(reason)
     options: Any = {"accelerator": accelerator, "folder": folder, "resume": resume, "reporter": reporter}
     prior = run_stage(first, config, **options)
     if staged:

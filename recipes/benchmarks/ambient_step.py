@@ -31,7 +31,7 @@ def cases(
 ) -> dict[str, tuple[RowMaskedOperator, int, float]]:
     """Name to (operator, image channels, fraction of rows kept)."""
     dots = make_design("bernoulli", image_shape=(3, size, size), keep=0.5)
-    lines = make_design("lines-variable", image_shape=(2, size, size), acceleration=4)
+    lines = make_design("lines-variable", image_shape=(2, size, size), acceleration=4, acs=max(size // 16, 1))
     maps = birdcage_maps(8, size, size)
     return {
         "identity": (Identity((2, size, size)), 2, 1.0),
