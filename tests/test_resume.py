@@ -80,7 +80,7 @@ def test_killed_at_a_random_step_and_resumed(tmp_path, scans):
     while time.monotonic() < deadline and process.poll() is None:
         if log.exists() and 7 * log.read_text().count("\n") >= aim:
             break
-        time.sleep(0.001)
+        time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     reached = trace(killed)[-1]["step"]
