@@ -88,9 +88,9 @@ def descend(
     goal: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """States at levels t >= goal, walked down to ``goal`` by reverse steps of a factor e^(-1/2) at most; none where t = goal."""
+    """States at levels t >= goal, walked down to ``goal`` by reverse steps of a factor e^(-1/4) at most; none where t = goal."""
     ratio = float((t / goal).max())
-    steps = math.ceil(2 * math.log(ratio)) if ratio > 1 + 1e-6 else 0
+    steps = math.ceil(4 * math.log(ratio)) if ratio > 1 + 1e-6 else 0
     for left in range(steps, 0, -1):
         s = t * (goal / t) ** (1 / left)
         x, t = reverse_step(prior, kept, x, t, s, generator), s
