@@ -43,6 +43,10 @@ class Masking(RowMaskedOperator):
             mask = mask[None, None]
         elif mask.ndim == 3:
             mask = mask[:, None]
+        if mask.ndim != 4:
+            raise InputError(
+                f"{self.name} mask: expected (H, W), (B, H, W) or (B, C, H, W), got {tuple(mask.shape)}"
+            )
         self._any_channels = img_size is None and mask.shape[1] == 1
         size = tuple(img_size) if img_size is not None else tuple(mask.shape[1:])
         super().__init__(mask, size, size, design=design, noise_std=noise_std)
@@ -84,9 +88,9 @@ class Identity(Masking):
 
     def __init__(self, img_size: tuple[int, ...], noise_std: float = 0.0) -> None:
         img_size = tuple(int(n) for n in img_size)
-        if not img_size or min(img_size) < 1:
-            raise InputError(f"identity: expected a shape of positive sizes, got {img_size}")
-        super().__init__(torch.ones(1, *([1] * len(img_size))), img_size=img_size, noise_std=noise_std)
+        if len(img_size) != 3 or min(img_size) < 1:
+            raise InputError(f"identity: expected a shape (C, H, W) of positive sizes, got {img_size}")
+        super().__init__(torch.ones(1, 1, 1, 1), img_size=img_size, noise_std=noise_std)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.img_size, float(getattr(self.noise_model, "sigma", 0.0)))
