@@ -83,9 +83,12 @@ def fit(
     for reason in reasons.values():
         reporter.say(reason)
     options: Any = {"accelerator": accelerator, "folder": folder, "resume": resume, "reporter": reporter}
-    prior = run_stage(first, config, **options)
-    if staged:
-        prior = run_stage(ConsistencyStage(first, prior, config), second_stage_config(config), **options)
+    try:
+        prior = run_stage(first, config, **options)
+        if staged:
+            prior = run_stage(ConsistencyStage(first, prior, config), second_stage_config(config), **options)
+    finally:
+        first.loader.close()
     return prior.eval()
 
 
