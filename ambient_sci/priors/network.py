@@ -65,7 +65,11 @@ class MLP(nn.Module):
         widths = (in_size + 2 * half, *config.channels)
         layers: list[nn.Module] = []
         for a, b in zip(widths[:-1], widths[1:], strict=True):
-            layers += [nn.Linear(a, b), nn.SiLU()]
+            layer = nn.Linear(a, b)
+            # torch's default shrinks the signal at every layer: what is not linear in x then stays too weak to be learned from.
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+            layers += [layer, nn.SiLU()]
         last = nn.Linear(widths[-1], math.prod(out_shape))
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
