@@ -81,9 +81,7 @@ def test_crps_is_the_fair_estimator_with_any_candidate_as_the_truth():
 
 
 def test_fair_crps_does_not_depend_on_the_number_of_samples():
-    """Expected CRPS of a calibrated standard normal is 1/sqrt(pi); z below 4: fails by chance in 6e-5 of
-    seeds.
-    """
+    """Expected CRPS of a standard normal is 1/sqrt(pi); z below 4: 6e-5 of seeds fail."""
     for count in (2, 5, 20):
         draws = torch.randn(count + 1, 1, 40000, generator=generator(count), dtype=torch.float64)
         values = fair_crps(draws[1:], draws[0])[0]
@@ -93,9 +91,7 @@ def test_fair_crps_does_not_depend_on_the_number_of_samples():
 
 
 def test_coverage_is_exact_for_any_number_of_samples_and_with_ties():
-    """Mean over all candidates is b - a exactly: no bias of sample quantiles; a tie counts as spread over
-    its ranks.
-    """
+    """Mean over candidates is b - a exactly, without bias; a tie is spread over its ranks."""
     values = torch.randn(5, 2, 30, generator=generator(0), dtype=torch.float64)
     values[:, :, :10] = 0.0
     values[:3, :, 10:20] = 1.0
@@ -117,9 +113,7 @@ def test_a_mask_limits_the_scores_to_its_entries():
 
 @pytest.mark.parametrize("samples", [2, 8, 32])
 def test_std_over_error_is_one_for_any_number_of_samples(samples):
-    """Without the factor 1 + 1/S it would be .82 at two samples. z below 4 on 100 x 400 independent
-    entries.
-    """
+    """Without the factor 1 + 1/S it would be .82 at two samples; z below 4, 40,000 entries."""
     draws = torch.randn(samples + 1, 100, 400, generator=generator(samples), dtype=torch.float64)
     found = with_truth(draws[1:], draws[0], projections=1)["std_over_error"]
     assert found["interval_95"][0] < found["ratio"] < found["interval_95"][1]
@@ -245,9 +239,7 @@ def test_chi_squared_has_its_level_and_rejects_wrong_noise(kind):
 
 
 def test_chi_squared_power_is_what_repetition_finds():
-    """50 problems with noise 1.3 sigma_y: rejections within 4 binomial standard deviations of the power
-    stated.
-    """
+    """Noise 1.3 sigma_y: rejections in 50 problems within 4 binomial deviations of the stated power."""
     found, stated = 0, []
     for seed in range(50):
         prior, operator, y, _, g = problem("mri", 16, 400 + seed, noise=1.3)

@@ -1,6 +1,4 @@
-"""Reconstruction scores by their definitions, distances with known values, figures and reports written whole
-or not at all.
-"""
+"""Scores by their definitions, distances of known value, figures and reports whole or not at all."""
 
 from __future__ import annotations
 
@@ -277,9 +275,7 @@ def test_calibration_figures(tmp_path):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A Gaussian prior on 12-px complex images, scans of six images of two people, and exact posterior
-    samples.
-    """
+    """A Gaussian prior, scans of six 12-px complex images of two people, exact posterior samples."""
     folder, shape = tmp_path_factory.mktemp("evaluation"), (2, SIZE, SIZE)
     mode = torch.exp(-torch.arange(SIZE, dtype=torch.float64))
     variance = 0.3 * mode[:, None] * mode + 0.005

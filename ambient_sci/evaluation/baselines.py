@@ -86,9 +86,7 @@ def sense(
     tolerance: float = 1e-5,
     max_iterations: int = 500,
 ) -> Solution:
-    """Regularised SENSE, (A^H A + w) x = A^H y, by conjugate gradients. Arguments as for
-    `total_variation`.
-    """
+    """Regularised SENSE by conjugate gradients: (A^H A + w) x = A^H y. Arguments: see `total_variation`."""
     _check(operator, weight)
     from ambient_sci.evaluation import split_bregman as solver
 

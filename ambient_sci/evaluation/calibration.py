@@ -198,9 +198,7 @@ def _scored(
 def _std_over_error(
     scores: exchange.Scores, samples: int, subjects: Sequence[str] | None
 ) -> dict[str, float | list[float] | None]:
-    """The ratio, and its 95 % interval by the jackknife over people (or measurements) on a logarithmic
-    scale.
-    """
+    """The ratio and its 95 % interval: jackknife over people or measurements, on a logarithmic scale."""
     from scipy.stats import t
 
     def ratio(variance: Tensor, error: Tensor) -> float:

@@ -112,8 +112,7 @@ def _in_measurement_space(operator: Any, samples: Tensor) -> Iterator[Tensor]:
 
 
 def _resolved(seen: Tensor) -> float:
-    """tr G^2 - 2 tr G, G the covariance of ``seen`` = A x_s / sigma_y (S, ...): what sum_i (1 - g_i)^2 has
-    beyond m.
+    """tr G^2 - 2 tr G, where G is the covariance of ``seen`` = A x_s / sigma_y, (S, ...).
 
     With nu = S - 1 and a sample covariance C of Gaussian samples, nu^2 / ((nu - 1)(nu + 2)) (tr C^2 - (tr
     C)^2 / nu) is an unbiased estimate of tr G^2, and tr C^2 is the squared norm of the S x S matrix of inner

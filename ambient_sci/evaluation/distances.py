@@ -1,13 +1,13 @@
 r"""Distances between two sets of images: what a prior draws against what it should draw.
 
-    sliced W2       sqrt( mean over directions of W2^2 of the projections )                    on pixels
-    Frechet         |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2)                       on given
-    features KID             unbiased MMD^2 with the kernel (a.b / d + 1)^3 (Binkowski et al. 2018)     on
-    given features
+    sliced W2    sqrt( mean over directions of W2^2 of the projections )               on pixels
+    energy       2 E|X - Y| - E|X - X'| - E|Y - Y'|                                    on pixels
+    Frechet      |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2)                  on given features
+    KID          unbiased MMD^2, kernel (a.b / d + 1)^3 (Binkowski et al. 2018)        on given features
 
-On Inception features the second is called FID; on any other features it is a Frechet distance on those
+On Inception features the third is called FID; on any other features it is a Frechet distance on those
 features, and its numbers compare with nothing but numbers from the same features. It is biased upwards by
-some tr(C)/n; below a couple of thousand images use KID, which is not. All three are computed in float64.
+some tr(C)/n; below a couple of thousand images use KID, which is not. All are computed in float64.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ def sliced_wasserstein(
 
 
 def frechet_distance(a: Tensor, b: Tensor, features: Features | None = None) -> float:
-    """Frechet distance of Gaussians fitted to two sets of samples, on ``features`` or on the entries
-    themselves.
+    """Frechet distance of Gaussians fitted to samples, on ``features`` or on the entries themselves.
 
     Raises:
         InputError: fewer than two samples, or samples of different size.
@@ -110,9 +109,7 @@ def kernel_distance(
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'|, unbiased (Szekely & Rizzo 2013); zero in expectation for equal
-    distributions.
-    """
+    """Unbiased 2 E|X - Y| - E|X - X'| - E|Y - Y'| (Szekely & Rizzo 2013); zero on average for equal laws."""
     x, y = _pair(a, b)
     if min(len(x), len(y)) < 2:
         raise InputError(
@@ -129,8 +126,7 @@ def distribution_distances(
     feature_name: str = "pixels",
     generator: torch.Generator | None = None,
 ) -> dict[str, Any]:
-    """Every distance, with the number of samples and the floor: the same distance between two halves of the
-    reference.
+    """Every distance, the numbers of samples, and the floor: the distances between halves of the reference.
 
     Args:
         samples, reference: images (n, C, H, W), (m, C, H, W); m >= 4.

@@ -6,21 +6,20 @@ others as "the samples" has the same law for every j, and what the truth scored 
 samples score in its place. No distribution is assumed, the number of samples may be small, and the entries of
 an image may depend on each other in any way:
 
-    T = mean_n t_n(0),   E T = mean_n mean_j t_n(j),   var T = N^-2 sum_n var_j t_n(j)          n:
-    measurements
+    T = mean_n t_n(0),    E T = mean_n mean_j t_n(j),    var T = N^-2 sum_n var_j t_n(j)
 
-Given the values, T is a sum of N independent uniform picks; its p-value is found by making the picks at
-random. The one thing assumed is that the N posteriors are independent: slices of one person share what makes
-that person unusual, so there p-values are optimistic.
+n = 1 .. N counts measurements. Given the values, T is a sum of N independent uniform picks; its p-value is
+found by making the picks at random. The one thing assumed is that the N posteriors are independent: slices of
+one person share what makes that person unusual, so there p-values are optimistic.
 
 Scores of one entry with values v_0 .. v_S:
 
-    CRPS (fair)     mean_{i != j} |v_i - v_j|  -  1/2 mean_{i != k, both != j} |v_i - v_k|       Ferro 2014
-    energy          (v_j - mean_i v_i)^2                               error against variance: "std over
-    error" as a test inside (a, b)   share of [r/(S+1), (r+1)/(S+1)] in (a, b), r the rank of v_j
-       expectation b - a, exactly
+    CRPS (fair)     mean_{i != j} |v_i - v_j|  -  1/2 mean_{i != k, both != j} |v_i - v_k|          Ferro 2014
+    energy          (v_j - mean_i v_i)^2
+    inside (a, b)   share of [r/(S+1), (r+1)/(S+1)] that is in (a, b), r the rank of v_j
 
-The last is coverage without the usual bias of sample quantiles; ties share their ranks.
+Energy compares the error with the variance. The expectation of the last is b - a exactly: it is coverage
+without the usual bias of sample quantiles; ties share their ranks.
 """
 
 from __future__ import annotations
@@ -90,9 +89,7 @@ def score(
 
 
 def _inside(low: Tensor, high: Tensor, intervals: Sequence[tuple[float, float]]) -> Tensor:
-    """Share of the normalised ranks [low, high] / (S+1) inside each interval, averaged over entries: (D,
-    S+1) to (K, S+1).
-    """
+    """Share of ranks / (S+1) in each interval, averaged over entries: (D, S+1) to (K, S+1)."""
     entries, count = low.shape
     # Histogram of ranks of each candidate. A tie spreads over its ranks: + 1/width where it begins, - 1/width
     # where it ends.
@@ -109,9 +106,7 @@ def _inside(low: Tensor, high: Tensor, intervals: Sequence[tuple[float, float]])
 
 
 class Pool:
-    """Values (D, n), sorted along the second axis once, to be asked for ranks and summed distances in n log
-    n.
-    """
+    """Values (D, n), sorted once along the second axis, to be asked for ranks and summed distances."""
 
     def __init__(self, values: Tensor) -> None:
         self.sorted = values.sort(1).values
@@ -215,8 +210,7 @@ def largest_gap(frequencies: Tensor, expected: Tensor) -> Tensor:
 def power(
     signal: Tensor, noise: Tensor | None, factors: Sequence[float], level: float, mask: Tensor | None = None
 ) -> dict[str, float] | None:
-    """Probability that the CRPS test at this level notices that true deviations are ``factor`` times the
-    samples' own.
+    """Probability that the CRPS test notices true deviations ``factor`` times the samples' own.
 
     Found from the samples alone: each in turn is cast as a truth whose deviation from the mean is scaled, and
     scored against the others. ``noise``: what was added to ``signal`` (both (S, N, ...)) in a prediction; it

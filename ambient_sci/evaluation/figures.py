@@ -129,16 +129,13 @@ def _spread_and_error(mean: Tensor | None, std: Tensor | None, reference: Tensor
 
 
 def _upper(maps: Any) -> float:
-    """Top of the colour scale: the 99.5th percentile over all maps, so that a few pixels do not darken the
-    rest.
-    """
+    """Top of the colour scale: the 99.5th percentile, so that a few pixels do not darken the rest."""
     values = torch.cat([m.flatten().double() for m in maps]) if maps else torch.ones(1)
     return max(float(values.sort().values[math.ceil(0.995 * (len(values) - 1))]), 1e-12)
 
 
 def calibration_figure(path: str | os.PathLike[str], results: Mapping[str, Mapping[str, Any]]) -> Path:
-    """One row a test: coverage of central intervals, histogram of ranks, and what TARP covers, where there is
-    one.
+    """One row a test: coverage of central intervals, ranks, and TARP where there is one.
 
     Args:
         path: PNG to write.
@@ -180,9 +177,7 @@ def _coverage_panel(axes: Axes, coverage: Mapping[str, Mapping[str, float]]) -> 
 
 
 def _rank_panel(axes: Axes, ranks: Mapping[str, Sequence[float]]) -> None:
-    """Share of truths in each tenth of the samples; band: two standard deviations of what calibrated samples
-    show.
-    """
+    """Share of truths in each tenth of the samples; band: two standard deviations under calibration."""
     frequencies, std = ranks["frequencies"], ranks["std"]
     centres = [(k + 0.5) / len(frequencies) for k in range(len(frequencies))]
     flat = 1 / len(frequencies)

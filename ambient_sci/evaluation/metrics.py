@@ -41,18 +41,14 @@ def magnitude(x: Tensor) -> Tensor:
 
 
 def graded(x: Tensor) -> Tensor:
-    """What is scored and shown of an image: the magnitude of a complex one (two channels), a real one as it
-    is.
-    """
+    """What is scored and shown: the magnitude of a complex image (two channels), a real one as it is."""
     if x.ndim != 4:
         raise InputError(f"metric: expected images (B, C, H, W), got {tuple(x.shape)}")
     return magnitude(x) if x.shape[1] == 2 else x
 
 
 def volume_peak(reference: Tensor) -> float:
-    """The 99.9th percentile of the magnitude over all slices given (torch's quantile is limited in size;
-    sorting is not).
-    """
+    """The 99.9th percentile of the magnitude over all slices given."""
     values = graded(reference).abs().flatten().double().sort().values
     position = PEAK_QUANTILE * (len(values) - 1)
     low = math.floor(position)
@@ -75,16 +71,16 @@ def psnr(estimate: Tensor, reference: Tensor, peak: float | Tensor) -> Tensor:
 
 
 def nrmse(estimate: Tensor, reference: Tensor) -> Tensor:
-    """Root mean squared error of the magnitude over the root mean square of the reference, (B,); infinite on
-    an empty slice.
+    """Root mean squared error of the magnitude over the root mean square of the reference, (B,).
+
+    Infinite where the reference is zero.
     """
     a, b, _ = _compared(estimate, reference, 1.0)
     return ((a - b).square().mean((1, 2, 3)) / b.square().mean((1, 2, 3))).sqrt()
 
 
 def ssim(estimate: Tensor, reference: Tensor, peak: float | Tensor) -> Tensor:
-    """Structural similarity of the magnitude, (B,), by torchmetrics; data range = peak. Arguments as for
-    `psnr`.
+    """Structural similarity of the magnitude, (B,), by torchmetrics; arguments as for `psnr`.
 
     Edges are continued by reflection, and the average is over all pixels.
 
@@ -149,9 +145,7 @@ def reconstruction_table(
 
 
 def format_table(table: Mapping[str, Any], metrics: Sequence[str] = METRICS) -> str:
-    """The table of `reconstruction_table` as text: one line a method, ``mean +- std over people (each
-    person)``.
-    """
+    """The table of `reconstruction_table` as text, one line a method."""
     scored = set().union(*table["methods"].values())
     metrics = [m for m in metrics if m in scored]
     people, several = table["people"], len(table["people"]) > 1

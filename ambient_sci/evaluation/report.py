@@ -1,9 +1,8 @@
-"""One evaluation of a file: numbers as JSON, figures as PNG, a verdict in words. What `ambient-sci evaluate`
-runs.
+"""What `ambient-sci evaluate` runs: numbers as JSON, figures as PNG, a verdict in words.
 
     result R.h5 and references   scores over people, calibration against the truth, figure
-    result R.h5 and scans M.h5   chi-squared of the residuals; with the prior also calibration on held-out
-    rows images S.h5 and references   distances between the two distributions
+    result R.h5 and scans M.h5   chi-squared of the residuals; with the prior, calibration on held-out rows
+    images S.h5 and references   distances between the two distributions
 
 Everything is computed before anything is written.
 """
@@ -117,7 +116,7 @@ def _against_truth(
     generator: torch.Generator,
 ) -> None:
     with ReferenceFile(reference) as file:
-        truth, subjects = file.images(), list(file.subjects)
+        truth, subjects, turns = file.images(), list(file.subjects), int(file.orientation == "RAS")
     _check_pair(result, len(truth), subjects, reference)
     if result.mean.shape[-2:] != truth.shape[-2:]:
         raise InputError(
@@ -132,15 +131,19 @@ def _against_truth(
     shown = sorted({*shown, *[i for i in spread if i not in shown][: ROWS_SHOWN - len(shown)]})
     scale = torch.tensor([report["scores"]["peak"][subjects[i]] for i in shown])
     several = len(result.samples) > 1
+
+    def upright(x: Tensor) -> Tensor:
+        return x[shown].rot90(turns, (-2, -1))
+
     drawn.append(
         (
             "figure.png",
             lambda path: figures.reconstruction_figure(
                 path,
-                truth[shown],
+                upright(truth),
                 {},
-                mean=result.mean[shown],
-                std=result.std[shown] if several else None,
+                mean=upright(result.mean),
+                std=upright(result.std) if several else None,
                 labels=[subjects[i] for i in shown],
                 peak=scale,
             ),
@@ -212,9 +215,7 @@ def _between_files(
 def _check_pair(
     result: Reconstruction, count: int, subjects: list[str], path: str | os.PathLike[str]
 ) -> None:
-    """The file must hold what the result was made from: as many, and of the same people where both say
-    who.
-    """
+    """Refuse a file that does not hold what the result was made from: number of images, people."""
     if len(result.mean) != count:
         raise InputError(f"{path}: expected {len(result.mean)} images, one a reconstruction, got {count}")
     if result.subjects and result.subjects != subjects:
@@ -226,9 +227,7 @@ def _check_pair(
 
 
 def _is_image_file(path: str | os.PathLike[str]) -> bool:
-    """A file of images, as opposed to a result; anything else is left to the readers, which say what is
-    wrong.
-    """
+    """Is it a file of images, and not a result? Anything else is left to the readers to complain about."""
     import h5py
 
     from ambient_sci.data.files import IMAGE_FORMAT

@@ -1,8 +1,6 @@
-r"""Least squares with an L1 penalty, solved by sigpy's operators and proximal maps for a batch of MRI slices
-at once.
+r"""Least squares with an L1 penalty for a batch of MRI slices, by sigpy's operators and proximal maps.
 
-    argmin_x  1/2 ||A x - y||^2 + w ||G x||_1            A = M F S;   G: finite differences or a wavelet
-    transform
+    argmin_x  1/2 ||A x - y||^2 + w ||G x||_1          A = M F S;  G: finite differences or wavelet transform
 
 by the split Bregman iteration (ADMM; Goldstein & Osher 2009), over-relaxed with r = 1.7:
 
@@ -14,8 +12,8 @@ by the split Bregman iteration (ADMM; Goldstein & Osher 2009), over-relaxed with
 With one coil the first step is diagonal in k-space (G^H G is circulant for periodic differences and 1 for an
 orthogonal wavelet); with several it is a few steps of preconditioned conjugate gradients. The iteration stops
 when the relative primal residual ||G x - v|| and the relative dual residual rho ||G^H (v - v_old)|| are both
-below a tolerance (Boyd et al. 2011, section 3.3). Sums over the batch are used for stopping only: slices do
-not influence each other's solution.
+below a tolerance (Boyd et al. 2011, section 3.3). Slices share the stopping rule and the
+scalars of conjugate gradients, not the problem: each one's solution is the same as alone, to the tolerance.
 """
 
 from __future__ import annotations
@@ -30,13 +28,11 @@ from torch import Tensor
 
 from ambient_sci.operators.mri import MRI, to_complex
 
-# First threshold w / rho of the shrinkage as a fraction of the image's peak: it sets the speed, not the
-# solution.
+# First threshold w / rho as a fraction of the image's peak: it sets the speed, not the solution.
 SHRINKAGE = 0.05
 RELAXATION = 1.7
 CHECK_EVERY = 10
-# rho is adapted until the residuals are within this factor of each other, for so many steps (it must end for
-# convergence).
+# rho is adapted while the residuals differ by more than this factor, for so many steps (it must end to converge).
 BALANCE, ADAPT_UNTIL = 10.0, 500
 
 Array = np.ndarray[Any, Any]
@@ -44,9 +40,7 @@ Solve = Callable[[Array, Array, float], Array]
 
 
 def encoding(operator: MRI, y: Tensor) -> tuple[Any, Array]:
-    """P F S as a sigpy operator on complex slices (B, H, W), and the measurements (B, [coils,] H, W) as it
-    sees them.
-    """
+    """P F S as a sigpy operator on complex slices (B, H, W), and measurements (B, [coils,] H, W) for it."""
     operator._check_measurement(y)
     data = np.ascontiguousarray(to_complex((y.detach() * operator.mask.to(y)).cpu()).numpy())
     images = (len(data), *data.shape[-2:])
@@ -68,9 +62,7 @@ def finite_differences(shape: tuple[int, ...]) -> tuple[Any, Array]:
 
 
 def wavelet(shape: tuple[int, ...]) -> tuple[Any, Array]:
-    """Orthogonal Daubechies-4, deepest level. Zero extension keeps every coefficient that is not zero, so
-    G^H G = 1.
-    """
+    """Orthogonal Daubechies-4; zero extension keeps all that is not zero, so G^H G = 1."""
     return sp.linop.Wavelet(shape, axes=(-2, -1)), np.ones(shape[-2:])
 
 
@@ -121,9 +113,7 @@ class SplitBregman(sp.alg.Alg):
                 self._balance()
 
     def _balance(self) -> None:
-        """A larger rho presses the primal residual, a smaller one the dual; rho u, the dual variable,
-        stays.
-        """
+        """A larger rho presses the primal residual, a smaller one the dual; the dual variable rho u stays."""
         if max(self.primal, self.dual) < BALANCE * min(self.primal, self.dual):
             return
         factor = 2.0 if self.primal > self.dual else 0.5
@@ -148,9 +138,7 @@ def minimise(
     tolerance: float,
     max_iterations: int,
 ) -> tuple[SplitBregman, float]:
-    """Run it; ``penalty`` is `finite_differences` or `wavelet`. Returns the finished iteration and the
-    objective it reached.
-    """
+    """Run it with `finite_differences` or `wavelet`; returns the finished iteration and its objective."""
     linop, data = encoding(operator, y)
     sparsify, symbol = penalty(linop.ishape)
     back = linop.H(data)
@@ -169,9 +157,7 @@ def minimise(
 def conjugate_gradients(
     operator: MRI, y: Tensor, weight: float, start: Array | None, tolerance: float, max_iterations: int
 ) -> tuple[Array, int, float, float]:
-    """(A^H A + w) x = A^H y. Returns x, iterations, the relative residual and the objective 1/2 ||A x -
-    y||^2 + w/2 ||x||^2.
-    """
+    """(A^H A + w) x = A^H y: returns x, iterations, relative residual and objective."""
     linop, data = encoding(operator, y)
     back = linop.H(data)
     x = np.array(back if start is None else start)
