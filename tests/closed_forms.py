@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ambient_sci.operators import MRI, Identity, Masking, RowMaskedOperator, normalise_maps
-from ambient_sci.priors import GaussianMixturePrior, GaussianPrior
+from ambient_sci.priors import GaussianMixturePrior, GaussianPrior, NetworkConfig, NetworkPrior
 
 F64 = torch.float64
 
@@ -78,3 +78,19 @@ def dense(operator: RowMaskedOperator, sample: int) -> Tensor:
     columns = [one.A(e.reshape(1, *one.img_size)).flatten() for e in torch.eye(size, dtype=F64)]
     measured = one.mask.expand(1, *one.measurement_size).flatten() > 0
     return torch.stack(columns, 1)[measured]
+
+
+NETWORK_SHAPE = (2, 8, 8)
+UNET = NetworkConfig(channels=(8, 16), norm_groups=4, head_channels=8)
+MLP = NetworkConfig(kind="mlp", channels=(24, 24))
+
+
+def network(
+    conditioning: str = "unconditional", config: NetworkConfig = UNET, seed: int = 0, **options
+) -> NetworkPrior:
+    """A network prior whose last layer is not zero, as after training."""
+    prior = NetworkPrior(NETWORK_SHAPE, 0.7, conditioning, config, generator=seeded(seed), **options)
+    with torch.no_grad():
+        for p in prior.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=seeded(seed)))
+    return prior.eval()

@@ -21,7 +21,7 @@ from torch import Tensor
 from ambient_sci.errors import InputError
 from ambient_sci.noise import draw_noise, expand
 from ambient_sci.operators.base import RowMaskedOperator
-from ambient_sci.priors.base import Prior, require_mask_conditional
+from ambient_sci.priors.base import Prior, match_dtype, require_mask_conditional
 
 
 def operator_matrix(
@@ -64,19 +64,21 @@ class GaussianPrior(Prior):
         self.register_buffer("mean", mean)
         self.register_buffer("cov", cov)
         self.register_buffer("values", values.clamp(min=0))
-        self.register_buffer("vectors", vectors)
+        # In the memory layout a file gives back: products of another layout round differently.
+        self.register_buffer("vectors", vectors.contiguous())
 
     def forward(self, x: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """mu + Sigma (Sigma + sigma^2 I)^-1 (x - mu), by the eigendecomposition of Sigma."""
         if mask is not None:
             require_mask_conditional(self, "a mask")
-        flat = (x - self.mean).flatten(1)
-        variance = expand(sigma, x).flatten(1) ** 2
+        z = match_dtype(self, x)
+        flat = (z - self.mean).flatten(1)
+        variance = expand(sigma, z).flatten(1) ** 2
         gain = self.values / (self.values + variance)
         gain = torch.where(
             self.values + variance > 0, gain, torch.ones_like(gain)
         )  # sigma = 0 on a null mode: x itself
-        return self.mean + ((flat @ self.vectors) * gain @ self.vectors.T).reshape(x.shape)
+        return (self.mean + ((flat @ self.vectors) * gain @ self.vectors.T).reshape(x.shape)).to(x.dtype)
 
     def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         """``num`` draws, (num, *shape)."""
@@ -139,8 +141,9 @@ class GaussianMixturePrior(Prior):
 
     def responsibilities(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         """Posterior probabilities of the components, (B, K)."""
-        flat, means = x.flatten(1), self.means.flatten(1)
-        variance = self.std**2 + expand(sigma, x).flatten(1) ** 2
+        z = match_dtype(self, x)
+        flat, means = z.flatten(1), self.means.flatten(1)
+        variance = self.std**2 + expand(sigma, z).flatten(1) ** 2
         distance = torch.cdist(flat, means, compute_mode="donot_use_mm_for_euclid_dist").square()
         log = self.weights.log() - distance / (2 * variance) - flat.shape[1] / 2 * variance.log()
         return log.softmax(1)
@@ -149,10 +152,12 @@ class GaussianMixturePrior(Prior):
         """Responsibility-weighted mean of the components' posterior means."""
         if mask is not None:
             require_mask_conditional(self, "a mask")
-        flat, means = x.flatten(1), self.means.flatten(1)
-        gain = self.std**2 / (self.std**2 + expand(sigma, x).flatten(1) ** 2)
-        r = self.responsibilities(x, sigma)
-        return ((r * (1 - gain)) @ means + (r * gain).sum(1, keepdim=True) * flat).reshape(x.shape)
+        z = match_dtype(self, x)
+        flat, means = z.flatten(1), self.means.flatten(1)
+        gain = self.std**2 / (self.std**2 + expand(sigma, z).flatten(1) ** 2)
+        r = self.responsibilities(z, sigma)
+        mean = (r * (1 - gain)) @ means + (r * gain).sum(1, keepdim=True) * flat
+        return mean.reshape(x.shape).to(x.dtype)
 
     def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         """``num`` draws, (num, *shape)."""

@@ -8,6 +8,7 @@ sampler it is worse than zero filling. So every prior says which kind it is and 
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -77,6 +78,7 @@ def require_mask_conditional(prior: Prior, what: str) -> None:
 
 
 def match_dtype(prior: torch.nn.Module, x: Tensor) -> Tensor:
-    """``x`` in the floating type of the prior's parameters; networks are float32 even where a sampler works in float64."""
-    parameter = next(prior.parameters(), None)
-    return x if parameter is None else x.to(parameter.dtype)
+    """``x`` in the floating type of the prior's tensors; networks are float32 even where a sampler works in float64."""
+    tensors = (t for t in chain(prior.parameters(), prior.buffers()) if t.is_floating_point())
+    first = next(tensors, None)
+    return x if first is None else x.to(first.dtype)
