@@ -123,6 +123,8 @@ def test_identity_layouts(tmp_path: Path, stored, image_shape, in_memory):
     )
     file = MeasurementFile(path)
     assert file.measurement_shape == in_memory and tuple(file.measurements([1]).shape) == (1, *in_memory)
+    with h5py.File(path) as raw:
+        assert raw["mask"].shape == (1, 1, 8, 6) and raw["mask"][()].all()
     assert file.operator([0, 1]).name == "identity" and file.design is None and not file.sigma().any()
 
 
@@ -322,6 +324,15 @@ BAD_WRITES = {
     "subjects of another number": ({"subjects": ["a"]}, "subjects: expected 5"),
     "negative scale": ({"scale": -1.0}, "scale: expected"),
     "unknown status": ({"design_status": "sure"}, "design_status"),
+    "identity with a mask": (
+        {
+            "operator": "identity",
+            "measurements": np.ones((5, 1, 8, 8)),
+            "image_shape": (1, 8, 8),
+            "coil_maps": None,
+        },
+        "identity measures everything",
+    ),
 }
 
 

@@ -211,8 +211,7 @@ def _remove_oversampling(
         return kspace, mask
     image = crop_centre(centred_fft(kspace, axis=-2, inverse=True), axis=-2, size=size)
     notes.append(f"readout oversampling removed, {kspace.shape[-2]} to {size} samples")
-    cropped = centred_fft(image, axis=-2) * lines[:, None, None]
-    return cropped, np.repeat(lines[:, None], size, axis=1)
+    return centred_fft(image, axis=-2), np.repeat(lines[:, None], size, axis=1)
 
 
 def _compress(

@@ -47,6 +47,8 @@ class RawScan:
     #: samples of the readout (axis H) that remain when its oversampling is removed; None: there is none
     readout_size: int | None = None
     affine: np.ndarray | None = None
+    #: acquisitions that were averaged; ``noise`` is that of their mean
+    averages: int = 1
     notes: list[str] = field(default_factory=list)
 
 
@@ -190,9 +192,8 @@ def read_ismrmrd(path: Path) -> RawScan:
         raise InputError(f"{path}: no imaging acquisition among {len(heads)}")
     scan = _sort_acquisitions(records[imaging], flagged(_REVERSE)[imaging], header, path)
     if noise.any():
-        scan.noise = np.concatenate([_readout(r) for r in records[noise]], axis=1) * _noise_factor(
-            heads[noise][0], heads[imaging][0], header
-        )
+        factor = _noise_factor(heads[noise][0], heads[imaging][0], header) / math.sqrt(scan.averages)
+        scan.noise = factor * np.concatenate([_readout(r) for r in records[noise]], axis=1)
     return scan
 
 
@@ -251,6 +252,7 @@ def _sort_acquisitions(records: np.ndarray, reverse: np.ndarray, header: Header,
         affine=affine,
         readout_size=header.readout_size,
     )
+    scan.averages = int(times[0])
     mask = count > 0
     if depth == 1:
         scan.mask = mask[..., 0]

@@ -102,17 +102,19 @@ class MeasurementWriter(Hdf5Writer):
             )
         num, first = len(block), len(self)
         levels = check_noise_std(noise_std, num)
+        if self.operator == "identity" and mask is None and self._shared_mask is None:
+            self._shared_mask = np.ones((1, 1, *self.image_shape[1:]), np.uint8)
         masks = self._prepare(mask, self._shared_mask, "mask", num, self._mask_to_disk)
         maps = self._prepare(coil_maps, self._shared_maps, "coil_maps", num, self._maps_to_disk)
-        if masks is None and self.operator != "identity":
+        if masks is None:
             raise InputError(f"mask: missing, the operator {self.operator} needs one")
+        if self.operator == "identity" and not masks.all():
+            raise InputError(
+                "mask: the operator identity measures everything, but the mask has zeros (use masking)"
+            )
         if maps is None and layout.coils:
             raise InputError(f"coil_maps: missing, the measurements have {layout.coils} coils")
-        check_values(
-            layout.measurements_to_memory(block),
-            None if masks is None else layout.mask_to_memory(masks),
-            first,
-        )
+        check_values(layout.measurements_to_memory(block), layout.mask_to_memory(masks), first)
         if noise_std_error is not None:
             self._noise_error.append(check_noise_std(noise_std_error, num))
         self._append_common(num, subjects, scale)
