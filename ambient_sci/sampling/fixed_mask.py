@@ -53,7 +53,9 @@ def generate_fixed_mask(
     if sampler not in SAMPLERS:
         raise InputError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if num < 1 or batch_size < 1:
-        raise InputError(f"fixed-mask sampling: expected num >= 1 and batch_size >= 1, got {num} and {batch_size}")
+        raise InputError(
+            f"fixed-mask sampling: expected num >= 1 and batch_size >= 1, got {num} and {batch_size}"
+        )
     grid = karras_grid(steps, *level_range(prior, sigma_min, sigma_max), rho=rho)
     reference = next(iter(prior.state_dict().values()), torch.zeros(()))
     seeds, images = chain_seeds(num, generator), []

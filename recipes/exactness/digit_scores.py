@@ -1,0 +1,106 @@
+r"""Digits: the data, and distances on the features of a small classifier.
+
+Data: the 10,000 images of MNIST's test part, 28 x 28, values in [-1, 1], are what priors learn from (corrupted). The 60,000 of its
+training part are held out: they are the reference of every distance, and the classifier is trained on them.
+
+Features: the 64 activations before the last layer of a convolutional network (two strided convolutions, two dense layers, 104,000 weights), trained for two epochs
+with a fixed seed on the held-out images. Frechet distance and KID on these features compare with nothing but each other.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ambient_sci.evaluation import distances
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "datasets"))
+
+import digits  # noqa: E402  (a script of datasets/, found by the line above)
+
+EPOCHS, BATCH = 2, 128
+KID_REFERENCE = 10_000
+
+
+@lru_cache(maxsize=2)
+def images(part: str) -> tuple[Tensor, Tensor]:
+    """Images (N, 1, 28, 28) and labels of "train60k" or "test10k"."""
+    x, labels = digits.load(part)
+    return torch.from_numpy(x), torch.from_numpy(labels)
+
+
+class Classifier(nn.Module):
+    """Digits to 10 classes; `features` are the 64 activations before the last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU()),
+            *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten()),
+            *(nn.Linear(32 * 49, 64), nn.ReLU()),
+        )
+        self.last = nn.Linear(64, 10)
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """(N, 64)."""
+        return torch.cat([self.body(part.float()) for part in x.split(1000)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, 10)."""
+        return self.last(self.body(x))
+
+
+def train_classifier() -> Classifier:
+    """The classifier, from a fixed seed: the same bits on the same machine."""
+    x, labels = images("train60k")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = Classifier()
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _ in range(EPOCHS):
+        for rows in torch.randperm(len(x), generator=generator).split(BATCH):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[rows]), labels[rows]).backward()
+            optimizer.step()
+    return model.eval()
+
+
+def classifier(folder: Path) -> Classifier:
+    """The classifier, trained once and kept in ``folder``; its accuracy on the 10,000 is printed."""
+    path = folder / "classifier.safetensors"
+    model = Classifier().eval()
+    if not path.exists():
+        model = train_classifier()
+        x, labels = images("test10k")
+        with torch.no_grad():
+            accuracy = float((model(x).argmax(1) == labels).float().mean())
+        print(f"features: classifier with accuracy {accuracy:.4f}", flush=True)
+        save_file(model.state_dict(), path)
+    model.load_state_dict(load_file(path))
+    return model
+
+
+class Scores:
+    """Distances of samples to the 60,000 held-out digits."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = classifier(folder)
+        path = folder / "reference.safetensors"
+        if not path.exists():
+            save_file({"features": self.model.features(images("train60k")[0])}, path)
+        self.reference = load_file(path)["features"]
+
+    def __call__(self, samples: Tensor) -> dict[str, float]:
+        """Frechet distance to all 60,000, KID to 10,000 of them."""
+        found = self.model.features(samples.cpu())
+        return {
+            "frechet": distances.frechet_distance(found, self.reference),
+            "kid": distances.kernel_distance(found, self.reference[:KID_REFERENCE])["mean"],
+        }

@@ -1,0 +1,119 @@
+"""What is compared: a training configuration for each run, and the samples drawn from what it gives.
+
+A run of staged consistency contains an Ambient run: its anchor. One training therefore gives three rows of the table.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ambient_sci.priors import NetworkConfig, Prior, StagedPrior
+from ambient_sci.sampling import generate
+from ambient_sci.training import ConsistencyConfig, EMConfig, LevelConfig, LossConfig, TrainConfig, fit
+
+#: run -> rows of the table
+ROWS = {
+    "clean": ("clean oracle",),
+    "noisy": ("noisy-as-clean",),
+    "staged": ("ambient full", "ambient truncated", "staged"),
+    "joint": ("joint",),
+    "em": ("em",),
+}
+
+
+def configuration(run: str, settings: dict[str, Any], seed: int, device: str) -> TrainConfig:
+    """The training configuration of a run of a part's ``settings`` (config.yaml)."""
+    base = TrainConfig(
+        seed=seed,
+        max_steps=settings["steps"],
+        batch_size=settings["batch_size"],
+        learning_rate=settings["learning_rate"],
+        betas=(0.9, 0.999),
+        final_ratio=0.0,
+        ema_decay=0.999,
+        augmentations=tuple(settings.get("augmentations", ())),
+        log_interval=200,
+        checkpoint_minutes=1.0,
+        device=device,  # type: ignore[arg-type]
+        network=NetworkConfig(**settings["network"]),
+        levels=LevelConfig(
+            kind="concentrated", sigma_max=settings["sigma_max"], floor=settings["sigma_min"], relative=False
+        ),
+        loss=LossConfig(c_min=0.02),
+    )
+    consistency = ConsistencyConfig(sigma_min=settings["sigma_min"], **settings["consistency"])
+    if run in ("clean", "noisy"):
+        loss = LossConfig(kind="denoising")
+        return replace(base, loss=loss, levels=replace(base.levels, kind=settings["clean_levels"]))
+    if run == "staged":
+        return replace(base, consistency=consistency)
+    if run == "joint":
+        return replace(base, consistency=replace(consistency, mode="joint", **settings["joint"]))
+    levels = replace(base.levels, kind=settings["clean_levels"])
+    em = EMConfig(**settings["em"])
+    return replace(base, loss=LossConfig(), levels=levels, max_steps=None, em=em)
+
+
+class Counted(torch.nn.Module):
+    """A prior that counts its evaluations, in images."""
+
+    def __init__(self, prior: Prior) -> None:
+        super().__init__()
+        self.prior, self.evaluations = prior, 0
+        for name in ("shape", "data_std", "conditioning", "sigma_min", "sigma_max"):
+            setattr(self, name, getattr(prior, name))
+
+    def forward(self, x: Tensor, sigma: Any, mask: Tensor | None = None) -> Tensor:
+        """The prior's answer."""
+        self.evaluations += len(x)
+        return self.prior(x, sigma, mask)
+
+
+def train(
+    data: Any, run: str, settings: dict[str, Any], seed: int, folder: Path, device: str
+) -> tuple[Prior, float]:
+    """The prior of a run, resumed if it was interrupted, and the seconds it took this time."""
+    begun = time.monotonic()
+    resume = (folder / "config.json").exists()
+    prior = fit(data, configuration(run, settings, seed, device), folder, resume=resume)
+    return prior, time.monotonic() - begun
+
+
+def draw(prior: Prior, num: int, sigma_min: float, settings: dict[str, Any], seed: int) -> tuple[Tensor, int]:
+    """``num`` samples and the network evaluations a sample took."""
+    counted: Any = Counted(prior)
+    samples = generate(
+        counted,
+        num,
+        steps=settings["sampler_steps"],
+        sigma_min=sigma_min,
+        sigma_max=settings["sigma_max"],
+        batch_size=settings["sampler_batch"],
+        generator=torch.Generator().manual_seed(3000 + seed),
+    )
+    return samples, counted.evaluations // num
+
+
+def rows(
+    run: str,
+    prior: Prior,
+    sigma_n: float,
+    settings: dict[str, Any],
+    seed: int,
+    score: Callable[[Prior, Tensor], dict],
+) -> dict[str, dict[str, Any]]:
+    """Sample and score every row that a run gives."""
+    found = {}
+    for row in ROWS[run]:
+        shown = prior.anchor if isinstance(prior, StagedPrior) and row != "staged" else prior
+        low = sigma_n if row == "ambient truncated" else settings["sigma_min"]
+        samples, evaluations = draw(shown, settings["samples"], low, settings, seed)
+        found[row] = {**score(shown, samples), "evaluations_per_sample": evaluations}
+    return found

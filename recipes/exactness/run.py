@@ -1,0 +1,132 @@
+"""Is the clean distribution recovered from noisy data alone? One command, one table.
+
+    python recipes/exactness/run.py --part ring [--profile two-core|gpu] [--seeds 0 1 2] [--runs clean staged …] [--out runs/exactness]
+
+Every cell (part, run, noise, size, seed) is written to its own JSON file when it is done; a cell that is there is not run again, and one
+that was interrupted continues from its checkpoint. The table at the end is over all cells there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    """Run the cells asked for that are missing, then print the table."""
+    arguments = parse()
+    settings = yaml.safe_load((HERE / "config.yaml").read_text())[arguments.profile][arguments.part]
+    out = arguments.out / arguments.profile / arguments.part
+    out.mkdir(parents=True, exist_ok=True)
+    part = load_part(arguments.part)
+    sizes = settings["points"] + (settings["curve"] if arguments.curve else [])
+    runs = arguments.runs or part.RUNS
+    seeds = settings["seeds"] if arguments.seeds is None else arguments.seeds
+    for level, size, seed, run in itertools.product(part.levels(settings), sizes, seeds, runs):
+        if size not in settings["points"] and run != "staged":
+            continue
+        name = f"{run}-{level:g}-n{size}-s{seed}"
+        if arguments.table_only or (out / f"{name}.json").exists():
+            continue
+        print(f"{arguments.part}: {name}", flush=True)
+        begun = time.monotonic()
+        cell = part.run(run, level, size, seed, settings, out / name, arguments.device)
+        cell |= {"part": arguments.part, "run": run, "level": level, "size": size, "seed": seed}
+        cell |= {
+            "profile": arguments.profile,
+            "machine": machine(),
+            "seconds": round(time.monotonic() - begun, 1),
+        }
+        write(out / f"{name}.json", cell)
+    print(table(out))
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--part", required=True, choices=["ring", "mixture", "digits", "masked", "masked-mixture"]
+    )
+    parser.add_argument("--profile", default="two-core", choices=["two-core", "gpu"])
+    parser.add_argument("--runs", nargs="+", help="only these runs (default: all of the part)")
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument(
+        "--curve", action="store_true", help="staged consistency for further sizes of the data, too"
+    )
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--out", type=Path, default=Path("runs/exactness"))
+    parser.add_argument(
+        "--table-only", action="store_true", help="print the table of what there is; run nothing"
+    )
+    return parser.parse_args()
+
+
+def load_part(name: str) -> Any:
+    """The module of a part."""
+    import importlib
+    import sys
+
+    sys.path.insert(0, str(HERE))
+    return importlib.import_module(
+        {"ring": "toy_part", "mixture": "toy_part"}.get(name, f"{name}_part")
+    ).Part(name)
+
+
+def machine() -> str:
+    """Where a number was measured."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} {platform.machine()} cores, {torch.get_num_threads()} threads"
+
+
+def write(path: Path, value: dict[str, Any]) -> None:
+    """JSON, whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def table(folder: Path) -> str:
+    """Every score of every row: mean (standard deviation over seeds), number of seeds."""
+    found: dict[tuple, dict[str, list[float]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        cell = json.loads(path.read_text())
+        for row, scores in cell["rows"].items():
+            values = found.setdefault((cell["level"], cell["size"], row), {})
+            for key, value in scores.items():
+                if isinstance(value, (int, float)):
+                    values.setdefault(key, []).append(value)
+    columns = sorted({key for scores in found.values() for key in scores})
+    lines = [
+        "| level | data | method | seeds | " + " | ".join(columns) + " |",
+        "|" + "---|" * (4 + len(columns)),
+    ]
+    for (level, size, row), scores in sorted(found.items()):
+        texts = [summary(scores[key]) if key in scores else "" for key in columns]
+        seeds = max(len(v) for v in scores.values())
+        lines.append(f"| {level:g} | {size} | {row} | {seeds} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def summary(values: list[float]) -> str:
+    """Mean, and the standard deviation where there are several values."""
+    mean = statistics.fmean(values)
+    return f"{mean:.4g}" if len(values) == 1 else f"{mean:.4g} ± {statistics.stdev(values):.2g}"
+
+
+if __name__ == "__main__":
+    main()
