@@ -32,7 +32,26 @@ _NAMES = {
     "InputError": "errors",
 }
 
-__all__ = [*_ROOMS, *_NAMES, "__version__"]
+__all__ = [
+    "InputError",
+    "Reconstruction",
+    "TrainConfig",
+    "__version__",
+    "data",
+    "errors",
+    "evaluation",
+    "fit",
+    "generate",
+    "load_prior",
+    "losses",
+    "noise",
+    "operators",
+    "priors",
+    "reconstruct",
+    "sampling",
+    "training",
+    "tweedie",
+]
 
 if TYPE_CHECKING:
     from ambient_sci import (
