@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from ambient_sci.sampling.posterior import MMPS
-from ambient_sci.sampling.reconstruct import (
-    POSTERIOR_SAMPLERS,
-    Problem,
-    reconstruct,
-    reconstruct_to_file,
-    run_chunks,
-    sample_mmps,
-    sample_one_step,
-)
+from ambient_sci.sampling.conditioning import Likelihood
+from ambient_sci.sampling.posterior import DPS, MMPS, PiGDM
+from ambient_sci.sampling.problem import PosteriorSampler, Problem
+from ambient_sci.sampling.reconstruct import reconstruct
 from ambient_sci.sampling.result import Reconstruction, ResultFile, ResultWriter, check_output
-from ambient_sci.sampling.solvers import conjugate_gradient
-from ambient_sci.sampling.unconditional import SAMPLERS, ancestral, generate, heun, level_range
+from ambient_sci.sampling.samplers import POINT_ESTIMATES, POSTERIOR_SAMPLERS
+from ambient_sci.sampling.solvers import conjugate_gradient, gaussian_draw
+from ambient_sci.sampling.streaming import reconstruct_to_file
+from ambient_sci.sampling.unconditional import (
+    SAMPLERS,
+    ancestral,
+    generate,
+    heun,
+    level_grid,
+    level_range,
+    multistep,
+)
 
 __all__ = [
+    "DPS",
     "MMPS",
+    "POINT_ESTIMATES",
     "POSTERIOR_SAMPLERS",
     "SAMPLERS",
+    "Likelihood",
+    "PiGDM",
+    "PosteriorSampler",
     "Problem",
     "Reconstruction",
     "ResultFile",
@@ -27,12 +36,12 @@ __all__ = [
     "ancestral",
     "check_output",
     "conjugate_gradient",
+    "gaussian_draw",
     "generate",
     "heun",
+    "level_grid",
     "level_range",
+    "multistep",
     "reconstruct",
     "reconstruct_to_file",
-    "run_chunks",
-    "sample_mmps",
-    "sample_one_step",
 ]

@@ -2,9 +2,10 @@ r"""Posterior reconstruction: p(x_0 | y) for y = A x_0 + sigma_y n, any prior, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,29 +13,86 @@ from deepinv.physics import LinearPhysics
 from torch import Tensor
 
 from ambient_sci.errors import InputError
-from ambient_sci.losses import estimate
-from ambient_sci.noise import ChainNoise, draw_noise, expand, karras_grid
 from ambient_sci.operators.base import RowMaskedOperator
 from ambient_sci.priors.base import Prior, require_mask_conditional, require_unconditional
 from ambient_sci.progress import track
-from ambient_sci.sampling.posterior import MMPS
-from ambient_sci.sampling.result import Reconstruction, ResultWriter
-from ambient_sci.sampling.unconditional import SAMPLERS, chain_seeds, level_range
+from ambient_sci.sampling.batching import Chunk, chunks, default_batch_size
+from ambient_sci.sampling.guided import stops_early
+from ambient_sci.sampling.problem import PosteriorSampler, Problem
+from ambient_sci.sampling.result import Reconstruction
+from ambient_sci.sampling.samplers import POINT_ESTIMATES, POSTERIOR_SAMPLERS
+from ambient_sci.sampling.unconditional import chain_seeds, level_grid, level_range
+
+__all__ = ["POINT_ESTIMATES", "POSTERIOR_SAMPLERS", "Run", "reconstruct"]
+
+
+@torch.no_grad()
+def reconstruct(
+    prior: Prior,
+    operator: LinearPhysics,
+    y: Tensor,
+    sigma_y: float | Tensor,
+    *,
+    samples: int = 8,
+    sampler: str = "mmps",
+    steps: int | None = None,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float | None = None,
+    batch_size: int | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Reconstruction:
+    """Sample the posterior p(x_0 | y) of y = A x_0 + sigma_y n.
+
+    Args:
+        prior: see the samplers for the kind they need.
+        operator: A, an operator of this library or any deepinv ``LinearPhysics``.
+        y: measurements, (B, ...).
+        sigma_y: their noise level per real channel, float or (B,), >= 0.
+        samples: number S of posterior samples for each image.
+        sampler: a name in `POSTERIOR_SAMPLERS`: for unconditional priors "mmps" (moment matching, the default), "daps",
+            "smc" (exact in the limit), "pnp-dm", "pigdm", "dps"; for mask-conditional ones "a-dps" and "one-step" (a point estimate).
+        steps: noise levels; default: the sampler's.
+        sigma_min, sigma_max: ends of the grid; by default what the prior has learned (see `level_range`).
+        rho: bend of the grid, see `level_grid`; default: the sampler's.
+        batch_size: chains (samples x images) at a time; it changes speed and memory, not the samples. Default: what fits into memory.
+        generator: source of randomness.
+        progress: show a progress bar.
+        **options: settings of the sampler: the keyword arguments of its function, e.g. ``tolerance`` and ``max_iterations`` of `MMPS`.
+
+    Returns:
+        mean, std, samples (S, B, C, H, W) and a report, in the type of ``y`` and on its device.
+
+    Raises:
+        InputError: non-linear physics, shapes that do not match, sigma_y missing or negative, non-finite measurements, unknown options.
+        ConditioningError: a prior of the other kind.
+    """
+    run = Run.prepare(
+        prior,
+        operator,
+        y,
+        sigma_y,
+        samples,
+        sampler,
+        steps,
+        (sigma_min, sigma_max, rho),
+        batch_size,
+        generator,
+        options,
+    )
+    images = torch.empty(run.samples, len(y), *prior.shape, dtype=y.dtype, device=y.device)
+    for chunk, x in run.parts(progress=progress):
+        images[chunk.samples.start : chunk.samples.stop, chunk.images.start : chunk.images.stop] = x
+    return Reconstruction.from_samples(images, run.report())
 
 
 @dataclass
-class Problem:
-    """One batch of chains: what a posterior sampler works on.
+class Run:
+    """A checked request for samples of a few images, worked off in rectangular chunks of chains.
 
-    Attributes:
-        prior: the prior.
-        operator: A for all chains.
-        y: measurements, one for each chain, (B, ...).
-        sigma_y: noise level of each chain, (B,).
-        sigmas: decreasing noise levels.
-        noise: one random stream for each chain.
-        options: settings of the sampler.
-        report: numbers a sampler adds.
+    What a chain becomes depends on its seed alone, not on the chunk it is in.
     """
 
     prior: Prior
@@ -42,77 +100,177 @@ class Problem:
     y: Tensor
     sigma_y: Tensor
     sigmas: Tensor
-    noise: ChainNoise
-    options: dict[str, Any] = field(default_factory=dict)
-    report: dict[str, Any] = field(default_factory=dict)
+    name: str
+    samples: int
+    seeds: Tensor
+    batch_size: int
+    options: dict[str, Any]
+    totals: dict[str, Any] = field(default_factory=dict)
 
-    def start(self) -> Tensor:
-        """Pure noise at the highest level, one image for each chain."""
-        reference = next(iter(self.prior.state_dict().values()), self.y)
-        like = torch.empty(len(self.y), *self.prior.shape, dtype=self.y.dtype, device=reference.device)
-        return draw_noise(like, self.noise) * float(self.sigmas[0])
-
-
-def sample_mmps(problem: Problem, integrator: str = "heun", **options: Any) -> Tensor:
-    """Moment matching posterior sampling: `MMPS` in an unconditional sampler ("heun" or "ancestral")."""
-    if integrator not in SAMPLERS:
-        raise InputError(f"mmps: expected integrator heun or ancestral, got {integrator!r}")
-    denoiser = MMPS(problem.prior, problem.operator, problem.y, problem.sigma_y, **options)
-    x = SAMPLERS[integrator](denoiser, problem.start(), problem.sigmas, problem.noise)
-    problem.report.update(denoiser.report.to_dict())
-    return x
-
-
-def sample_one_step(problem: Problem) -> Tensor:
-    """E[x_0 | y, A] of a mask-conditional prior in one evaluation, at the noise level of the measurements: no samples, no spread."""
-    require_mask_conditional(problem.prior, "the one-step estimate")
-    if not isinstance(problem.operator, RowMaskedOperator):
-        raise InputError(
-            f"one-step: expected an operator of ambient_sci, got {type(problem.operator).__name__}"
+    @classmethod
+    def prepare(
+        cls,
+        prior: Prior,
+        operator: LinearPhysics,
+        y: Tensor,
+        sigma_y: float | Tensor,
+        samples: int,
+        name: str,
+        steps: int | None,
+        grid: tuple[float | None, float | None, float | None],
+        batch_size: int | None,
+        generator: torch.Generator | None,
+        options: dict[str, Any],
+    ) -> Run:
+        """Check everything that a user gave, and say what is wrong with it."""
+        sampler = check_sampler(name, samples, batch_size, options)
+        levels = check_measurements(prior, operator, y, sigma_y, name)
+        needs = require_unconditional if sampler.conditioning == "unconditional" else require_mask_conditional
+        needs(prior, name)
+        low, high = level_range(prior, *grid[:2])
+        samples = 1 if sampler.point_estimate else samples
+        return cls(
+            prior,
+            operator,
+            y,
+            levels.to(y.device),
+            level_grid(steps or sampler.steps, low, high, grid[2] or sampler.rho),
+            name,
+            samples,
+            torch.tensor(chain_seeds(samples * len(y), generator)).reshape(samples, len(y)),
+            batch_size or default_batch_size(prior, y),
+            options,
         )
-    problem.report.update(network_evaluations=1)
-    return estimate(problem.prior, problem.operator, problem.y, problem.sigma_y)
+
+    def parts(self, *, progress: bool = False) -> Iterator[tuple[Chunk, Tensor]]:
+        """(chunk, samples (s, n, C, H, W)) for every chunk. A chunk that does not fit on the device is halved and tried again."""
+        sampler = POSTERIOR_SAMPLERS[self.name]
+        rules = {
+            "all_images": len(self.y) > 1 and not isinstance(self.operator, RowMaskedOperator),
+            "all_samples": sampler.population,
+        }
+        plan = list(chunks(len(self.y), self.samples, self.batch_size, **rules))
+        for whole in track(plan, f"{self.name} sampling", enabled=progress):
+            waiting = deque([whole])
+            while waiting:
+                chunk = waiting.popleft()
+                try:
+                    x = self._sample(sampler, chunk)
+                except torch.OutOfMemoryError:
+                    halves = halve(chunk, **rules)
+                    if not halves:
+                        raise
+                    waiting.extendleft(reversed(halves))
+                    continue
+                yield chunk, x
+
+    def _sample(self, sampler: PosteriorSampler, chunk: Chunk) -> Tensor:
+        images = slice(chunk.images.start, chunk.images.stop)
+        whole = len(chunk.images) == len(self.y)
+        operator = self.operator if whole else self.operator[images]  # type: ignore[index]
+        seeds = self.seeds[chunk.samples.start : chunk.samples.stop, images].flatten().tolist()
+        problem = Problem(self.prior, operator, self.y[images], self.sigma_y[images], self.sigmas, seeds)
+        x = sampler.run(problem, **self.options)
+        self.totals = merge(self.totals, problem.report)
+        return x.detach().unflatten(0, (len(chunk.samples), len(chunk.images)))
+
+    def report(self) -> dict[str, Any]:
+        """How the samples were made and how well the solves went; JSON types."""
+        settings = {
+            "sampler": self.name,
+            "steps": len(self.sigmas),
+            "sigma_min": float(self.sigmas[-1]),
+            "sigma_max": float(self.sigmas[0]),
+            "samples": self.samples,
+            "options": dict(self.options),
+        }
+        return {**settings, **self.totals, **notes(self.prior, settings["sigma_min"], self.totals)}
 
 
-POSTERIOR_SAMPLERS: dict[str, Callable[..., Tensor]] = {"mmps": sample_mmps, "one-step": sample_one_step}
-POINT_ESTIMATES = frozenset({"one-step"})
+def halve(chunk: Chunk, *, all_images: bool, all_samples: bool) -> list[Chunk]:
+    """The chunk in two, by samples or else by images; nothing where neither may or can be divided."""
+    s, i = chunk.samples, chunk.images
+    if len(s) > 1 and not all_samples:
+        middle = len(s) // 2
+        return [Chunk(i, s[:middle]), Chunk(i, s[middle:])]
+    if len(i) > 1 and not all_images:
+        middle = len(i) // 2
+        return [Chunk(i[:middle], s), Chunk(i[middle:], s)]
+    return []
 
 
-class RepeatedPhysics(LinearPhysics):
-    """A foreign physics with parameters for a batch of B, applied to k B chains (k samples of each image, sample-major)."""
-
-    def __init__(self, physics: LinearPhysics, batch: int) -> None:
-        super().__init__(noise_model=physics.noise_model)
-        self.physics, self.batch = physics, batch
-
-    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """physics.A, one sample of all images at a time."""
-        return torch.cat([self.physics.A(part, **kwargs) for part in x.split(self.batch)])
-
-    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
-        """physics.A_adjoint, one sample of all images at a time."""
-        return torch.cat([self.physics.A_adjoint(part, **kwargs) for part in y.split(self.batch)])
+def merge(totals: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Reports of two parts of a run as one: counts of solves add up, "worst_…" and "smallest_…" are extremes, the rest holds for each chain."""
+    merged = dict(totals)
+    for key, value in new.items():
+        old = merged.get(key, value)
+        if key.startswith("solve"):
+            merged[key] = merged.get(key, 0) + value
+        elif key.startswith("smallest"):
+            merged[key] = min(old, value)
+        else:
+            merged[key] = value if isinstance(value, str) else max(old, value)
+    return merged
 
 
-def _chains(operator: LinearPhysics, images: Tensor, batch: int) -> LinearPhysics:
-    """The operator of the chains ``images``: for each chain, the index of its image among ``batch``."""
-    if isinstance(operator, RowMaskedOperator):
-        return operator if operator.batch_size == 1 else operator[images]
-    if batch == 1:
-        return operator
-    return RepeatedPhysics(operator, batch)
+def notes(prior: Prior, low: float, totals: dict[str, Any]) -> dict[str, Any]:
+    """What a reader of the result has to know: {"notes": [...]}, or nothing."""
+    found = []
+    if stops_early(prior, low) and "final" in totals:
+        learned = ", the lowest level the prior has learned" if low <= prior.sigma_min * (1 + 1e-6) else ""
+        meaning = (
+            "what is finer was drawn from a Gaussian of the right mean and covariance"
+            if totals["final"] == "draw"
+            else "samples are means of what is left open there, and spread too little"
+        )
+        found.append(f"sampling stopped at sigma = {low:g}{learned}: {meaning}")
+    if totals.get("solves_above_tolerance"):
+        found.append(
+            f"{totals['solves_above_tolerance']} of {totals['solves']} solves ended above the tolerance; worst relative residual "
+            f"{totals['worst_relative_residual']:.2g}"
+        )
+    return {"notes": found} if found else {}
 
 
-def _check(
-    prior: Prior, operator: LinearPhysics, y: Tensor, sigma_y: Any, sampler: str, samples: int
-) -> Tensor:
-    if sampler not in POSTERIOR_SAMPLERS:
-        raise InputError(f"sampler: expected one of {', '.join(POSTERIOR_SAMPLERS)}, got {sampler!r}")
-    if samples < 1:
-        raise InputError(f"samples: expected at least 1, got {samples}")
+# -- the border --------------------------------------------------------------------------------------------------------------
+
+
+def check_sampler(
+    name: str, samples: int, batch_size: int | None, options: dict[str, Any]
+) -> PosteriorSampler:
+    """The sampler of this name, if the numbers make sense and it has these options."""
+    if name not in POSTERIOR_SAMPLERS:
+        raise InputError(f"sampler: expected one of {', '.join(POSTERIOR_SAMPLERS)}, got {name!r}")
+    if samples < 1 or (batch_size is not None and batch_size < 1):
+        raise InputError(
+            f"{name}: expected samples and batch_size of at least 1, got {samples} and {batch_size}"
+        )
+    known = sampler_options(name)
+    unknown = [k for k in options if k not in known]
+    if unknown:
+        raise InputError(
+            f"sampler {name}: expected options among {', '.join(known) or 'none'}, got {', '.join(unknown)}"
+        )
+    return POSTERIOR_SAMPLERS[name]
+
+
+def sampler_options(name: str) -> list[str]:
+    """Names of the settings that a sampler takes: the keyword arguments of its function and of its posterior denoiser."""
+    sampler = POSTERIOR_SAMPLERS[name]
+    functions = [sampler.run, *([sampler.denoiser] if sampler.denoiser is not None else [])]
+    return [
+        p.name
+        for function in functions
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+
+
+def check_measurements(prior: Prior, operator: Any, y: Any, sigma_y: Any, name: str) -> Tensor:
+    """Noise levels (B,), if measurements, operator and prior fit each other."""
     if not isinstance(operator, LinearPhysics):
         raise InputError(
-            f"{sampler}: expected a linear operator (deepinv LinearPhysics), got {type(operator).__name__}: "
+            f"{name}: expected a linear operator (deepinv LinearPhysics), got {type(operator).__name__}: "
             "these samplers are for linear measurements only"
         )
     if not isinstance(y, Tensor) or not y.is_floating_point():
@@ -137,206 +295,3 @@ def _check(
             f"operator: expected images of the prior's shape {tuple(prior.shape)}, got {shape[1:]}"
         )
     return levels.flatten().expand(len(y)).contiguous()
-
-
-@torch.no_grad()
-def reconstruct(
-    prior: Prior,
-    operator: LinearPhysics,
-    y: Tensor,
-    sigma_y: float | Tensor,
-    *,
-    samples: int = 8,
-    sampler: str = "mmps",
-    steps: int = 18,
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
-    rho: float = 7.0,
-    batch_size: int = 64,
-    generator: torch.Generator | None = None,
-    progress: bool = False,
-    **options: Any,
-) -> Reconstruction:
-    """Sample the posterior p(x_0 | y) of y = A x_0 + sigma_y n.
-
-    Args:
-        prior: see the samplers for the kind they need.
-        operator: A, an operator of this library or any deepinv ``LinearPhysics``.
-        y: measurements, (B, ...).
-        sigma_y: their noise level per real channel, float or (B,), >= 0.
-        samples: number S of posterior samples for each image.
-        sampler: "mmps" (unconditional priors) or "one-step" (mask-conditional priors; a point estimate).
-        steps: noise levels.
-        sigma_min, sigma_max: ends of the grid; by default what the prior has learned (see `level_range`). Where
-            sigma_min is the noise level of the training data, nothing below it was learned and the report says so.
-        rho: bend of the grid.
-        batch_size: chains (samples x images) at a time; it changes speed and memory, not the samples.
-        generator: source of randomness.
-        progress: show a progress bar.
-        **options: settings of the sampler, e.g. ``tolerance`` and ``max_iterations`` of `MMPS`.
-
-    Returns:
-        mean, std, samples (S, B, C, H, W) and a report, in the type of ``y`` and on its device.
-
-    Raises:
-        InputError: non-linear physics, shapes that do not match, sigma_y missing or negative, non-finite measurements.
-        ConditioningError: a prior of the other kind.
-    """
-    levels = _check(prior, operator, y, sigma_y, sampler, samples)
-    samples = 1 if sampler in POINT_ESTIMATES else samples
-    chunks = run_chunks(
-        prior,
-        operator,
-        y,
-        levels,
-        samples,
-        sampler,
-        steps,
-        (sigma_min, sigma_max, rho),
-        batch_size,
-        generator,
-        progress,
-        options,
-    )
-    parts, report = [], {}
-    for _, part, report in chunks:
-        parts.append(part)
-    return Reconstruction.from_samples(torch.cat(parts).unflatten(0, (samples, len(y))), report)
-
-
-def run_chunks(
-    prior: Prior,
-    operator: LinearPhysics,
-    y: Tensor,
-    levels: Tensor,
-    samples: int,
-    sampler: str,
-    steps: int,
-    grid: tuple[float | None, float | None, float],
-    batch_size: int,
-    generator: torch.Generator | None,
-    progress: bool,
-    options: dict[str, Any],
-):
-    """Yield (chain indices, images, report so far) for all samples x images chains, sample-major, ``batch_size`` at a time."""
-    batch = len(y)
-    low, high = level_range(prior, *grid[:2])
-    sigmas = karras_grid(steps, low, high, rho=grid[2])
-    seeds = chain_seeds(samples * batch, generator)
-    foreign = not isinstance(operator, RowMaskedOperator) and batch > 1
-    size = max(batch_size // batch, 1) * batch if foreign else batch_size
-    totals: dict[str, Any] = {}
-    for start in track(range(0, samples * batch, size), f"{sampler} sampling", enabled=progress):
-        chains = torch.arange(start, min(start + size, samples * batch))
-        images = chains % batch
-        problem = Problem(
-            prior,
-            _chains(operator, images, batch),
-            y[images],
-            levels[images].to(y.device),
-            sigmas,
-            ChainNoise(seeds[start : start + size]),
-            options,
-        )
-        try:
-            x = POSTERIOR_SAMPLERS[sampler](problem, **options)
-        except TypeError as error:
-            if "unexpected keyword" in str(error):
-                raise InputError(f"sampler {sampler!r}: {error}") from None
-            raise
-        totals = _merge(totals, problem.report)
-        yield (
-            chains,
-            x,
-            {
-                "sampler": sampler,
-                "steps": steps,
-                "sigma_min": low,
-                "sigma_max": high,
-                "samples": samples,
-                "options": dict(options),
-                **totals,
-                **_notes(prior, low, totals),
-            },
-        )
-
-
-def _merge(totals: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Counts add up, "worst_…" is a maximum."""
-    merged = dict(totals)
-    for key, value in new.items():
-        old = merged.get(key, 0)
-        merged[key] = max(old, value) if key.startswith("worst") else old + value
-    return merged
-
-
-def _notes(prior: Prior, low: float, totals: dict[str, Any]) -> dict[str, Any]:
-    notes = []
-    if prior.sigma_min > 0 and low >= prior.sigma_min:
-        notes.append(
-            f"the grid stops at sigma = {low:g}, the noise level of the training data: nothing below it has been learned, and samples "
-            "are means of what is left open there"
-        )
-    if totals.get("solves_above_tolerance"):
-        notes.append(
-            f"{totals['solves_above_tolerance']} of {totals['solves']} solves ended above the tolerance; worst relative residual "
-            f"{totals['worst_relative_residual']:.2g}"
-        )
-    return {"notes": notes} if notes else {}
-
-
-def reconstruct_to_file(
-    prior: Prior,
-    measurements: Any,
-    out: str | Path,
-    *,
-    samples: int = 8,
-    sampler: str = "mmps",
-    images_at_once: int = 16,
-    indices: range | None = None,
-    overwrite: bool = False,
-    generator: torch.Generator | None = None,
-    progress: bool = False,
-    device: str | torch.device = "cpu",
-    **settings: Any,
-) -> dict[str, Any]:
-    """Reconstruct a measurement file image by image into a result file, at the memory of one batch whatever the number of samples.
-
-    Args:
-        prior: as for `reconstruct`.
-        measurements: an open `MeasurementFile`.
-        out: result file to make.
-        samples, sampler: as for `reconstruct`.
-        images_at_once: images whose chains are batched together.
-        indices: which images, a range of step 1; default all.
-        **settings: further arguments of `reconstruct`.
-
-    Returns:
-        the report.
-    """
-    chosen = range(len(measurements)) if indices is None else indices
-    samples = 1 if sampler in POINT_ESTIMATES else samples
-    subjects = [measurements.subjects[i] for i in chosen] if measurements.subjects else []
-    shape = (samples, len(chosen), *prior.shape)
-    starts = range(0, len(chosen), images_at_once)
-    totals: dict[str, Any] = {}
-    with ResultWriter(out, shape, subjects, measurements.scale, overwrite=overwrite) as writer:
-        for start in track(starts, f"{sampler} reconstruction", enabled=progress):
-            index = list(chosen[start : start + images_at_once])
-            result = reconstruct(
-                prior,
-                measurements.operator(index).to(device),
-                measurements.measurements(index).to(device),
-                measurements.sigma(index),
-                samples=samples,
-                sampler=sampler,
-                generator=generator,
-                progress=progress and len(starts) == 1,
-                **settings,
-            )
-            writer.add(slice(start, start + len(index)), result.samples)
-            counts = {k: v for k, v in result.report.items() if k.startswith(("solve", "worst", "network"))}
-            totals = {**result.report, **_merge({k: totals[k] for k in counts if k in totals}, counts)}
-        totals.pop("notes", None)
-        writer.report = {**totals, **_notes(prior, float(totals["sigma_min"]), totals)}
-    return writer.report

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,11 @@ class ResultFile:
         """Posterior samples."""
         return torch.as_tensor(self._file["samples"][:, indices])
 
+    def each_sample(self) -> Iterator[Tensor]:
+        """One sample of all images after the other, (n, C, H, W)."""
+        for k in range(self.shape[0]):
+            yield torch.as_tensor(self._file["samples"][k])
+
     def __enter__(self) -> ResultFile:
         return self
 
@@ -132,6 +138,7 @@ class ResultWriter:
 
     Raises:
         InputError: the file exists and ``overwrite`` is not set, or its folder does not exist.
+        RuntimeError: on leaving, if samples are missing.
     """
 
     def __init__(
@@ -153,26 +160,29 @@ class ResultWriter:
         self._file.create_dataset("mean", shape[1:], np.float32, chunks=(1, *shape[2:]))
         self._file.create_dataset("std", shape[1:], np.float32, chunks=(1, *shape[2:]))
         self._file.attrs.update(format=FORMAT, scale=scale, subjects=json.dumps(subjects or []))
-        self._moments: dict[tuple[int, int], tuple[int, Tensor, Tensor]] = {}
+        self._moments: dict[int, tuple[int, Tensor, Tensor]] = {}
+        self._missing = shape[0] * shape[1]
         self.report: dict[str, Any] = {}
 
     def add(self, images: slice, samples: Tensor) -> None:
         """More samples (s, n, C, H, W) of the images ``images``; those of one image come in any number of parts."""
-        key = (images.start, images.stop)
-        count, mean, square = self._moments.get(
-            key, (0, torch.zeros_like(samples[0]).double(), torch.zeros_like(samples[0]).double())
-        )
-        self._file["samples"][count : count + len(samples), images] = samples.float().cpu().numpy()
-        for x in samples.double():
-            count += 1
-            delta = x - mean
-            mean = mean + delta / count
-            square = square + delta * (x - mean)
-        self._moments[key] = (count, mean, square)
-        self._file["mean"][images] = mean.float().cpu().numpy()
-        self._file["std"][images] = (square / max(count - 1, 1)).sqrt().float().cpu().numpy()
-        if count == self._file["samples"].shape[0]:
-            del self._moments[key]
+        data = samples.detach().to("cpu", torch.float64)
+        self._missing -= data.shape[0] * data.shape[1]
+        for k, image in enumerate(range(images.start, images.stop)):
+            count, mean, square = self._moments.pop(
+                image, (0, torch.zeros_like(data[0, k]), torch.zeros_like(data[0, k]))
+            )
+            self._file["samples"][count : count + len(data), image] = data[:, k].float().numpy()
+            for x in data[:, k]:
+                count += 1
+                delta = x - mean
+                mean = mean + delta / count
+                square = square + delta * (x - mean)
+            if count < self._file["samples"].shape[0]:
+                self._moments[image] = (count, mean, square)
+            else:
+                self._file["mean"][image] = mean.float().numpy()
+                self._file["std"][image] = (square / max(count - 1, 1)).sqrt().float().numpy()
 
     def __enter__(self) -> ResultWriter:
         return self
@@ -180,11 +190,13 @@ class ResultWriter:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._file.attrs["report"] = json.dumps(self.report)
         self._file.close()
-        if kind is None:
+        if kind is None and self._missing == 0:
             os.chmod(self._temporary, 0o644)
             os.replace(self._temporary, self.path)
-        else:
-            self._temporary.unlink(missing_ok=True)
+            return
+        self._temporary.unlink(missing_ok=True)
+        if kind is None:
+            raise RuntimeError(f"{self.path}: {self._missing} samples were never added, no file written")
 
 
 def check_output(path: Path, overwrite: bool) -> None:

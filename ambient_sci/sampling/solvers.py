@@ -1,9 +1,19 @@
-r"""Conjugate gradients for a batch of systems K_b u_b = r_b that are only nearly symmetric positive definite.
+r"""Krylov methods for a batch of systems, each watched by itself: K_b u_b = r_b, and V_b^{1/2} z_b.
 
-K = sigma_y^2 I + sigma_t^2 A J A^H, with J the Jacobian of a *learned* denoiser, is close to symmetric positive definite but not exactly, and
-plain conjugate gradients can then break down: a search direction of zero or negative curvature, residuals that grow, in the end NaN. Each
-system of the batch is therefore watched by itself and, where something is wrong, left at the best iterate it had. What was reached is
-reported, never hidden.
+K = sigma_y^2 I + A V A^H, with V = sigma_t^2 J and J the Jacobian of a *learned* denoiser, is close to symmetric positive definite but not
+exactly, and plain conjugate gradients can then break down: a search direction of zero or negative curvature, residuals that grow, in the
+end NaN. Each system of the batch is therefore watched by itself and, where something is wrong, left at the best iterate it had. What was
+reached is reported, never hidden.
+
+A Gaussian of covariance V, known only by its products, is drawn with the Lanczos process: for an orthonormal basis Q of the
+Krylov space of (V, z) and T = Q^T V Q,
+
+    V^{1/2} z  ~  |z| Q T^{1/2} e_1,
+
+exact once the Krylov space is invariant, and best along the directions of large variance long before that.
+
+Sources: Hestenes & Stiefel (1952); Chow & Saad, "Preconditioned Krylov subspace methods for sampling multivariate Gaussian
+distributions" (2014).
 """
 
 from __future__ import annotations
@@ -24,21 +34,28 @@ class Solution:
         residual: ||K u - r|| / ||r|| of each system, (B,).
         iterations: applications of K.
         stopped: systems that broke down or lost progress before the tolerance was met, (B,) bool.
+        image: L u, if ``apply`` gave it.
     """
 
     u: Tensor
     residual: Tensor
     iterations: int
     stopped: Tensor
+    image: Tensor | None = None
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) as a tensor that broadcasts over the (B, ...) tensor ``like``."""
+    return values.reshape(-1, *([1] * (like.ndim - 1)))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of each sample, broadcastable over it."""
-    return (a * b).flatten(1).sum(1).reshape(-1, *([1] * (a.ndim - 1)))
+    """Inner product of each sample, (B,)."""
+    return (a * b).flatten(1).sum(1)
 
 
 def conjugate_gradient(
-    apply: Callable[[Tensor], Tensor],
+    apply: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]],
     r: Tensor,
     *,
     tolerance: float = 1e-3,
@@ -48,7 +65,8 @@ def conjugate_gradient(
     """Solve K u = r for each sample of the batch, starting from u = 0.
 
     Args:
-        apply: u -> K u on the whole batch; must treat samples independently.
+        apply: u -> K u on the whole batch, treating samples independently; or u -> (K u, L u) with another linear map L whose
+            value at the solution is wanted as well: it comes along the way without one more product.
         r: right-hand sides, (B, ...).
         tolerance: stop a system at ||K u - r|| <= tolerance ||r||.
         max_iterations: applications of K at most.
@@ -56,29 +74,79 @@ def conjugate_gradient(
     """
     u, residual, direction = torch.zeros_like(r), r.clone(), r.clone()
     square = _dot(r, r)
-    start = square.clone()
-    best, best_u = square.clone(), u
+    start, best, best_u = square.clone(), square.clone(), u
+    image = best_image = None
     active = square > 0
     stopped = torch.zeros_like(active)
     iterations = 0
     while iterations < max_iterations and bool(active.any()):
-        image = apply(direction)
+        product = apply(direction)
+        product, side = product if isinstance(product, tuple) else (product, None)
         iterations += 1
-        curvature = _dot(direction, image)
+        curvature = _dot(direction, product)
         sound = torch.isfinite(curvature) & (curvature > 0)
         stopped |= active & ~sound
         active &= sound
         step = torch.where(active, square / torch.where(sound, curvature, 1.0), 0.0)
-        u = u + step * torch.where(active, direction, 0.0)
-        residual = residual - step * torch.where(active, image, 0.0)
+        u = _advance(u, direction, step, active)
+        residual = _advance(residual, product, -step, active)
         new = _dot(residual, residual)
         improved = active & (new < best)
-        best_u = torch.where(improved, u, best_u)
+        best_u = torch.where(per_sample(improved, r), u, best_u)
+        if side is not None:
+            image = _advance(torch.zeros_like(side) if image is None else image, side, step, active)
+            best_image = torch.where(
+                per_sample(improved, side), image, 0.0 if best_image is None else best_image
+            )
         best = torch.where(improved, new, best)
         lost = active & ~(new <= growth**2 * best)
         stopped |= lost
         active &= ~lost & (new > tolerance**2 * start)
-        direction = residual + torch.where(active, new / square, 0.0) * direction
+        direction = residual + per_sample(torch.where(active, new / square, 0.0), r) * direction
         square = torch.where(active, new, square)
     relative = torch.where(start > 0, best / torch.where(start > 0, start, 1.0), 0.0).sqrt()
-    return Solution(best_u, relative.flatten(), iterations, stopped.flatten())
+    return Solution(best_u, relative, iterations, stopped, best_image)
+
+
+def _advance(x: Tensor, direction: Tensor, step: Tensor, active: Tensor) -> Tensor:
+    """x + step direction for the active samples; the others keep x even where the direction is not finite."""
+    return torch.where(per_sample(active, x), x + per_sample(step, x) * direction, x)
+
+
+def gaussian_draw(apply: Callable[[Tensor], Tensor], z: Tensor, *, iterations: int = 6) -> Tensor:
+    """V^{1/2} z for each sample of the batch: a draw from N(0, V) if z is standard normal.
+
+    The small matrix Q^T V Q is symmetrised and its negative eigenvalues (a learned Jacobian may have some) count as zero, so that the
+    result is a draw from some Gaussian whatever ``apply`` does. With k iterations the covariance is exact for V with k
+    distinct eigenvalues; a sample whose products are not finite gets zero.
+
+    Args:
+        apply: v -> V v on the whole batch, treating samples independently.
+        z: standard normal, (B, ...).
+        iterations: applications of V, >= 1.
+    """
+    norm = _dot(z, z).sqrt()
+    tiny = torch.finfo(z.dtype).tiny
+    basis = [z / per_sample(norm.clamp(min=tiny), z)]
+    products: list[Tensor] = []
+    while len(products) < iterations:
+        product = torch.nan_to_num(apply(basis[-1]), 0.0, 0.0, 0.0)
+        products.append(product)
+        if len(products) == iterations:
+            break
+        remainder = product
+        for _ in range(
+            2
+        ):  # twice is enough: full orthogonality although the products are only nearly symmetric
+            for q in basis:
+                remainder = remainder - per_sample(_dot(q, remainder), z) * q
+        length = _dot(remainder, remainder).sqrt()
+        # An invariant space is exhausted: nothing but rounding is left to go on with.
+        alive = length > 1e-5 * _dot(product, product).sqrt()
+        basis.append(
+            torch.where(per_sample(alive, z), remainder / per_sample(length.clamp(min=tiny), z), 0.0)
+        )
+    small = torch.stack([torch.stack([_dot(q, p) for p in products], 1) for q in basis], 1)
+    values, vectors = torch.linalg.eigh((small + small.mT) / 2)
+    root = (vectors * values.clamp(min=0).sqrt()[:, None]) @ vectors[:, 0, :, None]
+    return torch.stack([per_sample(norm * root[:, i, 0], z) * q for i, q in enumerate(basis)]).sum(0)

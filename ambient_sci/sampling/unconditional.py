@@ -3,14 +3,17 @@ r"""Samplers that turn a denoiser into samples: each is one function, readable f
 A denoiser is any callable (x, sigma) -> E[x_0 | x_t = x]. With a posterior denoiser E[x_0 | x_t, y] the same functions sample the
 posterior. Levels come as a decreasing grid that ends at sigma_min > 0; what is returned is the denoised image at that level.
 
-    probability flow:  dx/dsigma = (x - D(x, sigma)) / sigma         `heun`, second order, deterministic given its start
+    probability flow:  dx/dsigma = (x - D(x, sigma)) / sigma
+                       `multistep`, second order, one evaluation a level;   `heun`, second order, two evaluations a level
     reverse SDE:       x_s = D + (s/t)^2 (x_t - D) + s sqrt(1 - (s/t)^2) z         `ancestral`, first order
 
-Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (2022), algorithm 1.
+Sources: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (2022), algorithm 1; Lu et al.,
+"DPM-Solver++" (2022).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,7 +27,9 @@ from ambient_sci.progress import track
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
-def heun(denoiser: Denoise, x: Tensor, sigmas: Tensor, generator: Randomness = None) -> Tensor:
+def heun(
+    denoiser: Denoise, x: Tensor, sigmas: Tensor, generator: Randomness = None, final: Denoise | None = None
+) -> Tensor:
     """Heun's method on the probability flow; 2 n - 1 denoiser calls for n levels.
 
     Args:
@@ -32,33 +37,68 @@ def heun(denoiser: Denoise, x: Tensor, sigmas: Tensor, generator: Randomness = N
         x: start, (B, ...), at level sigmas[0].
         sigmas: decreasing levels, the last one > 0.
         generator: unused (the flow is deterministic); here so that samplers are interchangeable.
+        final: (x, sigma) -> what to return of the last state; default: the denoiser.
 
     Returns:
-        D(x, sigmas[-1]).
+        final(x, sigmas[-1]).
     """
     levels = [float(s) for s in sigmas]
-    denoised = denoiser(x, _level(levels[0], x))
     for t, s in zip(levels[:-1], levels[1:], strict=True):
-        slope = (x - denoised) / t
+        slope = (x - denoiser(x, _level(t, x))) / t
         ahead = x + (s - t) * slope
-        denoised = denoiser(ahead, _level(s, x))
-        slope_ahead = (ahead - denoised) / s
+        slope_ahead = (ahead - denoiser(ahead, _level(s, x))) / s
         x = x + (s - t) * (slope + slope_ahead) / 2
-        denoised = denoiser(x, _level(s, x))
-    return denoised
+    return (final or denoiser)(x, _level(levels[-1], x))
 
 
-def ancestral(denoiser: Denoise, x: Tensor, sigmas: Tensor, generator: Randomness = None) -> Tensor:
+def multistep(
+    denoiser: Denoise, x: Tensor, sigmas: Tensor, generator: Randomness = None, final: Denoise | None = None
+) -> Tensor:
+    """Two-step exponential integrator of the probability flow (DPM-Solver++ 2M); n denoiser calls for n levels.
+
+    The flow is linear in x given D, so over a step only D has to be extrapolated, linearly in log sigma from the last two
+    levels: x_s = D' + (s/t) (x - D'). Arguments as for `heun`.
+    """
+    levels = [float(s) for s in sigmas]
+    before: Tensor | None = None
+    for i, (t, s) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+        denoised = denoiser(x, _level(t, x))
+        middle = denoised  # D half a step ahead
+        if before is not None:
+            ratio = math.log(t / s) / math.log(levels[i - 1] / t)
+            middle = denoised + ratio / 2 * (denoised - before)
+        x = middle + (s / t) * (x - middle)
+        before = denoised
+    return (final or denoiser)(x, _level(levels[-1], x))
+
+
+def ancestral(
+    denoiser: Denoise, x: Tensor, sigmas: Tensor, generator: Randomness = None, final: Denoise | None = None
+) -> Tensor:
     """Ancestral sampling of the reverse SDE; n denoiser calls for n levels. Arguments as for `heun`."""
     levels = [float(s) for s in sigmas]
-    denoised = denoiser(x, _level(levels[0], x))
     for t, s in zip(levels[:-1], levels[1:], strict=True):
-        x = ancestral_step(x, denoised, t, s, generator=generator)
-        denoised = denoiser(x, _level(s, x))
-    return denoised
+        x = ancestral_step(x, denoiser(x, _level(t, x)), t, s, generator=generator)
+    return (final or denoiser)(x, _level(levels[-1], x))
 
 
-SAMPLERS: dict[str, Callable[..., Tensor]] = {"heun": heun, "ancestral": ancestral}
+SAMPLERS: dict[str, Callable[..., Tensor]] = {"multistep": multistep, "heun": heun, "ancestral": ancestral}
+
+
+def level_grid(steps: int, sigma_min: float, sigma_max: float, rho: float = math.inf) -> Tensor:
+    """``steps`` decreasing levels from sigma_max to sigma_min: `karras_grid` with bend ``rho``, whose limit at infinity has equal ratios.
+
+    Raises:
+        InputError: as `karras_grid`; rho < 1.
+    """
+    if not rho >= 1:
+        raise InputError(f"level grid: expected rho >= 1, got {rho}")
+    if math.isfinite(rho):
+        return karras_grid(steps, sigma_min, sigma_max, rho=rho)
+    ends = karras_grid(2, sigma_min, sigma_max).log()  # checks them
+    if steps < 2:
+        return karras_grid(steps, sigma_min, sigma_max)
+    return torch.linspace(float(ends[0]), float(ends[1]), steps, dtype=torch.float64).exp()
 
 
 def _level(sigma: float, x: Tensor) -> Tensor:
