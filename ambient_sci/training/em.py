@@ -100,7 +100,6 @@ def run_em(
         description = {"stages": [{"name": "em", "reason": reason}], "data": source.fingerprint()}
         folder.reopen(config, description) if resume else folder.create(config, description)
         if not resume:
-            shutil.rmtree(folder.path / "laps", ignore_errors=True)
             folder.write_json("em.json", {"laps": []})
     accelerator.wait_for_everyone()
     reporter.say(reason)

@@ -5,6 +5,7 @@
     prior/                           averaged weights, a prior that can be used at any time
     checkpoint/<stage>.safetensors   everything needed to continue: tensors, and the rest as JSON in the file's header
     log.jsonl                        one line per log interval
+    em.json, laps/                   of expectation maximisation, see `ambient_sci.training.em`
 
 A checkpoint is one file that replaces its predecessor in one step (`os.replace`), so a process killed at any moment leaves
 either the old state or the new one. The log is appended to and cut back to the checkpoint on resume.
@@ -63,9 +64,10 @@ class RunFolder:
 
     def create(self, config: TrainConfig, description: dict[str, Any]) -> None:
         """Start a run: remove what an earlier run left here, write ``config.json`` and ``run.json``."""
-        for name in ("prior", "checkpoint"):
+        for name in ("prior", "checkpoint", "laps"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        self.log.unlink(missing_ok=True)
+        for name in ("log.jsonl", "em.json"):
+            (self.path / name).unlink(missing_ok=True)
         (self.path / "checkpoint").mkdir(parents=True, exist_ok=True)
         self.write_json("run.json", description)
         config.save(self.path / "config.json")

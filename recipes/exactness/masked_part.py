@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from methods import configuration, draw, train
-from toys import reference, sliced_wasserstein, truth
 from torch import Tensor
+from toys import reference, sliced_wasserstein, truth
 
 from ambient_sci.operators import Identity, Independent, Masking
 from ambient_sci.sampling.fixed_mask import generate_fixed_mask

@@ -86,6 +86,23 @@ def load_part(name: str) -> Any:
     ).Part(name)
 
 
+def training_evaluations(run: str, size: int, settings: dict[str, Any]) -> float:
+    """Network evaluations, in images, that training takes: forward passes, with or without gradient."""
+    batch, steps = settings["batch_size"], settings["steps"]
+    consistency, em = settings["consistency"], settings["em"]
+    pair = 1 + consistency["draws"] + sum(consistency["walk"]) / 2
+    if run == "staged":
+        return batch * (steps + consistency["max_steps"] * pair)
+    if run == "joint":
+        # The pair shares D_t where its walk has no steps, one time in (walk lengths).
+        lengths = consistency["walk"][1] - consistency["walk"][0] + 1
+        return batch * (steps + (steps - settings["joint"]["kick_in"]) * (pair - 1 / lengths))
+    if run == "em":
+        draws = em["laps"] * size * (2 * em.get("sampler_steps", 18) - 1)
+        return draws + batch * (em["first_steps"] + (em["laps"] - 1) * em["steps"])
+    return batch * steps
+
+
 def machine() -> str:
     """Where a number was measured."""
     if torch.cuda.is_available():
@@ -104,12 +121,14 @@ def table(folder: Path) -> str:
     """Every score of every row: mean (standard deviation over seeds), number of seeds."""
     found: dict[tuple, dict[str, list[float]]] = {}
     for path in sorted(folder.glob("*.json")):
-        cell = json.loads(path.read_text())
+        cell = read(path)
         for row, scores in cell["rows"].items():
+            scores = {**scores, "training_evaluations": cell.get("training_evaluations")}
             values = found.setdefault((cell["level"], cell["size"], row), {})
             for key, value in scores.items():
                 if isinstance(value, (int, float)):
                     values.setdefault(key, []).append(value)
+    floors = [cell["floor"] for cell in map(read, sorted(folder.glob("*.json"))) if "floor" in cell]
     columns = sorted({key for scores in found.values() for key in scores})
     lines = [
         "| level | data | method | seeds | " + " | ".join(columns) + " |",
@@ -119,7 +138,14 @@ def table(folder: Path) -> str:
         texts = [summary(scores[key]) if key in scores else "" for key in columns]
         seeds = max(len(v) for v in scores.values())
         lines.append(f"| {level:g} | {size} | {row} | {seeds} | " + " | ".join(texts) + " |")
+    if floors:
+        lines += ["", f"floor, what as many draws of the truth score: {floors[0]}"]
     return "\n".join(lines)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A cell."""
+    return json.loads(path.read_text())
 
 
 def summary(values: list[float]) -> str:
