@@ -59,7 +59,7 @@ def identifiability(
         max_units: above this many units, a regular subset of that size is looked at.
         threshold: conditioning below which the prior counts as not identified.
     """
-    mask = operator.network_mask
+    mask = operator.network_mask.cpu()
     layout = guess_layout(mask) if operator.name == "mri" else "pixels"
     plane = {"columns": mask[:, :, 0], "rows": mask[..., 0]}.get(layout, mask)
     units, counts = torch.unique(plane.flatten(1), dim=0, return_counts=True)

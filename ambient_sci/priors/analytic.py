@@ -96,7 +96,7 @@ class GaussianPrior(Prior):
         batch = y.shape[0]
         a = a.expand(batch, -1, -1)
         cross = self.cov @ a.mT
-        noise = torch.as_tensor(sigma_y, dtype=a.dtype).reshape(-1, 1, 1) ** 2
+        noise = torch.as_tensor(sigma_y, dtype=a.dtype, device=a.device).reshape(-1, 1, 1) ** 2
         # Rows outside the mask are zero in A and in y; unit noise there keeps the system regular and changes nothing.
         measured = operator.mask.expand(batch, *y.shape[1:]).flatten(1).to(a.dtype)
         diagonal = torch.diag_embed(1 - measured) + noise * torch.diag_embed(measured)
@@ -175,7 +175,7 @@ class GaussianMixturePrior(Prior):
         moments = [p.posterior(operator, y, sigma_y) for p in parts]
         a = operator_matrix(operator, self.shape, self.means.dtype).expand(y.shape[0], -1, -1)
         measured = operator.mask.expand(y.shape).flatten(1).to(a.dtype)
-        noise = torch.as_tensor(sigma_y, dtype=a.dtype).reshape(-1, 1, 1) ** 2
+        noise = torch.as_tensor(sigma_y, dtype=a.dtype, device=a.device).reshape(-1, 1, 1) ** 2
         evidence = []
         for mean, std in zip(self.means, self.std, strict=True):
             cov = std**2 * a @ a.mT + torch.diag_embed(1 - measured) + noise * torch.diag_embed(measured)
