@@ -9,7 +9,7 @@ from closed_forms import F64, random_mask, seeded
 from ambient_sci.errors import ConditioningError, InputError
 from ambient_sci.operators import Masking
 from ambient_sci.priors import ConditionalMean, GaussianPrior
-from ambient_sci.sampling.fixed_mask import generate_fixed_mask
+from ambient_sci.sampling import generate_fixed_mask
 
 SHAPE = (1, 1, 3)
 COV = torch.tensor([[1.0, 0.6, 0.3], [0.6, 1.0, 0.5], [0.3, 0.5, 1.0]], dtype=F64)

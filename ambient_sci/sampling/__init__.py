@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ambient_sci.sampling.conditioning import Likelihood
+from ambient_sci.sampling.fixed_mask import generate_fixed_mask
 from ambient_sci.sampling.posterior import DPS, MMPS, PiGDM
 from ambient_sci.sampling.problem import PosteriorSampler, Problem
 from ambient_sci.sampling.reconstruct import reconstruct
@@ -38,6 +39,7 @@ __all__ = [
     "conjugate_gradient",
     "gaussian_draw",
     "generate",
+    "generate_fixed_mask",
     "heun",
     "level_grid",
     "level_range",

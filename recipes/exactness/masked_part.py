@@ -17,7 +17,7 @@ from torch import Tensor
 from toys import reference, sliced_wasserstein, truth
 
 from ambient_sci.operators import Identity, Independent, Masking
-from ambient_sci.sampling.fixed_mask import generate_fixed_mask
+from ambient_sci.sampling import generate_fixed_mask
 from ambient_sci.training import LossConfig, em_report, fit
 
 NOISE = 0.05
