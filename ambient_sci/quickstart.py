@@ -92,6 +92,7 @@ def run(
         **report,
     }
     write_json(out / "report.json", report)
+    report = json.loads((out / "report.json").read_text())
     print(
         f"\n{report['text']}\n\nfigure: {out / 'figure.png'}   report: {out / 'report.json'}   {clock.total():.0f} s in all"
     )

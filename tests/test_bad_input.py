@@ -425,7 +425,7 @@ CASES = [
     Case(
         "reconstruct: a mask-conditional prior",
         f"reconstruct scans_run scans.h5 {RECONSTRUCT}",
-        ("MMPS needs an unconditional prior, got a mask-conditional one", "one-step"),
+        ("mmps needs an unconditional prior, got a mask-conditional one", "one-step"),
         None,
         lambda: sample("scans_run", "scans.h5"),
         ConditioningError,

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from ambient_sci.commands import COMMANDS
 from ambient_sci.data import MeasurementFile, ReferenceFile
 from ambient_sci.evaluation.report import evaluate
 from ambient_sci.priors import load_prior
-from ambient_sci.sampling import MMPS, ResultFile, reconstruct
+from ambient_sci.sampling import MMPS, POSTERIOR_SAMPLERS, ResultFile, reconstruct
 from ambient_sci.training import RunFolder, TrainConfig
 
 TINY = {
@@ -343,7 +344,7 @@ def test_an_interrupted_reconstruction_leaves_nothing(
         time.sleep(5)
 
     monkeypatch.setitem(
-        sys.modules["ambient_sci.sampling.reconstruct"].POSTERIOR_SAMPLERS, "mmps", interrupted
+        POSTERIOR_SAMPLERS, "mmps", replace(POSTERIOR_SAMPLERS["mmps"], run=interrupted, denoiser=None)
     )
     out = tmp_path / "new" / "R.h5"
     assert main(["reconstruct", str(work / "run"), str(work / "under.h5"), "--out", str(out)]) == status
@@ -400,7 +401,8 @@ def test_help_states_the_defaults_of_the_rooms() -> None:
     def default(function: Callable[..., object], name: str) -> object:
         return inspect.signature(function).parameters[name].default
 
-    assert (default(reconstruct, "samples"), default(reconstruct, "steps")) == (8, 18)
+    assert (default(reconstruct, "samples"), default(reconstruct, "steps")) == (8, None)
+    assert POSTERIOR_SAMPLERS["mmps"].steps == 14
     assert (default(MMPS, "max_iterations"), default(MMPS, "tolerance")) == (5, 0.01)
     assert (default(evaluate, "held_out_images"), default(evaluate, "keep")) == (16, 0.8)
     assert (TrainConfig().step_limit, TrainConfig().seed, TrainConfig().device) == (20_000, 0, "auto")

@@ -192,6 +192,9 @@ def _check_sampling(steps: int, batch_size: int) -> None:
     require(batch_size >= 1, "--batch-size", "at least 1", batch_size)
 
 
+SAMPLER_OPTIONS = ("precision", "integrator", "final", "max_iterations", "tolerance")
+
+
 @dataclass(kw_only=True)
 class Reconstruct:
     """Posterior mean, standard deviation and samples of every scan in a measurement file."""
@@ -203,8 +206,8 @@ class Reconstruct:
         str,
         arg(
             metavar="NAME",
-            help="mmps: posterior samples, for unconditional priors. one-step: a point estimate without error bars, for "
-            "mask-conditional priors.",
+            help="For unconditional priors: mmps (moment matching), daps, smc (exact in the limit, a reference), pnp-dm, "
+            "pigdm, dps. For mask-conditional ones: a-dps, one-step (a point estimate without error bars).",
         ),
     ] = "mmps"
     samples: Annotated[
@@ -220,19 +223,41 @@ class Reconstruct:
         arg(
             metavar="K",
             help="Noise levels of the sampler, >= 2; more is finer and slower.",
-            help_behavior_hint="(default: 18)",
+            help_behavior_hint="(default: the sampler's; mmps 14)",
         ),
     ] = None
     sigma_min: SigmaMinOption = None
     batch_size: Annotated[
-        int, arg(metavar="B", help="Samples at a time, >= 1: changes speed and memory, not the samples.")
-    ] = 64
-    integrator: Annotated[
-        Literal["heun", "ancestral"] | None,
+        int | None,
         arg(
-            metavar="{heun,ancestral}",
-            help="mmps: probability flow, second order; or the reverse SDE, first order.",
-            help_behavior_hint="(default: heun)",
+            metavar="B",
+            help="Samples at a time, >= 1: changes speed and memory, not the samples.",
+            help_behavior_hint="(default: what fits into memory)",
+        ),
+    ] = None
+    precision: Annotated[
+        Literal["fp32", "bf16", "auto"] | None,
+        arg(
+            metavar="{fp32,bf16,auto}",
+            help="Of the network; auto is bf16 where the hardware multiplies it natively. Not for one-step.",
+            help_behavior_hint="(default: fp32)",
+        ),
+    ] = None
+    integrator: Annotated[
+        Literal["multistep", "heun", "ancestral"] | None,
+        arg(
+            metavar="{multistep,heun,ancestral}",
+            help="mmps, pigdm, dps: probability flow with one or two evaluations a level; or the reverse SDE, first order.",
+            help_behavior_hint="(default: mmps multistep, else ancestral)",
+        ),
+    ] = None
+    final: Annotated[
+        Literal["auto", "mean", "draw"] | None,
+        arg(
+            metavar="{auto,mean,draw}",
+            help="mmps: what to return at the lowest level: its mean, or a draw that restores the variance still open there; auto "
+            "draws where the levels stop early.",
+            help_behavior_hint="(default: auto)",
         ),
     ] = None
     max_iterations: Annotated[
@@ -294,9 +319,9 @@ class Reconstruct:
     def _settings(self) -> dict[str, Any]:
         """The options that were given, checked; what a sampler has no use for is refused."""
         from ambient_sci.sampling import POSTERIOR_SAMPLERS
-        from ambient_sci.sampling.reconstruct import POINT_ESTIMATES
+        from ambient_sci.sampling.reconstruct import POINT_ESTIMATES, sampler_options
 
-        names = ("samples", "steps", "sigma_min", "integrator", "max_iterations", "tolerance")
+        names = ("samples", "steps", "sigma_min", *SAMPLER_OPTIONS)
         given = {k: getattr(self, k) for k in names if getattr(self, k) is not None}
         require(
             self.sampler in POSTERIOR_SAMPLERS,
@@ -309,8 +334,14 @@ class Reconstruct:
             raise InputError(
                 f"--sampler {self.sampler}: a point estimate draws no samples; expected none of {options}"
             )
+        known = sampler_options(self.sampler)
+        foreign = [f"--{k.replace('_', '-')}" for k in SAMPLER_OPTIONS if k in given and k not in known]
+        if foreign:
+            raise InputError(
+                f"--sampler {self.sampler}: expected none of its options to be {', '.join(foreign)}"
+            )
         require(given.get("samples", 1) >= 1, "--samples", "at least 1", self.samples)
-        _check_sampling(given.get("steps", 2), self.batch_size)
+        _check_sampling(given.get("steps", 2), self.batch_size or 1)
         require(given.get("max_iterations", 1) >= 1, "--max-iterations", "at least 1", self.max_iterations)
         require(given.get("tolerance", 1) > 0, "--tolerance", "a number > 0", self.tolerance)
         return given

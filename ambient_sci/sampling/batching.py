@@ -68,8 +68,12 @@ def chain_memory(prior: Prior, like: Tensor) -> int:
         return saved
 
     x = torch.zeros(1, *prior.shape, dtype=like.dtype, device=like.device, requires_grad=True)
+    mask = None
+    if prior.conditioning == "mask-conditional":
+        channels = getattr(getattr(prior, "config", None), "mask_channels", 1)
+        mask = torch.ones(1, channels, *prior.shape[1:], dtype=like.dtype, device=like.device)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        out = prior(x, torch.ones(1, dtype=like.dtype, device=like.device))
+        out = prior(x, torch.ones(1, dtype=like.dtype, device=like.device), mask=mask)
     weights = {p.untyped_storage().data_ptr() for p in [*prior.parameters(), *prior.buffers()]}
     saved = sum(n for address, n in sizes.items() if address not in weights)
     return 2 * saved + 16 * out.numel() * out.element_size()

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,6 @@ def reconstruct_to_file(
         prior, measurements, {**plan, **{k: v for k, v in request.items() if k != "batch_size"}}
     )
     folder = out.parent / f".{out.name}.parts-{key}"
-    folder.mkdir(exist_ok=True)
     rank, processes = process_share()
 
     parts = [folder / f"{start:08d}.h5" for start in starts]
@@ -84,11 +84,17 @@ def reconstruct_to_file(
     for k in track(mine, f"{sampler} reconstruction", enabled=progress and len(parts) > 1):
         index = list(chosen[starts[k] : starts[k] + images_at_once])
         run = prepare(prior, measurements, index, seeds[k], torch.device(device), request)
+        folder.mkdir(exist_ok=True)  # only now: a request that is refused leaves nothing behind
         shape = (samples, len(index), *prior.shape)
-        with ResultWriter(parts[k], shape) as writer:
-            for chunk, x in run.parts(progress=progress and len(parts) == 1):
-                writer.add(slice(chunk.images.start, chunk.images.stop), x)
-            writer.report = run.report()
+        try:
+            with ResultWriter(parts[k], shape) as writer:
+                for chunk, x in run.parts(progress=progress and len(parts) == 1):
+                    writer.add(slice(chunk.images.start, chunk.images.stop), x)
+                writer.report = run.report()
+        except BaseException:
+            with suppress(OSError):
+                folder.rmdir()  # kept only if it holds finished parts, to go on from
+            raise
     wait_for_everyone()
     if rank == 0:
         subjects = [measurements.subjects[i] for i in chosen] if measurements.subjects else []
