@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -125,9 +129,6 @@ def test_an_interrupted_m_step_continues(tmp_path, monkeypatch):
 
     def stopped(stage, step):
         if step == 11:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(stage, step)
 
@@ -183,10 +184,36 @@ def test_other_operators(kind):
     assert isinstance(initial, StationaryGaussianPrior if "coils" in kind else GaussianPrior)
 
 
-def test_the_command_line_reaches_it(tmp_path, capsys):
-    operator, y, sigma = masked(60)
-    path = write_measurements(
-        tmp_path / "m.h5",
+MULTI = """
+import sys, torch
+from accelerate import Accelerator
+from ambient_sci.training import TrainConfig, fit
+prior = fit(sys.argv[1], TrainConfig.load(sys.argv[2]), out=sys.argv[3], progress=False)
+accelerator = Accelerator(cpu=True)
+flat = torch.cat([p.flatten() for p in prior.state_dict().values()])
+both = accelerator.gather(flat).reshape(accelerator.num_processes, -1)
+assert accelerator.num_processes == 2 and torch.equal(both[0], both[1])
+"""
+
+
+def test_two_processes_share_both_steps(tmp_path):
+    """The E-step's batches go to one process or the other, each with its own stream: the draws are those of one process."""
+    (tmp_path / "multi.py").write_text(MULTI)
+    settings = config(laps=1, m_step="gaussian", patience=5)
+    settings.save(tmp_path / "c.json")
+    path = masked_file(tmp_path / "m.h5", 150)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = [str(tmp_path / "multi.py"), str(path), str(tmp_path / "c.json"), str(tmp_path / "two")]
+    subprocess.run([*launch, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=300)
+    fit(path, settings, tmp_path / "one", progress=False)
+    one, two = (load_prior(tmp_path / name / "laps" / "01" / "prior") for name in ("one", "two"))
+    assert torch.allclose(one.cov, two.cov, atol=1e-5) and torch.allclose(one.mean, two.mean, atol=1e-5)
+
+
+def masked_file(path, num: int):
+    operator, y, sigma = masked(num)
+    return write_measurements(
+        path,
         measurements=y,
         mask=operator.mask,
         noise_std=sigma,
@@ -194,6 +221,10 @@ def test_the_command_line_reaches_it(tmp_path, capsys):
         image_shape=SHAPE,
         design=operator.design,
     )
+
+
+def test_the_command_line_reaches_it(tmp_path, capsys):
+    path = masked_file(tmp_path / "m.h5", 60)
     config(laps=1).save(tmp_path / "c.yaml")
     assert (
         main(
