@@ -15,7 +15,7 @@ from scipy.stats import binom, chi2
 from torch import Tensor
 
 from ambient_sci.errors import InputError
-from ambient_sci.evaluation.calibration import held_out_rows, hold_out, with_truth
+from ambient_sci.evaluation.calibration import _finding, held_out_rows, hold_out, with_truth
 from ambient_sci.evaluation.chi_squared import _resolved, chi_squared
 from ambient_sci.evaluation.exchangeability import exchange_test, power, score
 from ambient_sci.operators import MRI, Identity, Masking
@@ -207,6 +207,34 @@ def test_wrong_shape_of_the_right_variance_is_noticed_by_the_ranks():
     samples = torch.randn(20, 400, 3, generator=generator(1), dtype=torch.float64)
     result = with_truth(samples, truth, generator=generator(2))
     assert "SBC" in result["failed"] and "not in shape" in result["verdict"]
+
+
+def test_a_mixture_of_too_wide_and_too_narrow_is_called_uneven():
+    """A tenth of the entries has errors three times as large as said and dominates; the others are half as
+    large.
+    """
+    scale = torch.full((50,), 0.5, dtype=torch.float64)
+    scale[:5] = 3.0
+    truth = scale * torch.randn(100, 50, generator=generator(0), dtype=torch.float64)
+    samples = torch.randn(12, 100, 50, generator=generator(1), dtype=torch.float64)
+    verdict = with_truth(samples, truth)["verdict"]
+    assert "over-confident by" in verdict and "unevenly" in verdict
+    verdict = with_truth(samples * scale, truth / scale)["verdict"]
+    assert "under-confident by" in verdict and "unevenly" in verdict
+
+
+def test_without_a_wrong_scale_no_factor_is_claimed():
+    """Only what was rejected is put into words."""
+    result = with_truth(
+        torch.randn(12, 100, 50, generator=generator(0)), torch.randn(100, 50, generator=generator(1))
+    )
+    coverage = {k: {**v, "z": 9.0} for k, v in result["coverage"].items()}
+    assert "under-confident: intervals cover more" in _finding(
+        {**result, "coverage": coverage}, ["50 % coverage"]
+    )
+    coverage["50"]["z"] = -9.0
+    both = ["50 % coverage", "95 % coverage"]
+    assert _finding({**result, "coverage": coverage}, both) == "calibrated in scale, but not in shape"
 
 
 def test_a_shifted_mean_is_noticed_by_tarp_and_ranks():

@@ -271,24 +271,40 @@ def _concluded(result: dict[str, Any], p_values: dict[str, float], level: float,
 
 
 def _verdict(result: dict[str, Any], failed: list[str], level: float, what: str) -> str:
-    ratio = result["std_over_error"]["ratio"]
-    interval = result["std_over_error"]["interval_95"]
+    ratio, interval = (result["std_over_error"][k] for k in ("ratio", "interval_95"))
     said = f"std/error {ratio:.2f}" + ("" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]")
-    coverage = ", ".join(
+    covered = ", ".join(
         f"{k} % intervals cover {100 * v['observed']:.0f} %" for k, v in result["coverage"].items()
     )
-    detail = f"{said} per {what} entry; {coverage}"
+    detail = f"{said} per {what} entry; {covered}"
     if not failed:
         return f"calibrated as far as can be seen: no deviation at the {100 * level:g} % level; {detail}"
     named = f"{', '.join(failed)} rejected at the {100 * level:g} % level"
-    signal = result.get("signal_std_over_error") or ratio
-    factor = 1 / signal if signal < 1 else signal
-    if not math.isfinite(factor):
-        return f"not calibrated ({named}); {detail}"
+    return f"{_finding(result, failed)} ({named}); {detail}"
+
+
+def _finding(result: dict[str, Any], failed: list[str]) -> str:
+    """What the rejected tests say: the scale of the errors, how often intervals hold, or the shape alone."""
+    ratio = result.get("signal_std_over_error") or result["std_over_error"]["ratio"]
+    gaps = [v["z"] for k, v in result["coverage"].items() if f"{k} % coverage" in failed]
+    wide, narrow = bool(gaps) and min(gaps) > 0, bool(gaps) and max(gaps) < 0
+    if not {"std over error", "CRPS"} & set(failed):
+        if wide or narrow:
+            return f"{'under' if wide else 'over'}-confident: intervals cover {'more' if wide else 'less'} than they say"
+        return "calibrated in scale, but not in shape"
+    if not 0 < ratio < math.inf:
+        return "not calibrated"
+    factor = max(ratio, 1 / ratio)
     if factor < 1.05:
-        return f"calibrated in scale within 5 %, but not in shape ({named}); {detail}"
-    kind = "over-confident" if signal < 1 else "under-confident"
-    return f"{kind} by {factor:.2g}x ({named}); {detail}"
+        return "calibrated in scale within 5 %, but not in shape"
+    finding = f"{'over' if ratio < 1 else 'under'}-confident by {factor:.2g}x"
+    if ratio < 1 and wide:
+        finding += (
+            ", unevenly: the largest errors exceed their error bars, most others are well inside theirs"
+        )
+    elif ratio > 1 and narrow:
+        finding += ", unevenly: the largest error bars are too wide, most others are too narrow"
+    return finding
 
 
 # -- checks ------------------------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ from ambient_sci.operators.mri import MRI, to_complex
 SHRINKAGE = 0.05
 RELAXATION = 1.7
 CHECK_EVERY = 10
-# rho is adapted while the residuals differ by more than this factor, for so many steps (it must end to converge).
+# rho is adapted while the residuals differ by more than this factor, for so many steps (it must end to
+# converge).
 BALANCE, ADAPT_UNTIL = 10.0, 500
 
 Array = np.ndarray[Any, Any]
