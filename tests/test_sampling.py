@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import h5py
+import numpy as np
 import pytest
 import torch
 
@@ -245,3 +246,13 @@ def test_files_that_are_no_results_are_named(tmp_path):
         ResultFile(tmp_path / "other.h5")
     with pytest.raises(InputError, match="folder"):
         ResultWriter(tmp_path / "no" / "r.h5", (1, 1, 1, 2, 2))
+
+
+@pytest.mark.parametrize("scale", [2.5, np.array([2.0, 3.0, 4.0])])
+def test_scale_survives_the_file(tmp_path, scale):
+    """Volumes imported together have a scale each; a result carries them as the measurements did."""
+    samples = torch.randn(2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    result = Reconstruction.from_samples(samples, {})
+    result.scale = scale
+    result.save(tmp_path / "R.h5")
+    assert np.array_equal(Reconstruction.load(tmp_path / "R.h5").scale, scale)

@@ -35,7 +35,7 @@ class Reconstruction:
         samples: (S, B, C, H, W).
         report: how it was made and how well the solves went; JSON types.
         subjects: who each image is of, if known.
-        scale: factor that was divided out of the data; multiply to get the original units.
+        scale: factor that was divided out of the data, one or one for each image; multiply to get the original units.
     """
 
     mean: Tensor
@@ -43,7 +43,7 @@ class Reconstruction:
     samples: Tensor
     report: dict[str, Any] = field(default_factory=dict)
     subjects: list[str] = field(default_factory=list)
-    scale: float = 1.0
+    scale: float | np.ndarray = 1.0
 
     @classmethod
     def from_samples(cls, samples: Tensor, report: dict[str, Any]) -> Reconstruction:
@@ -98,7 +98,8 @@ class ResultFile:
         self.shape = tuple(self._file["samples"].shape)
         self.report: dict[str, Any] = json.loads(self._file.attrs["report"])
         self.subjects: list[str] = json.loads(self._file.attrs["subjects"])
-        self.scale = float(self._file.attrs["scale"])
+        scale = np.asarray(self._file.attrs["scale"])
+        self.scale: float | np.ndarray = float(scale) if scale.ndim == 0 else scale
 
     def __len__(self) -> int:
         return self.shape[1]
@@ -146,7 +147,7 @@ class ResultWriter:
         path: str | Path,
         shape: tuple[int, ...],
         subjects: list[str] | None = None,
-        scale: float = 1.0,
+        scale: float | np.ndarray = 1.0,
         *,
         overwrite: bool = False,
     ) -> None:

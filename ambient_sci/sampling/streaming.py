@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ambient_sci.priors.base import Prior
@@ -98,7 +99,9 @@ def reconstruct_to_file(
     wait_for_everyone()
     if rank == 0:
         subjects = [measurements.subjects[i] for i in chosen] if measurements.subjects else []
-        join(parts, out, (samples, len(chosen), *prior.shape), subjects, measurements.scale, prior, overwrite)
+        scale = np.asarray(measurements.scale)
+        scale = scale if scale.ndim == 0 else scale[list(chosen)]
+        join(parts, out, (samples, len(chosen), *prior.shape), subjects, scale, prior, overwrite)
         for leftover in out.parent.glob(
             f".{out.name}.parts-*"
         ):  # this run's, and those of others that were given up
@@ -139,7 +142,7 @@ def join(
     out: Path,
     shape: tuple[int, ...],
     subjects: list[str],
-    scale: float,
+    scale: float | np.ndarray,
     prior: Prior,
     overwrite: bool,
 ) -> None:
