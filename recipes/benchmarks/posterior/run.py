@@ -113,10 +113,11 @@ def deepinv_moment_matching(problem: Problem, prior: Prior, steps: int) -> Tenso
         solver=solver,
         minus_one_one=False,
     )
-    x = model(
-        problem.chains_y, problem.chains_operator(), x_init=tuple(problem.truth[problem.index].shape), seed=0
-    )
-    return x.float()
+    operator = problem.chains_operator()
+    x = model(problem.chains_y, operator, x_init=tuple(problem.truth[problem.index].shape), seed=0)
+    # Its own last denoising is for stochastic solvers. The state is still at sigma_min: it gets the posterior mean there.
+    score = model.score(problem.chains_y, operator, x, torch.zeros((), dtype=torch.float64))
+    return (x + prior.sigma_min**2 * score).float()
 
 
 def deepinv_dps(problem: Problem, prior: Prior, steps: int) -> Tensor:
