@@ -89,5 +89,4 @@ def consistency(
     if detach_target:
         after = after.detach()
     gap = squared_expectation_gap(denoised, after)
-    fraction = 1.0 if operator is None else operator.kept_fraction.to(s)
-    return prior.loss_weight(s, fraction) * gap.flatten(1).mean(1)
+    return prior.loss_weight(s) * gap.flatten(1).mean(1)
