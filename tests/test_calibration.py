@@ -363,6 +363,18 @@ def test_results_are_json_and_reproducible():
     assert json.loads(json.dumps(held)) == held
 
 
+def test_predictions_of_held_out_rows_carry_the_noise_of_each_measurement():
+    """Nothing but noise: std / error is 1 whatever its level; z below 4 over 30 x 36 entries."""
+    shape = (1, SIZE, SIZE)
+    sigma = torch.linspace(0.1, 1.0, 30, dtype=torch.float64)
+    y = sigma.reshape(-1, 1, 1, 1) * torch.randn(30, *shape, generator=generator(0), dtype=torch.float64)
+    zero = torch.zeros(8, 30, *shape, dtype=torch.float64)
+    result = held_out_rows(zero, Identity(shape), y, sigma, generator=generator(1))
+    assert result["accepted"] and result["signal_std_over_error"] is None
+    assert abs(result["std_over_error"]["ratio"] - 1) < 4 * ((2 + 2 / 7) / (4 * 30 * 36 * 0.5)) ** 0.5
+    assert not held_out_rows(zero, Identity(shape), y, sigma / 1.3, generator=generator(1))["accepted"]
+
+
 def test_measurements_without_held_out_rows_are_passed_over():
     prior, operator, y, x, g = problem("masking", 6, 3)
     mask = operator.mask.clone()

@@ -116,7 +116,9 @@ def test_peaks_are_of_each_person_and_can_be_given():
     assert table["peak"]["q"] == pytest.approx(volume_peak(reference[2:]))
     given = reconstruction_table({"a": estimate}, reference, ["p", "p", "q", "q"], {"p": 1.0, "q": 7.0})
     assert given["peak"] == {"p": 1.0, "q": 7.0}
-    assert given["methods"]["a"]["ssim"]["mean"] > 0.5
+    ones = reconstruction_table({"a": estimate}, reference, ["p", "p", "q", "q"], 1.0)
+    louder, plain = (t["methods"]["a"]["psnr"]["people"] for t in (given, ones))
+    assert louder["q"] - plain["q"] == pytest.approx(20 * np.log10(7)) and louder["p"] == plain["p"]
 
 
 def test_one_person_has_no_spread_and_small_images_no_ssim():
@@ -331,6 +333,26 @@ def test_a_result_against_its_scans_with_and_without_the_prior(files, tmp_path):
     report = evaluate(folder / "R.h5", tmp_path, calibration=folder / "M.h5", prior=prior, overwrite=True)
     assert report["held_out_rows"]["samples"] == 5 and report["held_out_rows"]["measurements"] > 1
     assert "held-out rows" in report["text"] and (tmp_path / "calibration.png").exists()
+
+
+def test_held_out_rows_are_sampled_as_the_result_was(files, tmp_path, monkeypatch):
+    """The same sampler, levels and options as in the result's report, and only from the rows kept."""
+    from ambient_sci.evaluation import report
+
+    folder, prior = files
+    result = Reconstruction.load(folder / "R.h5")
+    result.report["options"] = {"max_iterations": 2}
+    seen = {}
+
+    def spy(prior, operator, y, sigma_y, **settings):
+        seen.update(settings, operator=operator, y=y)
+        return result
+
+    monkeypatch.setattr(report, "reconstruct", spy)
+    evaluate(result, tmp_path, calibration=folder / "M.h5", prior=prior, keep=0.5)
+    assert (seen["sampler"], seen["steps"], seen["max_iterations"], seen["samples"]) == ("mmps", 4, 2, 5)
+    assert bool((seen["y"] * (1 - seen["operator"].mask) == 0).all())
+    assert float(seen["operator"].mask.mean()) < 0.5
 
 
 def test_generated_images_against_references(files, tmp_path):
