@@ -329,6 +329,15 @@ def test_an_interrupted_training_that_has_begun_says_how_to_go_on(
     assert said == f"ambient-sci: interrupted; continue with: ambient-sci {' '.join(command)} --resume"
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests run in the background and a shell has SIGINT ignored for them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_reconstruction_leaves_nothing(
     number: int,
