@@ -16,13 +16,12 @@ Source: Wu et al., "Principled Probabilistic Imaging using Diffusion Models as P
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ambient_sci.errors import InputError
-from ambient_sci.noise import ancestral_step
+from ambient_sci.noise import ancestral_step, draw_noise
 from ambient_sci.priors.base import require_unconditional
-from ambient_sci.sampling.conditioning import Likelihood
+from ambient_sci.sampling.conditioning import Likelihood, prior_spread
 from ambient_sci.sampling.precision import Precision
 from ambient_sci.sampling.problem import Problem
 
@@ -31,7 +30,7 @@ def sample_pnp_dm(
     problem: Problem,
     *,
     coupling: float | None = None,
-    inner_steps: int = 8,
+    inner_steps: int = 4,
     tolerance: float = 1e-4,
     max_iterations: int = 100,
     precision: Precision = "fp32",
@@ -41,19 +40,19 @@ def sample_pnp_dm(
     Args:
         problem: the chains; its levels are those that rho goes through, and end at sigma_min.
         coupling: final rho, > 0 and at least the prior's sigma_min; default: a tenth of the prior's data_std, or its sigma_min if larger.
-        inner_steps: levels of the reverse diffusion from rho to sigma_min, >= 2.
+        inner_steps: levels of the reverse diffusion from rho to sigma_min, >= 1.
         tolerance, max_iterations: of the likelihood steps, where they have no closed form; they cost no network evaluations.
         precision: of the network.
 
     Raises:
-        InputError: a coupling outside the levels, or fewer than two inner steps.
+        InputError: a coupling outside the levels, or no inner steps.
     """
     require_unconditional(problem.prior, "PnP-DM")
     low, high = float(problem.sigmas[-1]), float(problem.sigmas[0])
     rho_min = max(0.1 * problem.prior.data_std, low) if coupling is None else coupling
-    if not low <= rho_min < high or inner_steps < 2:
+    if not low <= rho_min < high or inner_steps < 1:
         raise InputError(
-            f"pnp-dm: expected {low:g} <= coupling < {high:g} and inner_steps >= 2, got {rho_min:g} and {inner_steps}"
+            f"pnp-dm: expected {low:g} <= coupling < {high:g} and inner_steps >= 1, got {rho_min:g} and {inner_steps}"
         )
     likelihood = Likelihood(
         problem.operator, problem.y, problem.sigma_y, tolerance=tolerance, max_iterations=max_iterations
@@ -72,10 +71,13 @@ def sample_pnp_dm(
 def _reverse_diffusion(
     problem: Problem, x: Tensor, rho: float, low: float, steps: int, precision: Precision
 ) -> Tensor:
-    """x_0 given x_rho = x: ancestral steps to ``low``, then the denoised image."""
-    fractions = torch.linspace(0, 1, steps, dtype=torch.float64)
-    levels = [float(rho * (min(low / rho, 1.0)) ** f) for f in fractions]
+    """A draw of x_0 given x_rho = x: at each level x_0 from N(D, r^2 I), and x_s from its law given x_t and x_0.
+
+    Without the spread of x_0, as in plain ancestral sampling, a few steps lose variance, and what is lost once an iteration adds up.
+    """
+    levels = [rho * (low / rho) ** (k / max(steps - 1, 1)) for k in range(steps)]
     for t, s in zip(levels, [*levels[1:], 0.0], strict=True):
-        denoised = problem.denoise(x, t, precision)
-        x = ancestral_step(x, denoised, t, s, generator=problem.noise) if s > 0 else denoised
+        clean = problem.denoise(x, t, precision)
+        clean = clean + prior_spread(t, problem.prior.data_std) * draw_noise(x, problem.noise)
+        x = ancestral_step(x, clean, t, s, generator=problem.noise) if s > 0 else clean
     return x

@@ -13,7 +13,7 @@ POSTERIOR_SAMPLERS: dict[str, PosteriorSampler] = {
     "mmps": PosteriorSampler(
         sample_mmps, 14, "moment matching; exact for Gaussian priors, the default", denoiser=MMPS
     ),
-    "daps": PosteriorSampler(sample_daps, 400, "decoupled annealing; no derivatives, many levels"),
+    "daps": PosteriorSampler(sample_daps, 200, "decoupled annealing; no derivatives, many levels"),
     "smc": PosteriorSampler(
         sample_smc, 200, "twisted sequential Monte Carlo; exact in the limit, a reference", population=True
     ),
