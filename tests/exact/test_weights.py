@@ -92,7 +92,7 @@ PROBLEMS = {
     "variable density": (FixedBudget((2, 3, 6), "columns", 3, ODDS), budget_law(ODDS, 3, [])),
     "variable density, always": (FixedBudget((2, 2, 6), "columns", 2, ODDS, [3]), budget_law(ODDS, 2, [3])),
     "one line": (FixedBudget((2, 2, 4), "columns", 1, [1.0, 2.0, 3.0, 4.0]), budget_law([1.0, 2.0, 3.0, 4.0], 1, [])),
-    "box": (RandomBox((1, 3, 5), "pixels", (2, 1)), box_law(3, 5, (2, 1))),
+    "box": (RandomBox((1, 3, 5), "pixels", (2, 2)), box_law(3, 5, (2, 2))),
     "enumerated": (Enumerated((1, 1, 5), "pixels", MASKS, CHANCES), enumerated_law(MASKS, CHANCES)),
 }  # fmt: skip
 
