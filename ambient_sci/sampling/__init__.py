@@ -9,7 +9,7 @@ from ambient_sci.sampling.problem import PosteriorSampler, Problem
 from ambient_sci.sampling.reconstruct import reconstruct
 from ambient_sci.sampling.result import Reconstruction, ResultFile, ResultWriter, check_output
 from ambient_sci.sampling.samplers import POINT_ESTIMATES, POSTERIOR_SAMPLERS
-from ambient_sci.sampling.solvers import conjugate_gradient, gaussian_draw
+from ambient_sci.sampling.solvers import conjugate_gradient, gaussian_draw, minimal_residual
 from ambient_sci.sampling.streaming import reconstruct_to_file
 from ambient_sci.sampling.unconditional import (
     SAMPLERS,
@@ -43,6 +43,7 @@ __all__ = [
     "heun",
     "level_grid",
     "level_range",
+    "minimal_residual",
     "multistep",
     "reconstruct",
     "reconstruct_to_file",

@@ -32,7 +32,7 @@ from ambient_sci.noise import Randomness, draw_noise, expand
 from ambient_sci.priors.base import Prior, require_unconditional
 from ambient_sci.sampling.conditioning import Likelihood, SolverReport, measured, prior_spread
 from ambient_sci.sampling.precision import Precision, precision_context
-from ambient_sci.sampling.solvers import conjugate_gradient, gaussian_draw
+from ambient_sci.sampling.solvers import gaussian_draw, minimal_residual
 
 
 def linearise(
@@ -55,7 +55,7 @@ class MMPS:
     """Moment matching posterior denoiser (*), for any linear operator.
 
     V is applied by vector-Jacobian products through one forward graph per call; the system is solved in measurement space for all
-    chains at once, each with its own step sizes and its own guard (`conjugate_gradient`), and V A^H u is collected along the way.
+    chains at once, each with its own steps and its own guard (`minimal_residual`), and V A^H u is collected along the way.
 
     Args:
         prior: unconditional.
@@ -119,7 +119,7 @@ class MMPS:
             image = covariance(self.operator.A_adjoint(u))
             return self.sigma_y**2 * u + self.operator.A(image), image
 
-        solution = conjugate_gradient(
+        solution = minimal_residual(
             system,
             measured(self.operator, residual),
             tolerance=self.tolerance,

@@ -1,9 +1,11 @@
 r"""Krylov methods for a batch of systems, each watched by itself: K_b u_b = r_b, and V_b^{1/2} z_b.
 
 K = sigma_y^2 I + A V A^H, with V = sigma_t^2 J and J the Jacobian of a *learned* denoiser, is close to symmetric positive definite but not
-exactly, and plain conjugate gradients can then break down: a search direction of zero or negative curvature, residuals that grow, in the
-end NaN. Each system of the batch is therefore watched by itself and, where something is wrong, left at the best iterate it had. What was
-reached is reported, never hidden.
+exactly. Conjugate gradients then meet search directions of zero or negative curvature, and iterates that explode. `minimal_residual`
+asks nothing of K: each product is made orthogonal to the earlier ones and the step along it minimises ||K u - r||, which can only fall
+(generalised conjugate residuals, the same iterates as GMRES). It keeps all directions, so it is for few iterations.
+`conjugate_gradient`, for K that are what they should be, keeps two. Either leaves a system that breaks down at the best iterate it had, and
+says what was reached.
 
 A Gaussian of covariance V, known only by its products, is drawn with the Lanczos process: for an orthonormal basis Q of the
 Krylov space of (V, z) and T = Q^T V Q,
@@ -12,8 +14,8 @@ Krylov space of (V, z) and T = Q^T V Q,
 
 exact once the Krylov space is invariant, and best along the directions of large variance long before that.
 
-Sources: Hestenes & Stiefel (1952); Chow & Saad, "Preconditioned Krylov subspace methods for sampling multivariate Gaussian
-distributions" (2014).
+Sources: Hestenes & Stiefel (1952); Eisenstat, Elman & Schultz, "Variational iterative methods for nonsymmetric systems of linear equations"
+(1983); Chow & Saad, "Preconditioned Krylov subspace methods for sampling multivariate Gaussian distributions" (2014).
 """
 
 from __future__ import annotations
@@ -27,14 +29,14 @@ from torch import Tensor
 
 @dataclass
 class Solution:
-    """Result of `conjugate_gradient`.
+    """Result of a solve.
 
     Attributes:
         u: best iterate of each system.
         residual: ||K u - r|| / ||r|| of each system, (B,).
         iterations: applications of K.
         stopped: systems that broke down or lost progress before the tolerance was met, (B,) bool.
-        image: L u, if ``apply`` gave it.
+        image: L u, from `minimal_residual`.
     """
 
     u: Tensor
@@ -54,19 +56,71 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).flatten(1).sum(1)
 
 
+def minimal_residual(
+    apply: Callable[[Tensor], tuple[Tensor, Tensor]],
+    r: Tensor,
+    *,
+    tolerance: float = 1e-2,
+    max_iterations: int = 5,
+) -> Solution:
+    """Solve K u = r for each sample of the batch from u = 0, for any K; the residual never grows.
+
+    Args:
+        apply: u -> (K u, L u) on the whole batch, treating samples independently. L is another linear map whose value at the solution
+            is wanted: it comes along the way without one more product.
+        r: right-hand sides, (B, ...).
+        tolerance: stop a system at ||K u - r|| <= tolerance ||r||.
+        max_iterations: applications of K at most; as many directions are kept.
+    """
+    u, residual = torch.zeros_like(r), r
+    square = start = _dot(r, r)
+    image: Tensor | None = None
+    active = start > 0
+    stopped = torch.zeros_like(active)
+    known: list[tuple[Tensor, Tensor, Tensor]] = []
+    while len(known) < max_iterations and bool(active.any()):
+        direction = residual
+        product, side = apply(direction)
+        length = _dot(product, product)
+        for earlier in known:
+            share = _dot(earlier[1], product)
+            direction, product, side = (
+                x - per_sample(share, x) * e for x, e in zip((direction, product, side), earlier, strict=True)
+            )
+        norm = _dot(product, product)
+        # What is left of the product is rounding: the system can do no better than it has.
+        sound = torch.isfinite(norm) & (norm > 1e-10 * length)
+        stopped |= active & ~sound
+        active &= sound
+        scale = torch.where(active, norm, 1.0).rsqrt()
+        direction, product, side = (
+            torch.where(per_sample(active, x), per_sample(scale, x) * x, 0.0)
+            for x in (direction, product, side)
+        )
+        known.append((direction, product, side))
+        step = _dot(product, residual)
+        u = u + per_sample(step, r) * direction
+        residual = residual - per_sample(step, r) * product
+        gain = per_sample(step, side) * side
+        image = gain if image is None else image + gain
+        square = _dot(residual, residual)
+        active = active & (square > tolerance**2 * start)
+    relative = torch.where(start > 0, square / torch.where(start > 0, start, 1.0), 0.0).sqrt()
+    return Solution(u, relative, len(known), stopped, image)
+
+
 def conjugate_gradient(
-    apply: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]],
+    apply: Callable[[Tensor], Tensor],
     r: Tensor,
     *,
     tolerance: float = 1e-3,
     max_iterations: int = 10,
     growth: float = 10.0,
 ) -> Solution:
-    """Solve K u = r for each sample of the batch, starting from u = 0.
+    """Solve K u = r for each sample of the batch from u = 0, for symmetric positive definite K; guarded where it is not.
 
     Args:
-        apply: u -> K u on the whole batch, treating samples independently; or u -> (K u, L u) with another linear map L whose
-            value at the solution is wanted as well: it comes along the way without one more product.
+        apply: u -> K u on the whole batch; must treat samples independently.
         r: right-hand sides, (B, ...).
         tolerance: stop a system at ||K u - r|| <= tolerance ||r||.
         max_iterations: applications of K at most.
@@ -75,13 +129,11 @@ def conjugate_gradient(
     u, residual, direction = torch.zeros_like(r), r.clone(), r.clone()
     square = _dot(r, r)
     start, best, best_u = square.clone(), square.clone(), u
-    image = best_image = None
     active = square > 0
     stopped = torch.zeros_like(active)
     iterations = 0
     while iterations < max_iterations and bool(active.any()):
         product = apply(direction)
-        product, side = product if isinstance(product, tuple) else (product, None)
         iterations += 1
         curvature = _dot(direction, product)
         sound = torch.isfinite(curvature) & (curvature > 0)
@@ -93,11 +145,6 @@ def conjugate_gradient(
         new = _dot(residual, residual)
         improved = active & (new < best)
         best_u = torch.where(per_sample(improved, r), u, best_u)
-        if side is not None:
-            image = _advance(torch.zeros_like(side) if image is None else image, side, step, active)
-            best_image = torch.where(
-                per_sample(improved, side), image, 0.0 if best_image is None else best_image
-            )
         best = torch.where(improved, new, best)
         lost = active & ~(new <= growth**2 * best)
         stopped |= lost
@@ -105,7 +152,7 @@ def conjugate_gradient(
         direction = residual + per_sample(torch.where(active, new / square, 0.0), r) * direction
         square = torch.where(active, new, square)
     relative = torch.where(start > 0, best / torch.where(start > 0, start, 1.0), 0.0).sqrt()
-    return Solution(best_u, relative, iterations, stopped, best_image)
+    return Solution(best_u, relative, iterations, stopped)
 
 
 def _advance(x: Tensor, direction: Tensor, step: Tensor, active: Tensor) -> Tensor:
