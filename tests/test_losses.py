@@ -189,6 +189,68 @@ def test_level_weight_in_single_precision():
     )
 
 
+def lines(num: int = 12, coils: int = 2):
+    """K-space lines of variable density with three calibration lines, maps that vary by scan, and a prior that knows them."""
+    design = make_design("lines-variable", image_shape=(2, 4, 11), acceleration=1.6, acs=3)
+    maps = coil_maps(coils, 4, 11, batch=num)
+    operator = MRI(design.sample(num, seeded(1)), maps, design).to(F64)
+    prior = ConditionalMean(mixture_prior((2, 4, 11)), operator)
+    return prior, operator, normal(num, 2, coils, 4, 11, seed=2) * operator.mask
+
+
+def test_unit_weights_of_held_out_rows_by_hand():
+    """Exact minus unit is lambda / n sum_H (w - 1) (A h - y)^2 on the same split: nothing else changes."""
+    prior, operator, y = lines()
+    options = {"keep": 0.6, "generator": seeded(3)}
+    exact = losses.ambient_step(prior, operator, y, 0.3, 0.8, **options)
+    unit = losses.ambient_step(
+        prior, operator, y, 0.3, 0.8, keep=0.6, generator=seeded(3), held_out_weights="unit"
+    )
+    assert torch.equal(exact.denoised, unit.denoised)
+    weights = operator.split(keep=0.6, generator=seeded(3)).weights
+    held = operator.mask - exact.kept.mask
+    error = (operator.transform(exact.denoised) - y).square()
+    difference = (held * (weights - 1) * error).flatten(1).sum(1) / exact.denoised[0].numel()
+    scale = prior.loss_weight(torch.full((12,), 0.8, dtype=F64), exact.kept.kept_fraction)
+    assert torch.allclose(exact.loss - unit.loss, scale * difference, rtol=1e-9)
+    assert bool((exact.loss > unit.loss).any())
+
+
+def test_calibration_lines_kept_always():
+    """Every kept set then has the calibration lines, the other lines are split as before, and the calibration lines' weight is 1."""
+    prior, operator, y = lines()
+    always = operator.design.to_mask(operator.design.always[None].double())
+    found = {}
+    for hold_out in (True, False):
+        step = losses.ambient_step(
+            prior, operator, y, 0.3, 0.8, keep=0.6, generator=seeded(3), hold_out_calibration=hold_out
+        )
+        found[hold_out] = step.kept.network_mask
+    assert bool(((found[True] * always) != always).any()) and bool(((found[False] * always) == always).all())
+    assert torch.equal(found[True] * (1 - always), found[False] * (1 - always))
+    assert bool((found[False] <= operator.network_mask).all())
+    c = 1 - 0.3**2 / 0.8**2
+    on_kept = (c * operator.transform(step.denoised) + (1 - c) * step.y_t - y).square() / c
+    on_held = (operator.transform(step.denoised) - y).square()
+    weights = operator.split(keep=0.6, generator=seeded(3)).weights
+    squared = torch.where(found[False][:, :, None] > 0, on_kept, on_held) * weights
+    expected = prior.loss_weight(torch.full((12,), 0.8, dtype=F64), step.kept.kept_fraction)
+    expected = expected * squared.flatten(1).sum(1) / step.denoised[0].numel()
+    assert torch.allclose(step.loss, expected, rtol=1e-9)
+
+
+def test_settings_of_held_out_rows_that_make_no_sense(prior):
+    mask = random_mask(2, *SHAPE[1:])
+    conditional, y = ConditionalMean(prior, MRI(mask).to(F64)), normal(2, *SHAPE)
+    for design in (None, make_design("lines-variable", image_shape=SHAPE, acceleration=1.5, acs=0)):
+        rows = mask if design is None else design.sample(2, seeded(0))
+        operator = MRI(rows, design=design).to(F64)
+        with pytest.raises(InputError, match="always measured, got"):
+            losses.ambient(conditional, operator, y, 0.3, 0.8, keep=0.5, hold_out_calibration=False)
+    with pytest.raises(InputError, match="held_out_weights: expected exact or unit, got 'none'"):
+        losses.ambient(prior, Identity(SHAPE), y, 0.3, 0.8, held_out_weights="none")  # type: ignore[arg-type]
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------------
 
 

@@ -104,6 +104,9 @@ def test_yaml_as_people_write_it(tmp_path):
         ({"max_minutes": -1.0}, "max_minutes"),
         ({"loss": {"keep": 1.5}}, "loss.keep"),
         ({"loss": {"weighting": "x"}}, "loss.weighting"),
+        ({"loss": {"held_out_weights": "x"}}, "loss.held_out_weights"),
+        ({"loss": {"hold_out_calibration": 0}}, "loss.hold_out_calibration"),
+        ({"em": {"sampler_precision": "fp16"}}, "em.sampler_precision"),
         ({"loss": 3}, "loss"),
         ({"levels": {"kind": "uniform"}}, "levels.kind"),
         ({"augmentations": ["rotation"]}, "augmentations"),
@@ -427,6 +430,23 @@ def test_masked_data_teach_the_conditional_mean():
         errors[tweedie] = [error(prior, mask) for mask in masks]
     assert max(errors[True]) < 0.18, errors
     assert all(a < 0.7 * b for a, b in zip(errors[True], errors[False], strict=True)), errors
+
+
+@pytest.mark.parametrize("option", [{"held_out_weights": "unit"}, {"hold_out_calibration": False}])
+def test_settings_of_held_out_rows_reach_the_loss(option):
+    """The loss of a step is that of the same batch and noise with the option, and not the default's."""
+    design = make_design("lines-variable", image_shape=(2, 8, 16), acceleration=2, acs=3)
+    mask = design.sample(12, rng())
+    operator = MRI(mask, design=design)
+    y = operator.A(torch.randn(12, 2, 8, 16, generator=rng(1)))
+    config = small(max_steps=2, batch_size=6, network=UNET, loss=LossConfig(**option))
+    stage = AmbientStage(open_source((operator, y, 0.1), config), config, make_accelerator("cpu"))
+    drawn = stage.draw(0)
+    arguments = (stage.module, drawn.operator, drawn.y, drawn.sigma_y, drawn.sigma)
+    expected = losses.ambient(*arguments, keep=0.75, generator=stage.draw(0).noise, **option)
+    default = losses.ambient(*arguments, keep=0.75, generator=stage.draw(0).noise)
+    found = stage.loss(0)
+    assert torch.equal(found, expected) and not torch.allclose(found, default, rtol=1e-3)
 
 
 # -- the loop --------------------------------------------------------------------------------------------------------------------

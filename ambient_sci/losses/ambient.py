@@ -27,11 +27,13 @@ from torch import Tensor
 
 from ambient_sci.errors import ConditioningError, InputError
 from ambient_sci.noise import draw_noise, expand
-from ambient_sci.operators.base import RowMaskedOperator
+from ambient_sci.operators.base import RowMaskedOperator, Split
+from ambient_sci.operators.designs import FixedBudget, Independent
 from ambient_sci.priors.base import Prior, require_unconditional
 from ambient_sci.tweedie import contraction
 
 Weighting = Literal["inverse-variance", "unbiased", "unit"]
+HeldOutWeights = Literal["exact", "unit"]
 
 
 def kept_weight(c: Tensor, weighting: Weighting, c_min: float) -> Tensor:
@@ -47,6 +49,37 @@ def kept_weight(c: Tensor, weighting: Weighting, c_min: float) -> Tensor:
     if weighting == "unit":
         return torch.ones_like(c)
     raise InputError(f"weighting: expected inverse-variance, unbiased or unit, got {weighting!r}")
+
+
+def calibration_rows(operator: RowMaskedOperator) -> Tensor:
+    """1 on the rows that every mask of the operator's design measures (calibration lines), 0 elsewhere; broadcasts to its mask.
+
+    Raises:
+        InputError: no design, or one that does not measure anything for certain.
+    """
+    design = operator.design
+    always = None
+    if isinstance(design, FixedBudget):
+        always = design.always
+    elif isinstance(design, Independent):
+        always = design.p == 1
+    if design is None or always is None or not bool(always.any()):
+        name = None if design is None else design.name
+        raise InputError(
+            f"hold_out_calibration=False: expected a mask design with rows that are always measured, got {name!r}"
+        )
+    return operator._rows_from_network_mask(design.to_mask(always[None].to(operator.mask)))
+
+
+def keep_calibration(operator: RowMaskedOperator, split: Split) -> Split:
+    """``split`` with the calibration rows moved to the kept ones; the other rows' weights do not depend on them."""
+    always = calibration_rows(operator)
+    kept, held = split.kept, split.held_out
+    return Split(
+        kept.with_mask(kept.mask + held.mask * always, design=kept.design),
+        held.with_mask(held.mask * (1 - always), design=held.design),
+        split.weights,
+    )
 
 
 @dataclass(frozen=True)
@@ -100,11 +133,15 @@ def ambient_step(
     weighting: Weighting = "inverse-variance",
     c_min: float = 0.05,
     tweedie: bool = True,
+    held_out_weights: HeldOutWeights = "exact",
+    hold_out_calibration: bool = True,
 ) -> AmbientStep:
     """`ambient`, with what it computed on the way.
 
     ``tweedie=False`` leaves the correction out (c = 1 in the target): the baseline that treats noisy data as clean.
     """
+    if held_out_weights not in ("exact", "unit"):
+        raise InputError(f"held_out_weights: expected exact or unit, got {held_out_weights!r}")
     operator._check_measurement(y)
     if keep < 1:
         if operator.design is not None:
@@ -113,6 +150,8 @@ def ambient_step(
         rows = operator.mask.expand(y.shape[0], *operator.mask.shape[1:])
         operator = operator.with_mask(rows, design=operator.design)
     split = operator.split(keep=keep, generator=generator)
+    if keep < 1 and not hold_out_calibration:
+        split = keep_calibration(operator, split)
     added = (expand(sigma, y) ** 2 - expand(sigma_y, y) ** 2).clamp(min=0).sqrt()
     c = contraction(sigma, sigma_y, y)
     if not tweedie:
@@ -124,7 +163,8 @@ def ambient_step(
     on_kept = kept_weight(c, weighting, c_min) * (c * predicted + (1 - c) * y_t - y).square()
     if keep < 1:
         # Both terms share the rows' weights: 1 on kept, 1 / P on held out, 0 where nothing was measured.
-        squared = torch.where(split.kept.mask > 0, on_kept, (predicted - y).square()) * split.weights
+        weights = split.weights if held_out_weights == "exact" else operator.mask
+        squared = torch.where(split.kept.mask > 0, on_kept, (predicted - y).square()) * weights
     else:
         squared = on_kept if operator.name == "identity" else on_kept * operator.mask
     weight = prior.loss_weight(expand(sigma, h).flatten(), split.kept.kept_fraction.to(h))
@@ -143,6 +183,8 @@ def ambient(
     weighting: Weighting = "inverse-variance",
     c_min: float = 0.05,
     tweedie: bool = True,
+    held_out_weights: HeldOutWeights = "exact",
+    hold_out_calibration: bool = True,
 ) -> Tensor:
     """Operator-aware Tweedie loss of each sample, (B,): one code path for noise, masking and MRI (equations above).
 
@@ -157,9 +199,13 @@ def ambient(
         weighting: omega(c), see `kept_weight`.
         c_min: lower clamp of c in omega.
         tweedie: False drops the correction, for ablations: kept rows are then fitted noise and all.
+        held_out_weights: "exact" w_i = 1 / P(A_i = 1 | B); "unit" w_i = 1, for ablations: rows that are measured rarely then count
+            rarely. Where the network sees all that matters (one transform T) the minimiser is the same; where coil maps vary it is not.
+        hold_out_calibration: False always keeps the rows that every mask measures, for ablations: at sigma = sigma_y, where estimates
+            are made, nothing then supervises them.
 
     Raises:
-        InputError: sigma < sigma_y, keep outside (0, 1], shapes that do not fit.
+        InputError: sigma < sigma_y, keep outside (0, 1], shapes that do not fit, calibration rows asked for and not there.
         ConditioningError: an unconditional prior and incomplete rows, or coil maps that are not normalised.
         IdentifiabilityError: keep < 1 and a design that leaves rows unsupervised.
     """
@@ -174,6 +220,8 @@ def ambient(
         weighting=weighting,
         c_min=c_min,
         tweedie=tweedie,
+        held_out_weights=held_out_weights,
+        hold_out_calibration=hold_out_calibration,
     ).loss
 
 

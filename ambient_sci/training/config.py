@@ -76,6 +76,8 @@ class LossConfig:
         c_min: clamp of c in that weight, which is unbounded at sigma = sigma_y.
         keep: fraction of the measured rows that the network is shown; the others are held out and predicted. None: 1 for
             complete data, .75 for incomplete data.
+        held_out_weights: "exact" weighs held-out rows by the inverse probability that they were measured, "unit" by 1, for ablations.
+        hold_out_calibration: False always shows the network the rows that every mask measures (calibration lines), for ablations.
     """
 
     kind: Literal["ambient", "denoising"] = "ambient"
@@ -83,6 +85,8 @@ class LossConfig:
     weighting: Literal["inverse-variance", "unbiased", "unit"] = "inverse-variance"
     c_min: float = 0.05
     keep: float | None = None
+    held_out_weights: Literal["exact", "unit"] = "exact"
+    hold_out_calibration: bool = True
 
     def __post_init__(self) -> None:
         check_types(self, "loss.")

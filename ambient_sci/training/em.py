@@ -212,6 +212,7 @@ class _Laps:
                 integrator=settings.integrator,
                 max_iterations=settings.max_iterations,
                 tolerance=settings.tolerance,
+                precision=settings.sampler_precision,
                 batch_size=settings.sampler_batch,
                 generator=seeded(self.config.seed, _E_STEP, lap, index),
             )
@@ -258,6 +259,7 @@ class _Laps:
             integrator=settings.integrator,
             max_iterations=settings.max_iterations,
             tolerance=settings.tolerance,
+            precision=settings.sampler_precision,
             batch_size=settings.sampler_batch,
             generator=generator,
         )

@@ -95,8 +95,9 @@ class EMConfig:
         initial_samples: measurements that the initial Gaussian is fitted to, at most.
         initial_iterations: iterations of that fit, at most.
         sampler_steps: noise levels of the posterior sampler (MMPS).
-        integrator: "heun" or "ancestral".
+        integrator: "heun", "ancestral", or "multistep": second order like "heun" at half its evaluations.
         max_iterations, tolerance: of the sampler's linear solves.
+        sampler_precision: of the network in the E-step; "bf16" under autocast, "auto" where the processor multiplies bfloat16 natively.
         sampler_batch: measurements at a time in the E-step.
         patience: laps without a better held-out score after which EM stops; the best lap's prior is kept.
         improvement: relative decrease of the score that counts as better.
@@ -112,9 +113,10 @@ class EMConfig:
     initial_samples: int = 2_000
     initial_iterations: int = 50
     sampler_steps: int = 18
-    integrator: Literal["heun", "ancestral"] = "heun"
+    integrator: Literal["heun", "ancestral", "multistep"] = "heun"
     max_iterations: int = 5
     tolerance: float = 1e-2
+    sampler_precision: Literal["fp32", "bf16", "auto"] = "fp32"
     sampler_batch: int = 64
     patience: int = 2
     improvement: float = 1e-3

@@ -170,6 +170,8 @@ class AmbientStage:
             weighting=settings.weighting,
             c_min=settings.c_min,
             tweedie=settings.tweedie,
+            held_out_weights=settings.held_out_weights,
+            hold_out_calibration=settings.hold_out_calibration,
         )
 
     def loss(self, step: int) -> Tensor:
