@@ -320,6 +320,50 @@ def test_one_channel_masks_take_any_number_of_channels():
         operator.A(normal(2, 3, 4, 4))
 
 
+# -- how the Fourier operator is computed -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mri", "mri, coils", "mri, coils of each scan"])
+@pytest.mark.parametrize("size", [(4, 6), (5, 7)])
+def test_a_batch_in_parts_is_the_batch_in_one(name, size, monkeypatch):
+    """Working off a batch sample by sample changes nothing; each sample keeps its own mask and maps."""
+    operator = operator_zoo(size=size)[name]
+    x, y = normal(3, *operator.img_size), normal(3, *operator.measurement_size, seed=2)
+    calls = [lambda: operator.A(x), lambda: operator.A_adjoint(y), lambda: operator.A_adjoint_A(x)]
+    calls += [lambda: operator.transform(x), lambda: operator.transform_adjoint(y)]
+    before = x.clone(), y.clone()
+    whole = [call() for call in calls]
+    monkeypatch.setattr("ambient_sci.operators.mri.PART_BYTES", 1)
+    for call, expected in zip(calls, whole, strict=True):
+        assert torch.allclose(call(), expected, atol=1e-14)
+    assert torch.equal(x, before[0]) and torch.equal(y, before[1])  # products in place touch no argument
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 3)])
+def test_derivatives(name, size):
+    """Derivatives of first and second order, backward and forward, against finite differences; results may be changed in place."""
+    operator = operator_zoo(2, size=size)[name]
+    x, y = normal(2, *operator.img_size), normal(2, *operator.measurement_size, seed=2)
+    for call, at in (
+        (operator.A, x),
+        (operator.A_adjoint, y),
+        (operator.A_adjoint_A, x),
+        (operator.transform, x),
+    ):
+        at = at.clone().requires_grad_()
+        assert torch.autograd.gradcheck(call, at, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(lambda z, f=call: f(z).square(), at)
+        changed = call(at)
+        if operator.name == "mri":  # the transform of the others is the identity: it returns its argument
+            changed += 1.0
+        direction = normal(*changed.shape, seed=3)
+        (found,) = torch.autograd.grad((changed * direction).sum(), at)
+        (expected,) = torch.autograd.grad((call(at) * direction).sum(), at)
+        assert torch.equal(found, expected)
+    value, pull = torch.func.vjp(operator.A, x)
+    assert torch.allclose(pull(y)[0], operator.A_adjoint(y), atol=1e-12) and torch.equal(value, operator.A(x))
+
+
 # -- input that is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -357,6 +401,7 @@ def test_wrong_shapes_name_the_operator(operator):
         (lambda: MRI(torch.ones(2, 4, 4), coil_maps(3, 4, 4, batch=3)), "coil maps: expected complex"),
         (lambda: MRI(torch.ones(4, 4), coil_maps(3, 4, 4) * torch.nan), "coil maps: expected finite"),
         (lambda: MRI(torch.ones(4, 4), coil_maps(3, 4, 4) * 0), "not all zero"),
+        (lambda: MRI(torch.ones(4, 4), coil_maps(3, 4, 4).requires_grad_()), "coil maps: expected constants"),
         (lambda: Identity((2, 0, 4)), "identity: expected a shape"),
         (lambda: build_operator("blur", None, (1, 4, 4)), "expected identity, masking or mri"),
         (lambda: build_operator("mri", None, (2, 4, 4)), "mri: expected a mask"),

@@ -10,13 +10,19 @@ phase in the other, and there are multiplications on both sides already (maps an
 
     (F x)[k] = u[k] w  sum_j (u[j] x[j]) exp(-2 pi i k j / n) / sqrt(n),     u[j] = exp(2 pi i c j / n),  w = exp(-2 pi i c^2 / n),  c = n // 2
 
-For even n, u is +1, -1, +1, ... and no complex product is added.
+For even n, u is +1, -1, +1, ... and no complex product is added. F is symmetric, so the adjoint needs the same factors, not their conjugates:
+
+    A^H y = conj( sum_c s_c F conj(M y_c) )
+
+What remains is bound by memory. So products go into the memory of the transform before them, conjugation is a sign in a product that
+is there anyway, and on a CPU a batch is worked off in parts that stay in the cache.
 """
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -44,6 +50,10 @@ def to_channels(z: Tensor) -> Tensor:
     return torch.view_as_real(z).movedim(-1, 1)
 
 
+#: Coil images worked on at a time on a CPU, in bytes: about a core's cache.
+PART_BYTES = 4 << 20
+
+
 @lru_cache(maxsize=64)
 def _fold(height: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Image-side factor u[j] and k-space-side factor w u[k], (H, W); real for even sizes, complex otherwise."""
@@ -56,9 +66,45 @@ def _fold(height: int, width: int, dtype: torch.dtype, device: torch.device) -> 
             w = torch.exp(torch.tensor(-2j * math.pi * ((c * c) % n) / n, dtype=torch.complex128))
             image, kspace = image * u, kspace * u * w
         if height % 2 == 0 and width % 2 == 0:
-            real = torch.float64 if dtype == torch.complex128 else torch.float32
+            real = dtype.to_real()
             return image.real.round().to(device, real), kspace.real.round().to(device, real)
         return image.to(device, dtype), kspace.to(device, dtype)
+
+
+def _rows(shared: Tensor, rows: slice) -> Tensor:
+    """``rows`` of what there is for each sample; what serves all samples as it is."""
+    return shared if len(shared) == 1 else shared[rows]
+
+
+def _weigh(z: Tensor, weight: Tensor, out: Tensor | None = None, *, conjugate: bool = False) -> Tensor:
+    """weight z, or weight conj(z); ``out`` may be z itself. A real weight multiplies (re, im) pairs, the cheapest product there is."""
+    if weight.is_complex():
+        return torch.mul(z.conj() if conjugate else z, weight, out=out)
+    pairs = torch.view_as_real(torch.complex(weight, -weight if conjugate else weight))
+    into = None if out is None else torch.view_as_real(out)
+    return torch.view_as_complex(torch.mul(torch.view_as_real(z), pairs, out=into))
+
+
+class _Linear(torch.autograd.Function):
+    """A linear map whose derivative is its adjoint: a graph then stores neither maps nor coil images."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        return forward(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.forward_map, ctx.adjoint_map = inputs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _Linear.apply(gradient.resolve_conj(), ctx.adjoint_map, ctx.forward_map), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _Linear.apply(tangent, ctx.forward_map, ctx.adjoint_map)
 
 
 class MRI(RowMaskedOperator):
@@ -136,6 +182,8 @@ class MRI(RowMaskedOperator):
                 f"coil maps: expected complex (1 or B, coils, {mask.shape[-2]}, {mask.shape[-1]}) matching the mask "
                 f"{tuple(mask.shape)}, got {maps.dtype} {tuple(maps.shape)}"
             )
+        if maps.requires_grad:
+            raise InputError("coil maps: expected constants, got maps that require a gradient")
         if not bool(torch.isfinite(torch.view_as_real(maps)).all()) or not bool(
             maps.abs().sum((1, 2, 3)).gt(0).all()
         ):
@@ -165,61 +213,93 @@ class MRI(RowMaskedOperator):
 
     # -- T and its adjoint, and the fused normal operator --------------------------------------------------------------------
 
-    def _factors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """What multiplies the image before the FFT (maps with the shift folded in), and k-space after it."""
-        image, kspace = _fold(*self.img_size[-2:], dtype, device)
+    def _factors(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """What multiplies the image before the FFT (maps with the shift folded in; batch first), and k-space after it."""
+        image, kspace = _fold(*self.img_size[-2:], z.dtype, z.device)
         if self._maps is not None:
-            image = torch.view_as_complex(self._maps).to(dtype)
-        return image, kspace
+            image = torch.view_as_complex(self._maps).to(z.dtype)
+        return image if image.ndim > 2 else image[None], kspace[None]
 
-    def _encode(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        z = to_complex(x)
-        image, kspace = self._factors(z.dtype, z.device)
-        z = torch.fft.fft2(image * (z if self._maps is None else z[:, None]), norm="ortho")
-        return z * (kspace if weight is None else kspace * weight)
+    def _parts(self, z: Tensor) -> list[slice]:
+        """Samples of a batch to work on at a time."""
+        size = self.coils * math.prod(self.img_size[-2:]) * z.element_size()
+        step = len(z) if z.device.type != "cpu" else max(1, PART_BYTES // size)
+        return [slice(k, k + step) for k in range(0, len(z), step)]
 
-    def _decode(self, z: Tensor, weight: Tensor | None) -> Tensor:
-        image, kspace = self._factors(z.dtype, z.device)
-        x = torch.fft.ifft2(z * (kspace.conj() if weight is None else kspace.conj() * weight), norm="ortho")
-        x = image.conj() * x
-        return to_channels(x if self._maps is None else x.sum(1))
+    def _encode(self, x: Tensor, masked: bool) -> Tensor:
+        image, kspace = self._factors(x)
+        weight = kspace * self._complex_mask if masked else self._plane(kspace)
+        parts = self._parts(x)
+        y = x.new_empty(len(x), *self.measurement_size[1:]) if len(parts) > 1 else None
+        for rows in parts:
+            coil_images = torch.fft.fft2(_rows(image, rows) * self._plane(x[rows]), norm="ortho")
+            _weigh(coil_images, _rows(weight, rows), coil_images if y is None else y[rows])
+        return coil_images if y is None else y
+
+    def _decode(self, y: Tensor, masked: bool) -> Tensor:
+        image, kspace = self._factors(y)
+        weight = kspace * self._complex_mask if masked else self._plane(kspace)
+        x = y.new_empty(len(y), *self.img_size[-2:])
+        for rows in self._parts(y):
+            self._combine(_weigh(y[rows], _rows(weight, rows), conjugate=True), _rows(image, rows), x[rows])
+        return x
+
+    def _encode_decode(self, x: Tensor) -> Tensor:
+        image, _ = self._factors(x)
+        weight = self._complex_mask.to(x.real.dtype)
+        out = torch.empty_like(x)
+        for rows in self._parts(x):
+            y = torch.fft.fft2(_rows(image, rows) * self._plane(x[rows]), norm="ortho")
+            self._combine(_weigh(y, _rows(weight, rows), y, conjugate=True), _rows(image, rows), out[rows])
+        return out
+
+    def _combine(self, conjugate: Tensor, image: Tensor, out: Tensor) -> None:
+        """conj(sum_c s_c F conj(y_c)) of the conjugate measurements, into ``out``."""
+        coil_images = torch.fft.fft2(conjugate, norm="ortho").mul_(image)
+        if self._maps is None:
+            torch.conj_physical(coil_images, out=out)
+        else:
+            torch.sum(coil_images, 1, out=out).conj_physical_()
+
+    def _plane(self, z: Tensor) -> Tensor:
+        """(b, H, W) as it broadcasts over complex measurements."""
+        return z if self._maps is None else z[:, None]
 
     @property
     def _complex_mask(self) -> Tensor:
         return self.mask[:, 0]  # (b, [1,] H, W): broadcasts over the complex measurement
 
+    def _mapped(self, name: str, z: Tensor, **options: bool) -> Tensor:
+        """One of the maps above, between complex tensors, as real ones and with its derivative."""
+        adjoint = {"encode": "decode", "decode": "encode", "encode_decode": "encode_decode"}[name]
+        forward, backward = (partial(getattr(self, f"_{n}"), **options) for n in (name, adjoint))
+        return to_channels(_Linear.apply(to_complex(z), forward, backward))
+
     def transform(self, x: Tensor) -> Tensor:
         """F S x on all of k-space."""
-        return to_channels(self._encode(x, None))
+        return self._mapped("encode", x, masked=False)
 
     def transform_adjoint(self, z: Tensor) -> Tensor:
         """S^H F^H z: coil-combined inverse transform."""
-        return self._decode(to_complex(z), None)
+        return self._mapped("decode", z, masked=False)
 
     def A(self, x: Tensor, **kwargs: Any) -> Tensor:
         """M F S x."""
         self._refuse_updates(kwargs)
         self._check_image(x)
-        return to_channels(self._encode(x, self._complex_mask))
+        return self._mapped("encode", x, masked=True)
 
     def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
         """S^H F^H M y: the zero-filled, coil-combined image."""
         self._refuse_updates(kwargs)
         self._check_measurement(y)
-        return self._decode(to_complex(y), self._complex_mask)
+        return self._mapped("decode", y, masked=True)
 
     def A_adjoint_A(self, x: Tensor, **kwargs: Any) -> Tensor:
         """S^H F^H M F S x; the k-space phases of the folded shifts cancel and are left out."""
         self._refuse_updates(kwargs)
         self._check_image(x)
-        z = to_complex(x)
-        image, _ = self._factors(z.dtype, z.device)
-        z = (
-            torch.fft.fft2(image * (z if self._maps is None else z[:, None]), norm="ortho")
-            * self._complex_mask
-        )
-        z = image.conj() * torch.fft.ifft2(z, norm="ortho")
-        return to_channels(z if self._maps is None else z.sum(1))
+        return self._mapped("encode_decode", x)
 
     # -- masks and batches ---------------------------------------------------------------------------------------------------
 
