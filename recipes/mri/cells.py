@@ -1,0 +1,171 @@
+"""Cells of the table: one prior (or classic method), one way to reconstruct, one acceleration; scored against the truth and without it.
+
+scores      PSNR, SSIM, NRMSE of magnitudes: mean over slices, then people; the spread is over people
+truth       std / error, and how often 80 % intervals hold the truth (real and imaginary part of every pixel)
+held out    the same for a fifth of the measured rows, which samples from the other rows predict: needs no truth
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from priors import KINDS, accelerations
+from scans import Evaluation
+
+from ambient_sci.data import MeasurementFile
+from ambient_sci.errors import InputError
+from ambient_sci.evaluation import hold_out, reconstruction_table, sweep, with_truth, zero_filled
+from ambient_sci.priors import Prior
+from ambient_sci.quickstart import std_over_error
+from ambient_sci.sampling import Reconstruction, reconstruct, reconstruct_to_file
+
+CLASSIC = ("zero-filled", "sense", "l1-wavelet", "tv")
+#: Kind of prior -> ways to reconstruct with it. What SSDU trains has no meaning at other levels of noise, so it has one step only.
+METHODS = {
+    **dict.fromkeys(("clean", "noisy", "em"), ("mmps",)),
+    "k-space": ("one-step", "a-dps"),
+    "ssdu": ("one-step",),
+    "robust": ("one-step",),
+}
+assert set(METHODS) == set(KINDS)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of the table; ``prior`` is None for classic methods."""
+
+    prior: str | None
+    method: str
+    acceleration: float
+
+    @property
+    def name(self) -> str:
+        """Names its files."""
+        return f"{self.prior or 'classic'}--{self.method}--R{self.acceleration:g}"
+
+
+def all_cells(profile: dict[str, Any]) -> list[Cell]:
+    """Every cell of a profile, in the order in which they are run: of one prior together."""
+    found = [Cell(None, method, r) for method in CLASSIC for r in profile["test"]]
+    for name, entry in profile["priors"].items():
+        if entry["kind"] not in METHODS:
+            raise InputError(f"priors.{name}.kind: expected one of {', '.join(KINDS)}, got {entry['kind']!r}")
+        found += [Cell(name, method, r) for r in profile["test"] for method in METHODS[entry["kind"]]]
+    return found
+
+
+def chosen(
+    cells: list[Cell], patterns: list[str] | None, priors: list[str] | None, test: list[float] | None
+) -> list[Cell]:
+    """The cells that all filters let pass; patterns are shell patterns of names, "classic" stands for the classic methods."""
+    return [
+        c
+        for c in cells
+        if (patterns is None or any(fnmatch.fnmatch(c.name, p) for p in patterns))
+        and (priors is None or any(fnmatch.fnmatch(c.prior or "classic", p) for p in priors))
+        and (test is None or c.acceleration in test)
+    ]
+
+
+def run_cell(
+    cell: Cell, prior: Prior | None, profile: dict[str, Any], scans: Evaluation, folder: Path, device: str
+) -> dict[str, Any]:
+    """Reconstruct and score; the images go to ``folder``/NAME.h5."""
+    result = classic(cell, scans) if prior is None else sampled(cell, prior, profile, scans, folder, device)
+    if prior is None:
+        result.save(folder / f"{cell.name}.h5", overwrite=True)
+    table = reconstruction_table({"scores": result.mean}, scans.truth, scans.subjects, scans.peaks)
+    entry = profile["priors"][cell.prior] if cell.prior else {"kind": "classic"}
+    found: dict[str, Any] = {
+        "prior": cell.prior,
+        "kind": entry["kind"],
+        "R_train": accelerations(entry) if cell.prior else None,
+        "method": cell.method,
+        "R_test": cell.acceleration,
+        "scores": table["methods"]["scores"],
+        "slices": table["slices"],
+        "report": result.report,
+    }
+    if prior is not None and cell.method == "mmps":
+        found["std_over_error"] = std_over_error(result, scans.truth, scans.subjects)
+        generator = torch.Generator().manual_seed(profile["scans"]["seed"])
+        truth = with_truth(result.samples, scans.truth, subjects=scans.subjects, generator=generator)
+        found["with_truth"] = summary(truth)
+        found["held_out"] = summary(held_out(prior, profile, scans, device))
+    return found
+
+
+def summary(calibration: dict[str, Any]) -> dict[str, Any]:
+    """What the table needs of a calibration: coverage, std / error, verdict."""
+    coverage = {
+        k: {"observed": v["observed"], "expected": v["expected"]} for k, v in calibration["coverage"].items()
+    }
+    kept = ("samples", "measurements", "std_over_error", "signal_std_over_error", "verdict")
+    return {"coverage": coverage, **{k: calibration[k] for k in kept if k in calibration}}
+
+
+def classic(cell: Cell, scans: Evaluation) -> Reconstruction:
+    """A classic method at the weight of best PSNR against the truth, an oracle's choice in its favour."""
+    with MeasurementFile(scans.path) as file:
+        operator, y = file.operator(), file.measurements()
+    if cell.method == "zero-filled":
+        return Reconstruction.from_samples(zero_filled(operator, y)[None], {})
+    peak = torch.tensor([scans.peaks[s] for s in scans.subjects])
+    best = sweep(cell.method, operator, y, scans.truth, peak=peak)
+    report = {
+        "weight": best.weight,
+        "interior": best.interior,
+        "converged": best.converged,
+        "sweep": best.table,
+    }
+    return Reconstruction.from_samples(best.image[None], report)
+
+
+def sampled(
+    cell: Cell, prior: Prior, profile: dict[str, Any], scans: Evaluation, folder: Path, device: str
+) -> Reconstruction:
+    """By the sampler of the cell with the profile's settings; goes on where it was interrupted."""
+    path = folder / f"{cell.name}.h5"
+    where = next(prior.parameters()).device
+    with MeasurementFile(scans.path) as file:
+        reconstruct_to_file(
+            prior,
+            file,
+            path,
+            sampler=cell.method,
+            generator=torch.Generator().manual_seed(profile["scans"]["seed"]),
+            overwrite=True,
+            progress=True,
+            device=where,
+            **profile.get(cell.method, {}),
+        )
+    return Reconstruction.load(path)
+
+
+def held_out(prior: Prior, profile: dict[str, Any], scans: Evaluation, device: str) -> dict[str, Any]:
+    """Calibration on held-out rows of the test scans, from measurements alone."""
+    settings, where = dict(profile["held_out"]), next(prior.parameters()).device
+    keep, samples = settings.pop("keep"), settings.pop("samples")
+    generator = torch.Generator().manual_seed(profile["scans"]["seed"] + 1)
+    with MeasurementFile(scans.path) as file:
+        operator, y, sigma = file.operator(), file.measurements(), file.sigma()
+
+    def draw(kept: Any, seen: torch.Tensor) -> torch.Tensor:
+        result = reconstruct(
+            prior,
+            kept.to(where),
+            seen.to(where),
+            sigma,
+            samples=samples,
+            sampler="mmps",
+            generator=generator,
+            progress=True,
+            **{**{k: v for k, v in profile["mmps"].items() if k != "samples"}, **settings},
+        )
+        return result.samples.cpu()
+
+    return hold_out(draw, operator, y, sigma, keep=keep, generator=generator, subjects=scans.subjects)

@@ -1,0 +1,184 @@
+"""What is trained: one prior for each entry of ``priors`` in config.yaml, all with the same network.
+
+clean            every row, no noise: denoising. The upper bound (on measured scans, which have noise: taken for clean, as published)
+noisy            every row, with noise: Ambient loss, unconditional
+em               rows missing: expectation maximisation, unconditional
+k-space          rows missing: operator-aware Ambient loss, mask-conditional; one acceleration, or several in one model
+ssdu, robust     rows missing: deepinv's losses (`ssdu`), a network that reconstructs in one step
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from scans import Scans
+from ssdu import SplittingStage
+from torch import Tensor, nn
+
+from ambient_sci.data import MeasurementFile
+from ambient_sci.errors import InputError
+from ambient_sci.priors import Prior, load_prior
+from ambient_sci.sampling.precision import native_bfloat16
+from ambient_sci.training import (
+    AmbientStage,
+    EMConfig,
+    LevelConfig,
+    LossConfig,
+    Reporter,
+    RunFolder,
+    TrainConfig,
+    em_report,
+    fit,
+    make_accelerator,
+    open_source,
+    run_stage,
+)
+
+KINDS = ("clean", "noisy", "em", "k-space", "ssdu", "robust")
+#: Keeps the random streams of the members of a model of several accelerations apart.
+_SEED_STRIDE = 1_000_003
+
+
+def accelerations(entry: dict[str, Any]) -> list[float]:
+    """R of the scans that an entry of ``priors`` is trained on; 1 where nothing is missing."""
+    found = entry.get("R", 1)
+    return list(found) if isinstance(found, list) else [found]
+
+
+def configuration(entry: dict[str, Any], profile: dict[str, Any], device: str) -> TrainConfig:
+    """The training configuration of an entry of ``priors``: the profile's, with what the entry says otherwise."""
+    settings = {
+        **profile["training"],
+        "network": profile["network"],
+        "levels": profile["levels"],
+        "device": device,
+    }
+    if settings.get("precision") == "auto":
+        cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        settings["precision"] = "bf16" if native_bfloat16(torch.device("cuda" if cuda else "cpu")) else "fp32"
+    kind = entry["kind"]
+    if kind not in KINDS:
+        raise InputError(f"priors: kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    base = TrainConfig.from_dict(settings)
+    if kind == "em":
+        levels = LevelConfig(**{**profile["levels"], **profile["em"].get("levels", {})})
+        em = EMConfig(**{k: v for k, v in profile["em"].items() if k not in ("levels", "slices")})
+        return replace(base, max_steps=None, em=em, levels=levels)
+    if kind == "clean":
+        return replace(base, loss=LossConfig(kind="denoising"))
+    if kind == "noisy":
+        return base
+    # Masks do not survive a transposition; nor does their design survive reflections about another centre than its own.
+    names = tuple(a for a in base.augmentations if a != "transpose")
+    return replace(base, augmentations=names)
+
+
+def kept_fraction(keep: float | str, acceleration: float) -> float:
+    """Fraction of measured rows that the network is shown: a number, or "R+1" for the published R -> R + 1, that is R / (R + 1)."""
+    if keep == "R+1":
+        return acceleration / (acceleration + 1)
+    if not isinstance(keep, float) or not 0 < keep < 1:
+        raise InputError(f"priors: keep: expected a fraction in (0, 1) or 'R+1', got {keep!r}")
+    return keep
+
+
+class SeveralAccelerations:
+    """One mask-conditional network for scans of several accelerations, a batch of each in turn, each with the weights of its own design.
+
+    Every acceleration has slices of its own: two scans of one slice would share noise, and together be less undersampled than either.
+
+    Args:
+        files: measurement files, one an acceleration, of the same slices.
+        configs: one each; they differ in the loss.
+    """
+
+    name = "ambient"
+
+    def __init__(self, files: list[Path], configs: list[TrainConfig], accelerator: Any) -> None:
+        self.stages: list[AmbientStage] = []
+        for k, (path, config) in enumerate(zip(files, configs, strict=True)):
+            with MeasurementFile(path) as scans:
+                rows = torch.arange(k, len(scans), len(files))
+                data = (scans.operator(rows), scans.measurements(rows), scans.sigma(rows))
+            initial: Any = self.stages[0].module if self.stages else None
+            own = replace(config, seed=config.seed + k * _SEED_STRIDE)
+            self.stages.append(AmbientStage(open_source(data, own), own, accelerator, initial=initial))
+        self.module: nn.Module = self.stages[0].module
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the data."""
+        return {f"part {k}": stage.source.fingerprint() for k, stage in enumerate(self.stages)}
+
+    def loss(self, step: int) -> Tensor:
+        """Of a batch of one acceleration."""
+        return self.stages[step % len(self.stages)].loss(step)
+
+    def indices(self, step: int) -> list[int]:
+        """Slices of that batch, counted within its acceleration."""
+        return self.stages[step % len(self.stages)].indices(step)
+
+    def prior(self, average: nn.Module) -> Prior:
+        """The averaged network."""
+        return average  # type: ignore[return-value]
+
+
+def train(name: str, profile: dict[str, Any], scans: Scans, folder: Path, device: str) -> Prior:
+    """The prior ``name`` of a profile: loaded if it is done, continued if it was interrupted.
+
+    ``folder``/NAME is its run folder; ``folder``/NAME.json says, at the end, how long it took.
+
+    Raises:
+        InputError: a prior that is not in the profile, or settings that do not fit.
+    """
+    if name not in profile["priors"]:
+        raise InputError(f"prior: expected one of {', '.join(profile['priors'])}, got {name!r}")
+    run, done = folder / name, folder / f"{name}.json"
+    if done.exists():
+        return load_prior(run / "prior", _device(device))
+    entry = profile["priors"][name]
+    config = configuration(entry, profile, device)
+    resumed, begun = (run / "config.json").exists(), time.monotonic()
+    prior = _trained(entry, profile, config, scans, run)
+    note: dict[str, Any] = {"entry": entry, "seconds": round(time.monotonic() - begun, 1), "resumed": resumed}
+    if config.em is not None:
+        note["laps"] = [{k: r[k] for k in ("lap", "crps", "seconds")} for r in em_report(run)]
+    part = done.with_suffix(".part")
+    part.write_text(json.dumps(note, indent=1) + "\n")
+    part.replace(done)
+    return prior
+
+
+def _trained(
+    entry: dict[str, Any], profile: dict[str, Any], config: TrainConfig, scans: Scans, run: Path
+) -> Prior:
+    kind, rates = entry["kind"], accelerations(entry)
+    resume = (run / "config.json").exists()
+    if kind in ("clean", "noisy"):
+        return fit(scans.training(1, clean=kind == "clean"), config, run, resume=resume)
+    if kind == "em":
+        return fit(scans.training(rates[0], slices=profile["em"].get("slices")), config, run, resume=resume)
+    files = [scans.training(r) for r in rates]
+    accelerator = make_accelerator(config.device)
+    if kind == "k-space":
+        configs = [replace(config, loss=LossConfig(keep=kept_fraction(entry["keep"], r))) for r in rates]
+        return _run(SeveralAccelerations(files, configs, accelerator), configs[0], accelerator, run)
+    stage = SplittingStage(files[0], config, accelerator, robust=kind == "robust", **profile["ssdu"])
+    return _run(stage, config, accelerator, run)
+
+
+def _run(stage: Any, config: TrainConfig, accelerator: Any, path: Path) -> Prior:
+    """A stage of this recipe in a run folder, from its checkpoint if there is one."""
+    run, description = RunFolder(path), {"data": stage.fingerprint()}
+    run.reopen(config, description) if (path / "config.json").exists() else run.create(config, description)
+    options: Any = {"folder": run, "resume": True, "reporter": Reporter()}
+    return run_stage(stage, config, accelerator=accelerator, **options).eval()
+
+
+def _device(name: str) -> torch.device:
+    cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if cuda else "cpu")

@@ -1,0 +1,202 @@
+r"""SSDU and robust SSDU, by deepinv's losses, on the network that the mask-conditional priors have.
+
+    SSDU      y = y_1 + y_2 by a random pixel mask, 2-D Gaussian density;      loss ||A_2 f(y_1) - y_2||^2 / |mask_2|
+    robust    y~ = M_1 (y + alpha sigma_y n), M_1 random lines;                 loss ||(1 - K)^(-1/2) (y_2 - A_2 f(y~))||^2
+                                                                                     + ||(1 + 1/alpha^2) M_1 M (A f(y~) - y)||^2
+
+f is shown the zero-filled image and the mask of what it is given, at the noise level of the data; applied, it is given all rows. So it is a
+`NetworkPrior` whose one-step estimate is its reconstruction, and what it has in common with a mask-conditional prior ends there.
+
+deepinv's mask generators and noise models are given a generator that is seeded with the step; by default they would all be seeded alike.
+
+Sources: Yaman et al., "Self-supervised learning of physics-guided reconstruction neural networks" (2020); Millard & Chiew, "A theoretical
+framework for self-supervised MR image reconstruction" (2023), "Clean self-supervised MRI reconstruction from noisy, sub-sampled training
+data with robust SSDU" (2024).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ambient_sci.errors import InputError
+from ambient_sci.losses import estimate
+from ambient_sci.operators import MaskDesign, make_design
+from ambient_sci.priors import Prior
+from ambient_sci.training import AmbientStage, TrainConfig, open_source
+from ambient_sci.training.stages import seeded
+
+#: Stream of randomness of the splits, beside those of the other stages.
+_SPLITS = 30
+
+
+class DesignMasks:
+    """A mask design as what deepinv takes for a mask generator, (B, 1, H, W); K-weighted losses ask one for its average."""
+
+    def __init__(self, design: MaskDesign, generator: torch.Generator) -> None:
+        self.design, self.rng = design, generator
+
+    def step(self, batch_size: int = 1, **kwargs: Any) -> dict[str, Tensor]:
+        """Fresh masks."""
+        return {"mask": self.design.sample(batch_size, self.rng)}
+
+    def average(self, **kwargs: Any) -> dict[str, Tensor]:
+        """P(row is measured), from as many masks as deepinv draws by default."""
+        return {"mask": self.step(2000)["mask"].mean(0, keepdim=True)}
+
+
+class ShapedLikeInput:
+    """A deepinv splitting generator whose masks have the shape of the mask that they split.
+
+    deepinv multiplies the two. Our multi-coil masks are (B, 1, 1, H, W); against its (B, 1, H, W) that would broadcast to every pair of
+    samples in the batch, without an error.
+    """
+
+    def __init__(self, splits: Any, average: Any = None) -> None:
+        self.splits, self.average = splits, average
+
+    def step(self, batch_size: int, input_mask: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+        """Part of each mask of ``input_mask``, its samples split independently."""
+        flat = input_mask.reshape(len(input_mask), 1, *input_mask.shape[-2:])
+        # One at a time: for a batch of one, deepinv would drop the batch axis.
+        parts = [self.splits.batch_step(input_mask=mask) for mask in flat]
+        return {"mask": torch.stack(parts).reshape(input_mask.shape)}
+
+
+def splitting_loss(
+    design: MaskDesign,
+    generator: torch.Generator,
+    *,
+    robust: bool,
+    split_ratio: float,
+    further: MaskDesign,
+    alpha: float,
+) -> Any:
+    """deepinv's loss, all of whose randomness comes from ``generator``.
+
+    Args:
+        design: how the scans were undersampled.
+        generator: source of splits and added noise.
+        robust: robust SSDU instead of SSDU.
+        split_ratio: fraction of the measured points that the network is shown (SSDU).
+        further: masks that the measured ones are multiplied by (robust SSDU).
+        alpha: standard deviation of the added noise in units of ``sigma_y`` (robust SSDU).
+    """
+    from deepinv.loss import SplittingLoss
+    from deepinv.loss.mri import RobustSplittingLoss
+    from deepinv.physics import GaussianNoise
+    from deepinv.physics.generator import (
+        GaussianSplittingMaskGenerator,
+        MultiplicativeSplittingMaskGenerator,
+    )
+
+    size = (1, *design.image_shape[1:])
+    if not robust:
+        points = GaussianSplittingMaskGenerator(size, split_ratio, center_block=0, rng=generator)
+        return SplittingLoss(mask_generator=ShapedLikeInput(points), eval_split_input=False)  # type: ignore[arg-type]
+    masks: Any = DesignMasks(further, generator)
+    lines: Any = ShapedLikeInput(MultiplicativeSplittingMaskGenerator(size, masks), masks.average)
+    measured: Any = DesignMasks(design, generator)
+    return RobustSplittingLoss(lines, measured, noise_model=GaussianNoise(1.0, rng=generator), alpha=alpha)
+
+
+class OneStep(nn.Module):
+    """f(y, physics) of deepinv's losses: the prior's estimate from the rows that ``physics`` measures.
+
+    Attributes:
+        sigma_y: noise level of each sample of the batch at hand, (B,).
+    """
+
+    def __init__(self, prior: nn.Module) -> None:
+        super().__init__()
+        self.prior, self.sigma_y = prior, torch.zeros(1)
+
+    def forward(self, y: Tensor, physics: Any) -> Tensor:
+        """``physics``: one of our operators, or what deepinv makes of it when it splits: (ours, a mask)."""
+        parts = list(getattr(physics, "physics_list", [physics]))
+        operator = parts[0]
+        if len(parts) > 1:
+            operator = operator.with_mask(operator.mask * parts[1].mask)
+        prior: Any = self.prior
+        return estimate(prior, operator, y, self.sigma_y)
+
+
+class SplittingStage:
+    """A stage of training for `run_stage`.
+
+    Args:
+        path: undersampled scans.
+        config: the run; its levels and its loss are not used.
+        accelerator: device; one process.
+        robust: robust SSDU instead of SSDU.
+        split_ratio, alpha: see `splitting_loss`.
+        acceleration: of the further masks of robust SSDU, drawn by the name of the design of the scans.
+        design: that name.
+        acs: calibration lines of the further masks.
+
+    Raises:
+        InputError: scans with nothing missing.
+    """
+
+    name = "ssdu"
+
+    def __init__(
+        self,
+        path: Path,
+        config: TrainConfig,
+        accelerator: Any,
+        *,
+        robust: bool,
+        split_ratio: float,
+        alpha: float,
+        acceleration: float,
+        design: str,
+        acs: int,
+    ) -> None:
+        source = open_source(path, config)
+        if source.design is None:
+            raise InputError(f"{path}: SSDU: expected undersampled scans, got fully sampled ones")
+        # Batches, symmetries, network and initial weights are those of the Ambient stage; only the loss is another.
+        self.batches = AmbientStage(source, config, accelerator)
+        self.module, self.seed, self.alpha = self.batches.module, config.seed, alpha
+        self.generator = torch.Generator(accelerator.device).manual_seed(config.seed)
+        further = make_design(
+            design, image_shape=source.design.image_shape, acceleration=acceleration, acs=acs
+        )
+        self.splitting = splitting_loss(
+            source.design,
+            self.generator,
+            robust=robust,
+            split_ratio=split_ratio,
+            further=further,
+            alpha=alpha,
+        )
+        self.one_step = OneStep(self.module)
+        self.model = self.splitting.adapt_model(self.one_step)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the data."""
+        return self.batches.source.fingerprint()
+
+    def loss(self, step: int) -> Tensor:
+        """The loss of a batch, which deepinv means over it, for each of its samples."""
+        drawn = self.batches.draw(step)
+        self.generator.manual_seed(int(torch.randint(2**62, (), generator=seeded(self.seed, _SPLITS, step))))
+        self.one_step.sigma_y = drawn.sigma_y
+        if hasattr(self.splitting, "noise_model"):
+            self.splitting.noise_model.update_parameters(sigma=self.alpha * drawn.sigma_y)
+        self.model.train()
+        estimated = self.model(drawn.y, drawn.operator, update_parameters=True)
+        loss = self.splitting(estimated, drawn.y, drawn.operator, self.model)
+        return loss.expand(len(drawn.y))
+
+    def indices(self, step: int) -> list[int]:
+        """Samples of that batch."""
+        return self.batches.indices(step)
+
+    def prior(self, average: nn.Module) -> Prior:
+        """The averaged network."""
+        return average  # type: ignore[return-value]
