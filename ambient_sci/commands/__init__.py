@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ambient_sci.commands.data import Import, Inspect, Simulate
 from ambient_sci.commands.model import Generate, Reconstruct, Train
-from ambient_sci.commands.results import Evaluate, Quickstart
+from ambient_sci.commands.results import Evaluate, Export, Quickstart
 
 COMMANDS = {
     "simulate": Simulate,
@@ -14,5 +14,6 @@ COMMANDS = {
     "generate": Generate,
     "reconstruct": Reconstruct,
     "evaluate": Evaluate,
+    "export": Export,
     "quickstart": Quickstart,
 }

@@ -1,10 +1,10 @@
-"""Commands that judge results and that show the whole: evaluate, quickstart."""
+"""Commands that hand results on, that judge them, and that show the whole: export, evaluate, quickstart."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
@@ -13,6 +13,9 @@ from ambient_sci.commands.common import (
     DeviceOption,
     OverwriteOption,
     SeedOption,
+    UnusedSeedOption,
+    find_device,
+    folder_of,
     require,
 )
 
@@ -88,7 +91,7 @@ class Evaluate:
         ),
     ] = None
     seed: SeedOption = 0
-    device: CpuDeviceOption = "auto"
+    device: DeviceOption = "auto"
     overwrite: OverwriteOption = False
 
     def run(self) -> None:
@@ -104,7 +107,7 @@ class Evaluate:
             out,
             reference=self.reference,
             calibration=self.calibration,
-            prior=None if self.prior is None else load_prior(self.prior),
+            prior=None if self.prior is None else load_prior(self.prior, find_device(self.device)),
             seed=self.seed,
             overwrite=self.overwrite,
             **options,
@@ -135,6 +138,50 @@ class Evaluate:
         require(given.get("held_out_images", 1) >= 1, "--held-out-images", "at least 1", self.held_out_images)
         require(0 < given.get("keep", 0.5) < 1, "--keep", "a fraction > 0 and < 1", self.keep)
         return given
+
+
+@dataclass(kw_only=True)
+class Export:
+    """A result as NIfTI volumes, in the units and at the place of the images that were imported.
+
+    Slices go back to their places under the volume's affine, multiplied by the scale that the import divided out; complex images become
+    magnitudes. Voxel order is that of the import (RAS for NIfTI and DICOM).
+    """
+
+    file: Annotated[Path, Positional, arg(metavar="R.h5", help="Result (made by reconstruct).")]
+    out: Annotated[
+        Path,
+        arg(
+            metavar="PATH",
+            help="FILE.nii.gz for a result of one volume; a folder for several, one NAME_WHAT.nii.gz each.",
+        ),
+    ]
+    what: Annotated[
+        Literal["mean", "std", "samples"],
+        arg(
+            help="Magnitude of the posterior mean; standard deviation of the magnitude over the samples; or all samples, along a "
+            "fourth axis."
+        ),
+    ] = "mean"
+    seed: UnusedSeedOption = 0
+    device: CpuDeviceOption = "auto"
+    overwrite: OverwriteOption = False
+
+    def run(self) -> None:
+        """Write the volumes and name them."""
+        from ambient_sci.sampling.export import export_nifti
+        from ambient_sci.sampling.result import ResultFile
+
+        with ResultFile(self.file) as result:
+            placed = bool(result.geometry.get("volumes"))
+        with folder_of(self.out):
+            paths = export_nifti(self.file, self.out, what=self.what, overwrite=self.overwrite)
+        for path in paths:
+            print(f"{self.what}: {path}")
+        if not placed:
+            print(
+                "note: the measurements came without geometry; voxels are 1 mm and slices stacked by person"
+            )
 
 
 @dataclass(kw_only=True)

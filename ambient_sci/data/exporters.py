@@ -36,8 +36,6 @@ def write_nifti(
 
     Raises: InputError when images and geometry do not match, or a file exists and ``overwrite`` is False.
     """
-    import nibabel
-
     array = np.asarray(images, dtype=np.float32)
     if array.ndim != 4 or array.shape[1] not in (1, 2) or len(array) == 0:
         raise InputError(f"NIfTI export: expected images (N, 1 or 2, H, W), got {array.shape}")
@@ -45,53 +43,90 @@ def write_nifti(
     planes = channels_to_complex(array) if array.shape[1] == 2 else array[:, 0]
     planes = planes * scales[:, None, None]
     planes = np.abs(planes) if magnitude and array.shape[1] == 2 else planes
-    volumes = list((geometry or {}).get("volumes") or []) or _stacks(subjects, planes)
-    if sum(len(v["slices"]) for v in volumes) != len(planes):
-        known = sum(len(v["slices"]) for v in volumes)
-        raise InputError(f"NIfTI export: the geometry is of {known} slices, got {len(planes)} images")
-    paths = _names(Path(folder), [str(v["name"]) for v in volumes], suffix)
+    volumes = volumes_of(geometry, subjects, planes.shape)
+    paths = volume_paths(Path(folder), volumes, suffix)
     for path in paths:
         check_output(path, overwrite)
-    built = [_volume(planes, v) for v in volumes]
+    built = [fill_volume(planes[rows_of(v)], v) for v in volumes]
     for path, volume, description in zip(paths, built, volumes, strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".partial-{path.name}")
-        try:
-            nibabel.save(nibabel.Nifti1Image(volume, np.asarray(description["affine"])), temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        save_nifti(path, volume, description["affine"])
     return paths
 
 
-def _stacks(subjects: Sequence[str] | None, planes: np.ndarray) -> list[dict[str, Any]]:
+def volumes_of(
+    geometry: Mapping[str, Any] | None, subjects: Sequence[str] | None, shape: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Descriptions of the volumes that images of ``shape`` (N, H, W) belong to: name, affine, shape, slice axis, slice numbers and
+    first image.
+
+    Raises: InputError when the geometry is of another number of images.
+    """
+    volumes = list((geometry or {}).get("volumes") or []) or _stacks(subjects, shape)
+    known = sum(len(v["slices"]) for v in volumes)
+    if known != shape[0]:
+        raise InputError(f"NIfTI export: the geometry is of {known} slices, got {shape[0]} images")
+    return volumes
+
+
+def rows_of(volume: Mapping[str, Any]) -> slice:
+    """The images of one volume."""
+    return slice(int(volume["first"]), int(volume["first"]) + len(volume["slices"]))
+
+
+def select_geometry(geometry: Mapping[str, Any], rows: range) -> dict[str, Any]:
+    """The geometry of some images of a file, a range of step 1: volumes keep their shape and affine, and the slices in the range."""
+    chosen = []
+    for volume in geometry.get("volumes") or []:
+        own = rows_of(volume)
+        start, stop = max(own.start, rows.start), min(own.stop, rows.stop)
+        if start < stop:
+            slices = list(volume["slices"])[start - own.start : stop - own.start]
+            chosen.append({**volume, "first": start - rows.start, "slices": slices})
+    return {**geometry, **({"volumes": chosen} if "volumes" in geometry else {})}
+
+
+def fill_volume(planes: np.ndarray, description: Mapping[str, Any]) -> np.ndarray:
+    """One volume from its slices (n, H, W), or several on a further axis from (n, H, W, S); places without a slice are 0."""
+    volume = np.zeros([*description["shape"], *planes.shape[3:]], planes.dtype)
+    stack = np.moveaxis(volume, int(description["axis"]), 0)
+    if stack.shape[1:] != planes.shape[1:]:
+        raise InputError(
+            f"NIfTI export: expected slices {stack.shape[1:3]} of {description['name']}, got {planes.shape[1:3]}"
+        )
+    stack[list(description["slices"])] = planes
+    return volume
+
+
+def save_nifti(path: Path, volume: np.ndarray, affine: Any) -> None:
+    """A NIfTI file in millimetres, whole or not at all."""
+    import nibabel
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nibabel.Nifti1Image(volume, np.asarray(affine, dtype=np.float64))
+    image.header.set_xyzt_units("mm")
+    temporary = path.with_name(f".partial-{path.name}")
+    try:
+        nibabel.save(image, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def volume_paths(folder: Path, volumes: Sequence[Mapping[str, Any]], suffix: str = "") -> list[Path]:
+    """A file for each volume, by its name; several of one subject are numbered."""
+    safe = [re.sub(r"[^\w.-]+", "_", str(v["name"])).strip(".") or "volume" for v in volumes]
+    numbered = [f"{n}_{safe[:k].count(n) + 1}" if safe.count(n) > 1 else n for k, n in enumerate(safe)]
+    return [folder / f"{name}{suffix}.nii.gz" for name in numbered]
+
+
+def _stacks(subjects: Sequence[str] | None, images: Sequence[int]) -> list[dict[str, Any]]:
     """A volume for each run of images of one subject, slices along the last axis, no position known."""
-    names = list(subjects) if subjects is not None else ["images"] * len(planes)
+    names = list(subjects) if subjects else ["images"] * images[0]
     starts = [k for k, name in enumerate(names) if k == 0 or name != names[k - 1]]
     volumes = []
     for start, stop in zip(starts, [*starts[1:], len(names)], strict=True):
         count = stop - start
-        shape = [*planes.shape[1:], count]
+        shape = [*images[1:], count]
         volume = {"name": names[start], "affine": np.eye(4), "shape": shape, "axis": 2, "first": start}
         volumes.append({**volume, "slices": list(range(count))})
     return volumes
-
-
-def _volume(planes: np.ndarray, description: Mapping[str, Any]) -> np.ndarray:
-    """One volume from its slices."""
-    axis, numbers, first = int(description["axis"]), list(description["slices"]), int(description["first"])
-    volume = np.zeros(description["shape"], planes.dtype)
-    stack = np.moveaxis(volume, axis, 0)
-    if stack.shape[1:] != planes.shape[1:]:
-        raise InputError(
-            f"NIfTI export: expected slices {stack.shape[1:]} of {description['name']}, got {planes.shape[1:]}"
-        )
-    stack[numbers] = planes[first : first + len(numbers)]
-    return volume
-
-
-def _names(folder: Path, names: list[str], suffix: str) -> list[Path]:
-    """A file for each volume; several of one subject are numbered."""
-    safe = [re.sub(r"[^\w.-]+", "_", name).strip(".") or "volume" for name in names]
-    numbered = [f"{n}_{safe[:k].count(n) + 1}" if safe.count(n) > 1 else n for k, n in enumerate(safe)]
-    return [folder / f"{name}{suffix}.nii.gz" for name in numbered]

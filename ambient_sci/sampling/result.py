@@ -36,6 +36,7 @@ class Reconstruction:
         report: how it was made and how well the solves went; JSON types.
         subjects: who each image is of, if known.
         scale: factor that was divided out of the data, one or one for each image; multiply to get the original units.
+        geometry: where the images lie in the volumes they come from, as in the measurement file; empty if that is not known.
     """
 
     mean: Tensor
@@ -44,6 +45,7 @@ class Reconstruction:
     report: dict[str, Any] = field(default_factory=dict)
     subjects: list[str] = field(default_factory=list)
     scale: float | np.ndarray = 1.0
+    geometry: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_samples(cls, samples: Tensor, report: dict[str, Any]) -> Reconstruction:
@@ -54,7 +56,8 @@ class Reconstruction:
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write to an HDF5 file, whole or not at all."""
         shape = (*self.samples.shape[:2], *self.samples.shape[2:])
-        with ResultWriter(path, shape, self.subjects, self.scale, overwrite=overwrite) as writer:
+        about = (self.subjects, self.scale, self.geometry)
+        with ResultWriter(path, shape, *about, overwrite=overwrite) as writer:
             writer.add(slice(0, shape[1]), self.samples)
             writer.report.update(self.report)
 
@@ -67,7 +70,8 @@ class Reconstruction:
         """
         with ResultFile(path) as f:
             every = slice(None)
-            return cls(f.mean(every), f.std(every), f.samples(every), f.report, f.subjects, f.scale)
+            found = (f.mean(every), f.std(every), f.samples(every))
+            return cls(*found, f.report, f.subjects, f.scale, f.geometry)
 
 
 class ResultFile:
@@ -100,6 +104,8 @@ class ResultFile:
         self.subjects: list[str] = json.loads(self._file.attrs["subjects"])
         scale = np.asarray(self._file.attrs["scale"])
         self.scale: float | np.ndarray = float(scale) if scale.ndim == 0 else scale
+        # Results of before geometry was kept have none.
+        self.geometry: dict[str, Any] = json.loads(self._file.attrs.get("geometry", "{}"))
 
     def __len__(self) -> int:
         return self.shape[1]
@@ -134,7 +140,7 @@ class ResultWriter:
     Args:
         path: the file to make.
         shape: (S, N, C, H, W) of all samples.
-        subjects, scale: as in `Reconstruction`.
+        subjects, scale, geometry: as in `Reconstruction`.
         overwrite: replace an existing file.
 
     Raises:
@@ -148,6 +154,7 @@ class ResultWriter:
         shape: tuple[int, ...],
         subjects: list[str] | None = None,
         scale: float | np.ndarray = 1.0,
+        geometry: dict[str, Any] | None = None,
         *,
         overwrite: bool = False,
     ) -> None:
@@ -156,11 +163,13 @@ class ResultWriter:
         handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
         os.close(handle)
         self._temporary = Path(name)
-        self._file = h5py.File(self._temporary, "w")
+        # Version 1.10 of the format stores attributes of more than 64 kB (the subjects of a large data set).
+        self._file = h5py.File(self._temporary, "w", libver="v110")
         self._file.create_dataset("samples", shape, np.float32, chunks=(1, 1, *shape[2:]))
         self._file.create_dataset("mean", shape[1:], np.float32, chunks=(1, *shape[2:]))
         self._file.create_dataset("std", shape[1:], np.float32, chunks=(1, *shape[2:]))
         self._file.attrs.update(format=FORMAT, scale=scale, subjects=json.dumps(subjects or []))
+        self._file.attrs["geometry"] = json.dumps(geometry or {})
         self._moments: dict[int, tuple[int, Tensor, Tensor]] = {}
         self._missing = shape[0] * shape[1]
         self.report: dict[str, Any] = {}

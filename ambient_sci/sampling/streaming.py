@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ambient_sci.data.exporters import select_geometry
 from ambient_sci.priors.base import Prior
 from ambient_sci.progress import track
 from ambient_sci.sampling.reconstruct import POINT_ESTIMATES, Run, merge, notes
@@ -101,7 +102,8 @@ def reconstruct_to_file(
         subjects = [measurements.subjects[i] for i in chosen] if measurements.subjects else []
         scale = np.asarray(measurements.scale)
         scale = scale if scale.ndim == 0 else scale[list(chosen)]
-        join(parts, out, (samples, len(chosen), *prior.shape), subjects, scale, prior, overwrite)
+        about = (subjects, scale, select_geometry(measurements.geometry, chosen))
+        join(parts, out, (samples, len(chosen), *prior.shape), about, prior, overwrite)
         for leftover in out.parent.glob(
             f".{out.name}.parts-*"
         ):  # this run's, and those of others that were given up
@@ -141,14 +143,13 @@ def join(
     parts: list[Path],
     out: Path,
     shape: tuple[int, ...],
-    subjects: list[str],
-    scale: float | np.ndarray,
+    about: tuple[list[str], float | np.ndarray, dict[str, Any]],
     prior: Prior,
     overwrite: bool,
 ) -> None:
-    """One result file from the parts', a few samples in memory at a time."""
+    """One result file from the parts', a few samples in memory at a time. ``about``: subjects, scale and geometry."""
     totals: dict[str, Any] = {}
-    with ResultWriter(out, shape, subjects, scale, overwrite=overwrite) as writer:
+    with ResultWriter(out, shape, *about, overwrite=overwrite) as writer:
         start, report = 0, {}
         for part in parts:
             with ResultFile(part) as file:
@@ -166,7 +167,8 @@ def fingerprint(prior: Prior, measurements: Any, plan: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(prior.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        flat = tensor.detach().cpu().flatten().clone(memory_format=torch.contiguous_format)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     path = Path(measurements.path)
     description = [
         str(path.resolve()),
