@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ import torch
 
 from ambient_sci.data.files import IMAGE_FORMAT, MEASUREMENT_FORMAT
 from ambient_sci.data.hdf5_writer import check_output
-from ambient_sci.data.kspace import PreparedScan, prepare
+from ambient_sci.data.kspace import PreparedScan, combined_images, prepare
 from ambient_sci.data.layout import check_noise_std
 from ambient_sci.data.raw import RawScan, read_bart, read_cfl, read_fastmri, read_ismrmrd
 from ambient_sci.data.sources import ImageSource, open_source
-from ambient_sci.data.writing import MeasurementWriter
+from ambient_sci.data.writing import ImageWriter, MeasurementWriter
 from ambient_sci.errors import IdentifiabilityError, InputError
 from ambient_sci.operators import MaskDesign, estimate_design
 from ambient_sci.operators.noise_estimation import estimate_noise
@@ -96,7 +96,7 @@ def import_source(
         _import_masked(paths[0], out, chosen, overwrite)
     else:
         _refuse_options(chosen, "raw scans", ("size",))
-        _import_scans(kind, paths, out, chosen, overwrite)
+        write_scans(_read_scans(kind, paths, chosen), out, chosen, overwrite)
     return out
 
 
@@ -257,13 +257,27 @@ def _design(masks: torch.Tensor, given: MaskDesign | None) -> tuple[MaskDesign |
 # -------------------------------------------------------------------------------------------------------
 
 
-def _import_scans(kind: str, paths: list[Path], out: Path, chosen: ImportOptions, overwrite: bool) -> None:
+def write_scans(
+    scans: Iterable[tuple[Path, RawScan]],
+    out: Path,
+    chosen: ImportOptions,
+    overwrite: bool,
+    reference: Path | None = None,
+) -> None:
+    """Prepare raw scans one after the other and write their measurement file.
+
+    reference: a file for their coil-combined images S^H F^H M y, in the same units. Of fully sampled scans these are what
+    reconstructions are scored against; they have the noise of the scan.
+
+    Raises: InputError for unusable scans, mixed shapes, or no scan at all; nothing is written then.
+    """
     writer: MeasurementWriter | None = None
+    truth = None if reference is None else ImageWriter(reference, overwrite=overwrite)
     masks: list[np.ndarray] = []
     volumes: list[dict[str, Any]] = []
     notes: list[str] = []
     try:
-        for path, scan in _read_scans(kind, paths, chosen):
+        for path, scan in scans:
             ready = prepare(
                 scan,
                 noise_std=chosen.noise_std,
@@ -281,18 +295,23 @@ def _import_scans(kind: str, paths: list[Path], out: Path, chosen: ImportOptions
                 )
             volumes.append(_volume(scan, ready, len(writer)))
             _append_scan(writer, scan, ready)
+            if truth is not None:
+                truth.append(combined_images(ready), subjects=scan.subject, scale=ready.scale)
             masks.append(ready.mask[: max(0, _SAMPLED_MASKS - sum(map(len, masks)))])
             notes += [f"import {path}: {'; '.join(ready.notes)}"]
         if writer is None:
             raise InputError("import: no scan found")
         found = torch.from_numpy(np.concatenate(masks)[:, None].astype(np.float32))
         writer.set_design(*_design(found, chosen.design))
-        writer.geometry = {"volumes": volumes}
-        writer.history = "\n".join(notes)
-        writer.close()
+        for file in (writer, truth):
+            if file is not None:
+                file.geometry = {"volumes": volumes}
+                file.history = "\n".join(notes)
+                file.close()
     finally:
-        if writer is not None:
-            writer.discard()
+        for file in (writer, truth):
+            if file is not None:
+                file.discard()
 
 
 def _read_scans(kind: str, paths: list[Path], chosen: ImportOptions) -> Iterator[tuple[Path, RawScan]]:

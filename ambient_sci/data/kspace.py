@@ -101,6 +101,12 @@ def prepare(
     )
 
 
+def combined_images(ready: PreparedScan) -> np.ndarray:
+    """S^H F^H y of a prepared scan, (S, H, W) complex64, in its scaled units."""
+    images = _image(ready.kspace)
+    return images[:, 0] if ready.coil_maps is None else (ready.coil_maps.conj() * images).sum(1)
+
+
 def _calibrate(
     kspace: np.ndarray, mask: np.ndarray, maps: np.ndarray | None, origin: str, notes: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
