@@ -32,7 +32,7 @@ from ambient_sci.training.source import Measurements
 #: Entries of an image, and of a measurement, up to which a full covariance is fitted.
 LARGEST_FULL = 1024
 _CHUNK_ENTRIES = 1 << 23  # entries of the systems solved at a time
-_CG_ITERATIONS, _CG_TOLERANCE = 30, 1e-3
+_CG_ITERATIONS, _CG_TOLERANCE = 150, 1e-3
 
 
 @dataclass
@@ -174,16 +174,7 @@ def fit_stationary(
     sigma = torch.as_tensor(sigma_y, dtype=y.dtype, device=y.device).flatten().expand(len(y))
     images = operator.A_adjoint(y)
     mean = images.mean(0)
-    power = float(
-        (
-            (y.square() * operator.mask).flatten(1).sum(1)
-            - sigma**2 * operator.mask.expand(y.shape).flatten(1).sum(1)
-        ).sum()
-    )
-    power /= float(operator.mask.expand(y.shape).sum()) * math.prod(shape) / math.prod(y.shape[1:])
-    prior = StationaryGaussianPrior(
-        mean, max(power - float(mean.square().mean()), 1e-6) * torch.ones_like(mean)
-    )
+    prior = StationaryGaussianPrior(mean, _first_spectrum(operator, y, sigma, mean))
     sums = [torch.zeros_like(mean), torch.zeros_like(mean)]
     for iteration in range(iterations):
         x = torch.cat(
@@ -205,6 +196,31 @@ def fit_stationary(
             sums = [sums[0] + mean, sums[1] + spectrum]
     count = iterations - iterations // 2
     return StationaryGaussianPrior(sums[0] / count, sums[1] / count)
+
+
+def _first_spectrum(operator: RowMaskedOperator, y: Tensor, sigma: Tensor, mean: Tensor) -> Tensor:
+    """Variances of the Fourier modes to start from, (C, H, W), from second moments of each row over the samples that measured it.
+
+    Rows of k-space are the modes, but for what coil maps, which are smooth, mix of their neighbours; elsewhere the start is flat. EM forgets a
+    start slowly where few samples measure, so it should not be far off there: averaging over *measurements* instead, of which masks of
+    variable density put most where the power is, would give every mode several times the variance that it has.
+    """
+    mask = operator.mask.to(y).expand(y.shape)
+    count = mask.sum(0)
+    level = sigma.to(y).reshape(-1, *([1] * (y.ndim - 1)))
+    power = ((y.square() - level**2) * mask).sum(0)
+    if operator.name != "mri":
+        seen = count > 0
+        flat = float((power[seen] / count[seen]).mean()) * y[0].numel() / mean.numel()
+        return max(flat - float(mean.square().mean()), 1e-6) * torch.ones_like(mean)
+    if y.ndim == 5:  # coils add up, as sum_c |s_c|^2 = 1
+        power, count = power.sum(1), count[:, 0]
+    kernel = torch.ones(1, 1, 5, 5, dtype=y.dtype, device=y.device)
+    near = torch.nn.functional.conv2d(torch.stack([power.sum(0), count.sum(0)])[:, None], kernel, padding=2)
+    modes = torch.where(near[1, 0] > 0, near[0, 0] / near[1, 0].clamp(min=1), near.new_zeros(()))
+    modes = torch.fft.ifftshift(modes.clamp(min=1e-3 * float(modes.mean().clamp(min=1e-6))))
+    mirrored = modes.flip(0, 1).roll((1, 1), (0, 1))
+    return ((modes + mirrored) / 2).expand(mean.shape).contiguous()
 
 
 def _posterior_draws(

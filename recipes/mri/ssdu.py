@@ -7,7 +7,7 @@ r"""SSDU and robust SSDU, by deepinv's losses, on the network that the mask-cond
 f is shown the zero-filled image and the mask of what it is given, at the noise level of the data; applied, it is given all rows. So it is a
 `NetworkPrior` whose one-step estimate is its reconstruction, and what it has in common with a mask-conditional prior ends there.
 
-deepinv's mask generators and noise models are given a generator that is seeded with the step; by default they would all be seeded alike.
+deepinv's mask generators and noise models are given generators that are seeded with the step; by default they would all be seeded alike.
 
 Sources: Yaman et al., "Self-supervised learning of physics-guided reconstruction neural networks" (2020); Millard & Chiew, "A theoretical
 framework for self-supervised MR image reconstruction" (2023), "Clean self-supervised MRI reconstruction from noisy, sub-sampled training
@@ -75,11 +75,11 @@ def splitting_loss(
     further: MaskDesign,
     alpha: float,
 ) -> Any:
-    """deepinv's loss, all of whose randomness comes from ``generator``.
+    """deepinv's loss, whose splits come from ``generator``; robust SSDU's ``noise_model`` has yet to be given one, and a noise level.
 
     Args:
         design: how the scans were undersampled.
-        generator: source of splits and added noise.
+        generator: source of splits.
         robust: robust SSDU instead of SSDU.
         split_ratio: fraction of the measured points that the network is shown (SSDU).
         further: masks that the measured ones are multiplied by (robust SSDU).
@@ -100,7 +100,7 @@ def splitting_loss(
     masks: Any = DesignMasks(further, generator)
     lines: Any = ShapedLikeInput(MultiplicativeSplittingMaskGenerator(size, masks), masks.average)
     measured: Any = DesignMasks(design, generator)
-    return RobustSplittingLoss(lines, measured, noise_model=GaussianNoise(1.0, rng=generator), alpha=alpha)
+    return RobustSplittingLoss(lines, measured, noise_model=GaussianNoise(1.0), alpha=alpha)
 
 
 class OneStep(nn.Module):
@@ -163,6 +163,7 @@ class SplittingStage:
         self.batches = AmbientStage(source, config, accelerator)
         self.module, self.seed, self.alpha = self.batches.module, config.seed, alpha
         self.generator = torch.Generator(accelerator.device).manual_seed(config.seed)
+        self.noise_generator = torch.Generator(accelerator.device)
         further = make_design(
             design, image_shape=source.design.image_shape, acceleration=acceleration, acs=acs
         )
@@ -184,10 +185,12 @@ class SplittingStage:
     def loss(self, step: int) -> Tensor:
         """The loss of a batch, which deepinv means over it, for each of its samples."""
         drawn = self.batches.draw(step)
-        self.generator.manual_seed(int(torch.randint(2**62, (), generator=seeded(self.seed, _SPLITS, step))))
+        splits, noise = torch.randint(2**62, (2,), generator=seeded(self.seed, _SPLITS, step)).tolist()
+        self.generator.manual_seed(splits)
         self.one_step.sigma_y = drawn.sigma_y
         if hasattr(self.splitting, "noise_model"):
             self.splitting.noise_model.update_parameters(sigma=self.alpha * drawn.sigma_y)
+            self.splitting.noise_model.rng = self.noise_generator.manual_seed(noise)
         self.model.train()
         estimated = self.model(drawn.y, drawn.operator, update_parameters=True)
         loss = self.splitting(estimated, drawn.y, drawn.operator, self.model)
