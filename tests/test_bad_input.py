@@ -22,7 +22,7 @@ from ambient_sci.cli import main
 from ambient_sci.data import MeasurementFile
 from ambient_sci.errors import ConditioningError, IdentifiabilityError, InputError
 from ambient_sci.priors import NetworkConfig, NetworkPrior, load_prior
-from ambient_sci.sampling import ResultFile, generate, reconstruct
+from ambient_sci.sampling import Reconstruction, ResultFile, generate, reconstruct
 from ambient_sci.training import TrainConfig, fit
 
 Change = Callable[[h5py.File], None]
@@ -312,6 +312,12 @@ def touch(*paths: str) -> Callable[[], None]:
     return lambda: [Path(p).touch() for p in paths] and None
 
 
+def point_estimate() -> None:
+    """point.h5: what one-step makes of scans.h5."""
+    result = Reconstruction.load(Path("result.h5"))
+    Reconstruction.from_samples(result.samples[:1], {**result.report, "sampler": "one-step"}).save("point.h5")
+
+
 CASES = [
     *file_cases(),
     # images
@@ -561,6 +567,17 @@ CASES = [
         "evaluate: an option that would do nothing",
         "evaluate result.h5 --reference scans_ref.h5 --keep .5",
         ("--prior RUN",),
+    ),
+    Case(
+        "evaluate: a point estimate has no error bars to test",
+        "evaluate point.h5 --calibration scans.h5",
+        ("point estimate", "'one-step'"),
+        point_estimate,
+    ),
+    Case(
+        "evaluate: scans for generated images",
+        "evaluate scans_ref.h5 --reference scans_ref.h5 --calibration scans.h5",
+        ("reference only", "measurement file"),
     ),
     Case(
         "evaluate: a mask-conditional prior",

@@ -26,7 +26,7 @@ from ambient_sci.evaluation.chi_squared import chi_squared
 from ambient_sci.evaluation.distances import distribution_distances
 from ambient_sci.evaluation.metrics import format_table, reconstruction_table
 from ambient_sci.priors import Prior
-from ambient_sci.sampling import Reconstruction, reconstruct
+from ambient_sci.sampling import POINT_ESTIMATES, Reconstruction, reconstruct
 
 ROWS_SHOWN = 4
 FOUND_BY_DEFAULT = ("sampler", "steps", "sigma_min", "sigma_max")
@@ -92,6 +92,9 @@ def evaluate(
             drawn.append(("calibration.png", lambda path: figures.calibration_figure(path, panels)))
     elif reference is None:
         raise InputError(f"{result}: expected a reference file to compare generated images with, got none")
+    elif calibration is not None or peak is not None:
+        extra = "a measurement file" if calibration is not None else "a peak"
+        raise InputError(f"{result}: generated images are compared with a reference only, got {extra}, too")
     else:
         report["distances"] = _between_files(result, reference, generator)
     report["text"] = _text(report)
@@ -171,6 +174,11 @@ def _against_scans(
             raise InputError(
                 f"{calibration}: expected scans of images {tuple(result.mean.shape[1:])} like the result's, got {file.image_shape}"
             )
+        if result.report.get("sampler") in POINT_ESTIMATES:
+            raise InputError(
+                f"{calibration}: calibration is of posterior samples; the result is the point estimate of "
+                f"{result.report['sampler']!r}, whose residuals are no noise. Expected no measurement file with it"
+            )
         report["chi_squared"] = chi_squared(
             result.samples, file.operator(), file.measurements(), file.sigma()
         )
@@ -180,18 +188,19 @@ def _against_scans(
         return
     settings = {k: result.report[k] for k in FOUND_BY_DEFAULT if k in result.report}
     settings |= result.report.get("options", {})
+    where = next((tensor.device for tensor in prior.state_dict().values()), torch.device("cpu"))
 
     def sample(kept: Any, part: Tensor) -> Tensor:
         return reconstruct(
             prior,
-            kept,
-            part,
+            kept.to(where),
+            part.to(where),
             sigma,
             samples=len(result.samples),
             generator=generator,
             progress=True,
             **settings,
-        ).samples
+        ).samples.cpu()
 
     subjects = [result.subjects[i] for i in chosen] if len(set(result.subjects)) > 1 else None
     report["held_out_rows"] = hold_out(

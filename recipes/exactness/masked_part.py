@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from digit_scores import Scores, images
 from methods import configuration, draw, train
 from torch import Tensor
 from toys import reference, sliced_wasserstein, truth
@@ -52,44 +53,45 @@ class Part:
         """Train, draw, score."""
         clean, score = self._problem(size, settings, seed, folder.parent)
         shape = tuple(clean.shape[1:])
+        if run == "clean":
+            prior, _ = train((Identity(shape), clean, 0.0), run, settings, seed, folder, device)
+            samples, _ = draw(prior, settings["samples"], settings["sigma_min"], settings, seed)
+            return {"rows": {"clean oracle": score(samples)}, "floor": self._floor(settings, seed, score)}
         generator = torch.Generator().manual_seed(1000 + seed)
         design = Independent(shape, "pixels", 1 - level)
         operator = Masking(design.sample(size, generator), img_size=shape, design=design)
         y = operator.A(clean) + NOISE * torch.randn(clean.shape, generator=generator) * operator.mask
-        extra: dict[str, Any] = {}
-        if run == "mask-conditional":
-            settings = {**settings, "consistency": {}, "clean_levels": "log-uniform"}
-            config = configuration("clean", settings, seed, device)
-            config = replace(config, loss=LossConfig(keep=settings["keep"], c_min=0.02))
-            resume = (folder / "config.json").exists()
-            prior = fit((operator, y, NOISE), config, folder, resume=resume)
-            shown = operator.split(keep=settings["keep"], generator=generator).kept.to(
-                device if device != "auto" else "cpu"
-            )
-            samples = generate_fixed_mask(
-                prior,
-                shown,
-                settings["samples"],
-                steps=settings["sampler_steps"],
-                sigma_max=settings["sigma_max"],
-                batch_size=settings["sampler_batch"],
-                generator=torch.Generator().manual_seed(3000 + seed),
-            )
-            row = "mask-conditional, fixed mask"
-        else:
-            data = (Identity(shape), clean, 0.0) if run == "clean" else (operator, y, NOISE)
-            prior, _ = train(data, run, {**settings, "consistency": {}}, seed, folder, device)
+        if run == "em":
+            prior, _ = train((operator, y, NOISE), run, settings, seed, folder, device)
             samples, _ = draw(prior, settings["samples"], settings["sigma_min"], settings, seed)
-            row = {"clean": "clean oracle", "em": "em"}[run]
-            if run == "em":
-                extra = {"laps": em_report(folder)}
-        return {"rows": {row: score(samples)}, **extra}
+            return {"rows": {"em": score(samples)}, "laps": em_report(folder)}
+        config = replace(
+            configuration("clean", {**settings, "clean_levels": "log-uniform"}, seed, device),
+            loss=LossConfig(keep=settings["keep"], c_min=0.02),
+        )
+        prior = fit((operator, y, NOISE), config, folder, resume=(folder / "config.json").exists())
+        samples = generate_fixed_mask(
+            prior,
+            operator.split(keep=settings["keep"], generator=generator).kept.to(
+                next(prior.parameters()).device
+            ),
+            settings["samples"],
+            steps=settings["sampler_steps"],
+            sigma_max=settings["sigma_max"],
+            batch_size=settings["sampler_batch"],
+            generator=torch.Generator().manual_seed(3000 + seed),
+        )
+        return {"rows": {"mask-conditional, fixed mask": score(samples)}}
+
+    def _floor(self, settings: dict[str, Any], seed: int, score: Any) -> dict[str, float]:
+        """What as many draws of the truth score."""
+        if self.digits:
+            return score(images("test10k")[0][: settings["samples"]])
+        return score(reference("mixture", settings["samples"], seed + 100))
 
     def _problem(self, size: int, settings: dict[str, Any], seed: int, folder: Path) -> tuple[Tensor, Any]:
         """Clean images, and what scores samples."""
         if self.digits:
-            from digit_scores import Scores, images
-
             return images("test10k")[0][:size], Scores(folder)
         held_out = reference("mixture", settings["samples"], seed)
         clean = truth("mixture").sample(size, torch.Generator().manual_seed(2000 + seed)).float()

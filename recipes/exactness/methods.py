@@ -35,6 +35,7 @@ def configuration(run: str, settings: dict[str, Any], seed: int, device: str) ->
         max_steps=settings["steps"],
         batch_size=settings["batch_size"],
         learning_rate=settings["learning_rate"],
+        precision=settings.get("precision", "fp32"),
         betas=(0.9, 0.999),
         final_ratio=0.0,
         ema_decay=0.999,

@@ -15,6 +15,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,7 @@ def main() -> None:
     sizes = settings["points"] + (settings["curve"] if arguments.curve else [])
     runs = arguments.runs or part.RUNS
     seeds = settings["seeds"] if arguments.seeds is None else arguments.seeds
-    for level, size, seed, run in itertools.product(part.levels(settings), sizes, seeds, runs):
-        if size not in settings["points"] and run != "staged":
-            continue
+    for level, size, seed, run in cells(part, settings, sizes, seeds, runs):
         name = f"{run}-{level:g}-n{size}-s{seed}"
         if arguments.table_only or (out / f"{name}.json").exists():
             continue
@@ -51,6 +50,17 @@ def main() -> None:
         }
         write(out / f"{name}.json", cell)
     print(table(out))
+
+
+def cells(
+    part: Any, settings: dict[str, Any], sizes: list[int], seeds: list[int], runs: list[str]
+) -> Iterator[tuple[float, int, int, str]]:
+    """(level, size, seed, run) of every cell. Clean data has no level: its run is trained once, at level 0."""
+    levels = part.levels(settings)
+    for level, size, seed, run in itertools.product([0.0, *levels], sizes, seeds, runs):
+        curve = size not in settings["points"]
+        if (run == "clean") == (level == 0) and (run == "staged" or not curve):
+            yield level, size, seed, run
 
 
 def parse() -> argparse.Namespace:

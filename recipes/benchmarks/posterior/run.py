@@ -169,7 +169,7 @@ def azula_mmps(problem: Problem, prior: Prior, steps: int) -> Tensor:
     operator = problem.chains_operator()
     y = problem.chains_y
     denoiser = MMPSDenoiser(
-        Wrapped(), y, operator.A, IsotropicCovariance(problem.sigma_y**2), solver="cg", iterations=3
+        Wrapped(), y, operator.A, IsotropicCovariance(problem.sigma_y**2), solver="gmres", iterations=3
     )
     sampler = DDIMSampler(denoiser, eta=0.0, steps=steps, silent=True)
     start = (
@@ -182,6 +182,7 @@ def azula_mmps(problem: Problem, prior: Prior, steps: int) -> Tensor:
 METHODS: dict[str, Callable[[Problem, Prior], Tensor]] = {
     "ours-mmps": ours,
     "ours-mmps-bf16": lambda p, m: ours(p, m, precision="auto"),
+    "ours-mmps-28": lambda p, m: ours(p, m, steps=28),
     "ours-pigdm": lambda p, m: ours(p, m, "pigdm"),
     "deepinv-moment-matching-10": lambda p, m: deepinv_moment_matching(p, m, 10),
     "deepinv-moment-matching-20": lambda p, m: deepinv_moment_matching(p, m, 20),

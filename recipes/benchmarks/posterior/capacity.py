@@ -1,0 +1,134 @@
+"""Does a learned prior's sampler hold out: seconds for 16 samples of 16 slices, and 10,000 solves of which none may be NaN.
+
+    python recipes/benchmarks/posterior/capacity.py runs/quickstart/run --out runs/benchmark-posterior/capacity
+
+RUN is a prior trained by the quickstart. The slices are those of the quickstart's other people (16 of them, evenly spaced), measured anew
+for every problem: the first one is the quickstart's (R = 2.5, sigma_y = .05) and is timed, the others go through accelerations 1 to 8,
+one to four coils, and noise from none to .2. A solve is one linear system (sigma_y^2 I + A V A^H) u = r of the MMPS sampler. One JSON
+file a problem: an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ambient_sci as asci
+from ambient_sci.data import brains
+from ambient_sci.data.simulate import smooth_phase, with_phase
+from ambient_sci.operators import MRI, birdcage_maps, make_design
+from ambient_sci.priors import Prior
+
+SLICES, SAMPLES = 16, 16
+SETTINGS = {"steps": 16, "max_iterations": 3, "sigma_max": 10.0}
+
+
+def problems() -> list[tuple[float, int, float]]:
+    """(R, coils, sigma_y), the quickstart's first."""
+    others = itertools.product((4.0, 8.0, 2.5, 1.0), (1, 4), (0.05, 0.01, 0.0, 0.2))
+    return [(2.5, 1, 0.05), *[p for p in others if p != (2.5, 1, 0.05)]]
+
+
+def measurements(
+    acceleration: float, coils: int, sigma_y: float, seed: int
+) -> tuple[MRI, torch.Tensor, torch.Tensor]:
+    """(operator, y, truth) of 16 slices."""
+    images, _ = brains("test")
+    rows = torch.linspace(0, len(images) - 1, SLICES).round().long()
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.as_tensor(images)[rows]
+    height, width = images.shape[-2:]
+    truth = with_phase(images, smooth_phase(SLICES, height, width, generator))
+    mask = torch.ones(1, 1, height, width)
+    if acceleration > 1:
+        design = make_design("lines-uniform", image_shape=(2, height, width), acceleration=acceleration)
+        mask = design.sample(SLICES, generator)
+    operator = MRI(mask, birdcage_maps(coils, height, width)[None] if coils > 1 else None)
+    clean = operator.A(truth)
+    noise = sigma_y * torch.randn(clean.shape, generator=generator)
+    return operator, clean + noise * operator.mask, truth
+
+
+def measure(
+    prior: Prior, problem: tuple[float, int, float], seed: int, samples: int, steps: int
+) -> dict[str, Any]:
+    """Sample one problem; counts, seconds, and whether everything is finite."""
+    acceleration, coils, sigma_y = problem
+    operator, y, truth = measurements(acceleration, coils, sigma_y, seed)
+    generator = torch.Generator().manual_seed(seed)
+    begun, busy = time.perf_counter(), time.process_time()
+    options = {**SETTINGS, "steps": steps, "precision": "auto"}
+    result = asci.reconstruct(
+        prior, operator, y, sigma_y, samples=samples, generator=generator, progress=True, **options
+    )
+    seconds, busy = time.perf_counter() - begun, time.process_time() - busy
+    not_finite = int((~torch.isfinite(result.samples)).flatten(2).any(2).sum())
+    keys = ("solves", "solves_above_tolerance", "solves_stopped_by_guard", "worst_relative_residual")
+    return {
+        "acceleration": acceleration,
+        "coils": coils,
+        "sigma_y": sigma_y,
+        "samples": samples,
+        "slices": SLICES,
+        "seconds": seconds,
+        "cpu_seconds": busy,
+        "threads": torch.get_num_threads(),
+        "chains_not_finite": not_finite,
+        "rmse": float((result.mean - truth).square().mean().sqrt()),
+        "largest_value": float(result.samples.abs().max()),
+        **{key: result.report[key] for key in keys},
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown, with the totals."""
+    lines = [
+        "| R | coils | sigma_y | chains | seconds | solves | above 1e-2 | worst residual | not finite | largest abs. value |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        lines.append(
+            f"| {r['acceleration']:g} | {r['coils']} | {r['sigma_y']:g} | {r['samples'] * r['slices']} | {r['seconds']:.0f} | {r['solves']} | "
+            f"{r['solves_above_tolerance']} | {r['worst_relative_residual']:.2f} | {r['chains_not_finite']} | {r['largest_value']:.2f} |"
+        )
+    total, bad = (sum(r[key] for r in results) for key in ("solves", "chains_not_finite"))
+    return "\n".join([*lines, "", f"{total} solves, {bad} chains not finite"])
+
+
+def main() -> None:
+    """The timed problem, then as many others as the number of solves takes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="a prior's run folder")
+    parser.add_argument("--solves", type=int, default=10_000, help="at least so many in all")
+    parser.add_argument(
+        "--samples", type=int, default=2, help="of each slice, for the problems that are not timed"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark-posterior/capacity"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    prior = asci.load_prior(args.run)
+    results: list[dict[str, Any]] = []
+    for k, problem in enumerate(itertools.cycle(problems())):
+        path = args.out / f"{k:03d}.json"
+        if not path.exists():
+            samples = SAMPLES if k == 0 else args.samples
+            part = path.with_suffix(".part")
+            part.write_text(
+                json.dumps(measure(prior, problem, k, samples, SETTINGS["steps"]), indent=1) + "\n"
+            )
+            os.replace(part, path)
+        results.append(json.loads(path.read_text()))
+        if sum(r["solves"] for r in results) >= args.solves:
+            break
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
