@@ -23,6 +23,7 @@ from ambient_sci.operators import (
     RowMaskedOperator,
     birdcage_maps,
     build_operator,
+    identifiability,
     normalise_maps,
 )
 
@@ -442,3 +443,19 @@ def test_birdcage_maps():
     assert torch.allclose(birdcage_maps(8, 16, 20, rotation=2 * math.pi / 8), maps.roll(-1, 0), atol=1e-5)
     inside = maps[:, 3:-3, 3:-3]  # in the corners coils are nearly touched
     assert inside.diff(dim=1).abs().max() < 0.15 and inside.diff(dim=2).abs().max() < 0.15
+
+
+# -- what masks can determine (lines: tests/test_designs.py) --------------------------------------------------------------------
+
+
+def test_identifiability_of_point_masks_with_coils():
+    """Pairs of points decide there, which is sufficient; what is not shown is not called impossible."""
+    masks = random_mask(40, 1, 6, 6, keep=0.7)
+    one, several = identifiability(MRI(masks)), identifiability(MRI(masks, coil_maps(3, 6, 6)))
+    assert one.identified and several.identified and one.conditioning == several.conditioning
+    assert one.necessary and not several.necessary
+    fixed = masks[:1]
+    one, several = identifiability(MRI(fixed)), identifiability(MRI(fixed, coil_maps(3, 6, 6)))
+    assert not one.identified and "NOT identified" in one.text and "coils" not in one.text
+    assert not several.identified and "is not shown to be identified" in several.text
+    assert "what 3 coils resolve beyond that is not looked at" in several.text

@@ -8,6 +8,10 @@ cases the measured second moments are Sigma -> {A_m Sigma A_m^H}, a linear map, 
     G: Sigma -> mean over m of  A_m^H A_m Sigma A_m^H A_m
 
 (self-adjoint, positive semi-definite) has no zero eigenvalue. The smallest one, relative to the largest, is reported.
+
+Lines decouple the readout positions, so that G is small. Masks of single points with several coils do not, and G is too large for its eigenvalues. There the
+pairs of rows decide, as for one coil. That is sufficient: T^H T = I, so the covariance of T x gives that of x = T^H T x. It is not necessary,
+because coils also see the rows around the measured ones: a verdict "not identified" is then left open, and the report says so.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ class IdentifiabilityReport:
         never_measured: number of units (pixels, lines) that no mask measures.
         never_together: fraction of pairs of units that no mask measures together.
         units: number of units.   masks: number of different masks.   coils: receiver coils.   text: the verdict in words.
+        necessary: whether the criterion is necessary as well as sufficient; if not, ``identified`` = False means "not shown to be".
     """
 
     identified: bool
@@ -43,6 +48,7 @@ class IdentifiabilityReport:
     masks: int
     coils: int
     text: str
+    necessary: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -80,6 +86,7 @@ def identifiability(
         "units": int(frequency.numel()),
         "masks": int(units.shape[0]),
         "coils": coils,
+        "necessary": coils == 1 or layout in ("columns", "rows"),
     }
     identified = conditioning > threshold
     return IdentifiabilityReport(identified=identified, text=_verdict(identified, found, layout), **found)
@@ -121,7 +128,9 @@ def _multi_coil_conditioning(
 def _verdict(identified: bool, found: dict[str, Any], layout: str) -> str:
     if found["never_together"] == 0 and found["never_measured"] == 0 and found["conditioning"] >= 0.999:
         return "everything is measured in every scan: the prior is identified"
-    head = "a Gaussian prior is identified" if identified else "a Gaussian prior is NOT identified"
+    open_ = not identified and not found["necessary"]
+    no = "is not shown to be identified" if open_ else "is NOT identified"
+    head = f"a Gaussian prior {'is identified' if identified else no}"
     parts = [f"{head} (conditioning {found['conditioning']:.2g})"]
     if found["never_measured"]:
         parts.append(f"{found['never_measured']} of {found['units']} {layout} are never measured")
@@ -129,6 +138,10 @@ def _verdict(identified: bool, found: dict[str, Any], layout: str) -> str:
         parts.append(
             f"{100 * found['never_together']:.1f} % of pairs of {layout} are never measured together"
         )
-    if identified and found["coils"] > 1:
+    if open_:
+        parts.append(
+            f"what {found['coils']} coils resolve beyond that is not looked at for masks of single points"
+        )
+    if identified and found["coils"] > 1 and found["never_together"]:
         parts.append(f"{found['coils']} coils resolve what the masks leave out")
     return "; ".join(parts)
