@@ -15,11 +15,13 @@ import torch
 from ambient_sci.cli import main
 from ambient_sci.data import write_measurements
 from ambient_sci.errors import InputError
-from ambient_sci.operators import MRI, Identity, Independent, Masking, birdcage_maps
+from ambient_sci.operators import MRI, Identity, Independent, Masking, birdcage_maps, make_design
 from ambient_sci.priors import GaussianPrior, NetworkConfig, NetworkPrior, StationaryGaussianPrior, load_prior
+from ambient_sci.sampling import reconstruct
 from ambient_sci.training import EMConfig, TrainConfig, TrainingInterrupted, em_report, fit, fit_em
 from ambient_sci.training import em as em_module
 from ambient_sci.training.em import crps
+from ambient_sci.training.gaussian_em import fit_stationary
 
 SHAPE = (1, 2, 3)
 MLP = NetworkConfig(kind="mlp", channels=(32,))
@@ -259,6 +261,36 @@ def test_resuming_with_other_data_is_refused(tmp_path):
     operator, y, sigma = masked()
     with pytest.raises(InputError, match="other data"):
         fit((operator, y + 1, sigma), config(laps=1), tmp_path / "run", resume=True, progress=False)
+
+
+def test_the_initial_gaussian_of_kspace_that_is_dense_in_the_centre():
+    """Power that falls by 1e4 from the centre of k-space, two coils, R = 4 of variable density: after two iterations the standard deviation
+    is right to 3 %. From a start at the mean power of what was measured it is 1.4 times too large, with solves cut short 1.05 times."""
+    k = torch.fft.fftfreq(32) * 32
+    spectrum = 1 / (1 + (k[:, None] ** 2 + k**2) / 4) ** 2
+    exact = StationaryGaussianPrior(torch.zeros(2, 32, 32), spectrum.expand(2, 32, 32).contiguous())
+    design = make_design("lines-variable", image_shape=(2, 32, 32), acceleration=4, acs=3)
+    operator = MRI(design.sample(32, rng(1)), birdcage_maps(2, 32, 32), design)
+    y = operator.A(exact.sample(32, rng()))
+    y = y + 0.02 * exact.data_std * torch.randn(y.shape, generator=rng(2)) * operator.mask
+    fit = fit_stationary(operator, y, 0.02 * exact.data_std, (2, 32, 32), iterations=2, generator=rng(3))
+    assert fit.data_std == pytest.approx(exact.data_std, rel=0.03)
+
+
+def test_the_sampler_of_the_e_step_is_as_configured(monkeypatch):
+    seen = []
+
+    def recorded(*arguments, **options):
+        seen.append((options["integrator"], options["precision"]))
+        return reconstruct(*arguments, **options)
+
+    monkeypatch.setattr(em_module, "reconstruct", recorded)
+    fit(
+        masked(40),
+        config(laps=1, integrator="multistep", sampler_precision="bf16", held_out=8),
+        progress=False,
+    )
+    assert len(seen) == 3 and set(seen) == {("multistep", "bf16")}  # two scores and an E-step
 
 
 def test_stationary_prior_agrees_with_its_covariance(tmp_path):
