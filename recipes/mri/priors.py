@@ -64,7 +64,7 @@ def configuration(entry: dict[str, Any], profile: dict[str, Any], device: str) -
     kind = entry["kind"]
     if kind not in KINDS:
         raise InputError(f"priors: kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    base = TrainConfig.from_dict(settings)
+    base = TrainConfig.from_dict({**settings, "max_steps": entry.get("steps", settings["max_steps"])})
     if kind == "em":
         levels = LevelConfig(**{**profile["levels"], **profile["em"].get("levels", {})})
         em = EMConfig(**{k: v for k, v in profile["em"].items() if k not in ("levels", "slices")})
