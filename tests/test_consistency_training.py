@@ -75,9 +75,10 @@ def stages(measurements, config: TrainConfig) -> tuple[AmbientStage, Consistency
 def test_a_staged_prior_is_the_ambient_prior_above_and_a_trained_copy_below(tmp_path):
     alone = fit(data(), small(), progress=False)
     prior = fit(data(), small(below()), out=tmp_path / "run", progress=False)
-    assert isinstance(prior, StagedPrior) and prior.sigma_n == pytest.approx(0.4) and prior.sigma_min == 0
+    assert isinstance(prior, StagedPrior) and prior.sigma_n == pytest.approx(0.4)
+    assert prior.sigma_min == prior.below.sigma_min == pytest.approx(0.01)
     assert same(prior.anchor, alone) and not same(prior.below, alone)
-    assert level_range(prior, None, None)[0] == pytest.approx(0.01 * prior.data_std)
+    assert level_range(prior, None, None)[0] == pytest.approx(0.01)
     assert level_range(alone, None, None)[0] == pytest.approx(0.4)
     saved = load_prior(tmp_path / "run")
     assert isinstance(saved, StagedPrior) and same(saved, prior)

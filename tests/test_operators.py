@@ -3,6 +3,7 @@ r"""Row-masked operators: adjoints, equality with deepinv and sigpy, closed form
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 
@@ -459,3 +460,13 @@ def test_identifiability_of_point_masks_with_coils():
     assert not one.identified and "NOT identified" in one.text and "coils" not in one.text
     assert not several.identified and "is not shown to be identified" in several.text
     assert "what 3 coils resolve beyond that is not looked at" in several.text
+
+
+@pytest.mark.parametrize("coils", [1, 3])
+def test_mri_computes_in_the_type_of_the_image_whatever_that_of_the_mask(coils):
+    maps = birdcage_maps(coils, 8, 8)[None] if coils > 1 else None
+    for mask, image in itertools.product((torch.float32, torch.float64), repeat=2):
+        operator = MRI(torch.ones(1, 1, 8, 8, dtype=mask), maps)
+        x = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0), dtype=image)
+        y = operator.A(x)
+        assert {y.dtype, operator.A_adjoint(y).dtype, operator.A_adjoint_A(x).dtype} == {image}

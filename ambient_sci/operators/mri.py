@@ -228,7 +228,7 @@ class MRI(RowMaskedOperator):
 
     def _encode(self, x: Tensor, masked: bool) -> Tensor:
         image, kspace = self._factors(x)
-        weight = kspace * self._complex_mask if masked else self._plane(kspace)
+        weight = (kspace * self._complex_mask).to(kspace.dtype) if masked else self._plane(kspace)
         parts = self._parts(x)
         y = x.new_empty(len(x), *self.measurement_size[1:]) if len(parts) > 1 else None
         for rows in parts:
@@ -238,7 +238,7 @@ class MRI(RowMaskedOperator):
 
     def _decode(self, y: Tensor, masked: bool) -> Tensor:
         image, kspace = self._factors(y)
-        weight = kspace * self._complex_mask if masked else self._plane(kspace)
+        weight = (kspace * self._complex_mask).to(kspace.dtype) if masked else self._plane(kspace)
         x = y.new_empty(len(y), *self.img_size[-2:])
         for rows in self._parts(y):
             self._combine(_weigh(y[rows], _rows(weight, rows), conjugate=True), _rows(image, rows), x[rows])

@@ -105,7 +105,7 @@ class StagedPrior(Prior):
         self.conditioning = anchor.conditioning
         self.anchor, self.below, self.sigma_n = anchor, below, float(sigma_n)
         self.shape, self.data_std = anchor.shape, anchor.data_std
-        self.sigma_min, self.sigma_max = 0.0, anchor.sigma_max
+        self.sigma_min, self.sigma_max = below.sigma_min, anchor.sigma_max
 
     def forward(self, x: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Each sample by the prior of its noise level; a batch on one side of sigma_n costs one network."""

@@ -26,6 +26,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -210,7 +211,10 @@ class ConsistencyStage:
         return (self.settings.weight * loss).index_add(0, quiet, direct.to(loss))
 
     def prior(self, average: nn.Module) -> Prior:
-        return StagedPrior(self.anchor, average, self.sigma_n).eval()  # type: ignore[arg-type]
+        below: Any = average
+        below.config = dataclasses.replace(below.config, sigma_min=self.sigma_min)
+        below.sigma_min = self.sigma_min
+        return StagedPrior(self.anchor, below, self.sigma_n).eval()  # type: ignore[arg-type]
 
     # -- chains, for the checkpoint ----------------------------------------------------------------------------------------------
 
