@@ -5,7 +5,7 @@
 One call is y = A x and then A^H y for the whole batch: float32 images, one mask of lines an image, coil maps shared. sigpy's `Sense` takes one image
 at a time, so it is called once an image, on numpy arrays of the same numbers. The bare FFTs are one forward and one inverse orthonormal
 transform of all coil images, without shifts, maps or mask: what no operator can save. The contenders take turns, in an order that turns as well,
-and what counts is CPU seconds of the process, so that a busy machine slows all of them alike. A ratio is that of the medians; its
+and what counts is CPU seconds of the process (with several threads, elapsed seconds), so that a busy machine slows all of them alike. A ratio is that of the medians; its
 spread is the range from the first to the third quartile of the ratios of neighbours. Before anything is timed, all operators must agree.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -69,24 +70,25 @@ def contenders(size: int, batch: int, coils: int) -> dict[str, Call]:
 
 
 def measure(calls: dict[str, Call], seconds: float, least: int) -> dict[str, list[float]]:
-    """CPU seconds of each call, round after round, until ``seconds`` are spent, but at least ``least`` rounds."""
+    """Seconds of each call, round after round, until ``seconds`` are spent, but at least ``least`` rounds."""
     spent: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     begun = time.perf_counter()
     rounds = -2  # the first two warm up
     while rounds < least or time.perf_counter() - begun < seconds:
         turn = rounds % len(names)
         for name in names[turn:] + names[:turn]:
-            start = time.process_time()
+            start = clock()
             calls[name]()
             if rounds >= 0:
-                spent[name].append(time.process_time() - start)
+                spent[name].append(clock() - start)
         rounds += 1
     return spent
 
 
 def summarise(spent: dict[str, list[float]]) -> dict:
-    """Minimum and median CPU seconds of each contender, and the ratios of ours to the others with their quartiles."""
+    """Minimum and median seconds of each contender, and the ratios of ours to the others with their quartiles."""
     seconds = {n: {"minimum": min(v), "median": statistics.median(v)} for n, v in spent.items()}
     ratios = {}
     for name in BASELINES:
@@ -131,8 +133,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each size and batch, at least")
     parser.add_argument("--out", type=Path, help="folder for mri_operator.json and mri_operator.md")
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads or os.cpu_count() or 1)
     report = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
         "versions": {n: version(n) for n in ("torch", "deepinv", "sigpy", "numpy")},
