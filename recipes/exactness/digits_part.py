@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from digit_scores import Scores, images
+from digit_scores import Scores, images, spread
 from methods import rows, train
 
 from ambient_sci.operators import Identity
@@ -52,5 +52,5 @@ class Part:
             return score(samples)
 
         found = rows(run, prior, level, settings, seed, scored)
-        floor = score(images("test10k")[0][: settings["samples"]])
+        floor = score(spread(settings["samples"]))
         return {"rows": found, "floor": floor, "training_seconds": round(seconds, 1)}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from digit_scores import Scores, images
+from digit_scores import Scores, images, spread
 from methods import configuration, draw, train
 from torch import Tensor
 from toys import reference, sliced_wasserstein, truth
@@ -86,7 +86,7 @@ class Part:
     def _floor(self, settings: dict[str, Any], seed: int, score: Any) -> dict[str, float]:
         """What as many draws of the truth score."""
         if self.digits:
-            return score(images("test10k")[0][: settings["samples"]])
+            return score(spread(settings["samples"]))
         return score(reference("mixture", settings["samples"], seed + 100))
 
     def _problem(self, size: int, settings: dict[str, Any], seed: int, folder: Path) -> tuple[Tensor, Any]:

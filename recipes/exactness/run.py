@@ -49,7 +49,7 @@ def main() -> None:
             "seconds": round(time.monotonic() - begun, 1),
         }
         write(out / f"{name}.json", cell)
-    print(table(out))
+    print(table(out, settings))
 
 
 def cells(
@@ -96,19 +96,20 @@ def load_part(name: str) -> Any:
     ).Part(name)
 
 
-def training_evaluations(run: str, size: int, settings: dict[str, Any]) -> float:
-    """Network evaluations, in images, that training takes: forward passes, with or without gradient."""
+def training_evaluations(row: str, size: int, settings: dict[str, Any]) -> float:
+    """Network evaluations, in images, that training for a row of the table takes at most: forward passes, with or without gradient."""
     batch, steps = settings["batch_size"], settings["steps"]
     consistency, em = settings["consistency"], settings["em"]
     pair = 1 + consistency["draws"] + sum(consistency["walk"]) / 2
-    if run == "staged":
+    if row == "staged":
         return batch * (steps + consistency["max_steps"] * pair)
-    if run == "joint":
+    if row == "joint":
         # The pair shares D_t where its walk has no steps, one time in (walk lengths).
         lengths = consistency["walk"][1] - consistency["walk"][0] + 1
         return batch * (steps + (steps - settings["joint"]["kick_in"]) * (pair - 1 / lengths))
-    if run == "em":
-        draws = em["laps"] * size * (2 * em.get("sampler_steps", 18) - 1)
+    if row == "em":
+        levels = em.get("sampler_steps", 18)
+        draws = em["laps"] * size * (levels if em.get("integrator") == "multistep" else 2 * levels - 1)
         return draws + batch * (em["first_steps"] + (em["laps"] - 1) * em["steps"])
     return batch * steps
 
@@ -127,13 +128,13 @@ def write(path: Path, value: dict[str, Any]) -> None:
     os.replace(part, path)
 
 
-def table(folder: Path) -> str:
+def table(folder: Path, settings: dict[str, Any]) -> str:
     """Every score of every row: mean (standard deviation over seeds), number of seeds."""
     found: dict[tuple, dict[str, list[float]]] = {}
     for path in sorted(folder.glob("*.json")):
         cell = read(path)
         for row, scores in cell["rows"].items():
-            scores = {**scores, "training_evaluations": cell.get("training_evaluations")}
+            scores = {**scores, "training_evaluations": training_evaluations(row, cell["size"], settings)}
             values = found.setdefault((cell["level"], cell["size"], row), {})
             for key, value in scores.items():
                 if isinstance(value, (int, float)):

@@ -120,10 +120,11 @@ def deepinv_moment_matching(problem: Problem, prior: Prior, steps: int) -> Tenso
     return (x + prior.sigma_min**2 * score).float()
 
 
-def deepinv_dps(problem: Problem, prior: Prior, steps: int) -> Tensor:
+def deepinv_dps(problem: Problem, prior: Prior, steps: int, guidance: str) -> Tensor:
     from deepinv.sampling import DPS
 
-    model = DPS(prior, num_steps=steps, minus_one_one=False, rng=torch.Generator().manual_seed(0))
+    rng = torch.Generator().manual_seed(0)
+    model = DPS(prior, num_steps=steps, guidance=guidance, minus_one_one=False, rng=rng)
     with torch.enable_grad():
         shape = tuple(problem.truth[problem.index].shape)
         return model(problem.chains_y, problem.chains_operator(), x_init=shape, seed=0).detach().float()
@@ -190,7 +191,8 @@ METHODS: dict[str, Callable[[Problem, Prior], Tensor]] = {
     "azula-mmps-32": lambda p, m: azula_mmps(p, m, 32),
     "deepinv-ddrm-100": deepinv_ddrm,
     "deepinv-diffpir-100": deepinv_diffpir,
-    "deepinv-dps-1000": lambda p, m: deepinv_dps(p, m, 1000),
+    "deepinv-dps-1000": lambda p, m: deepinv_dps(p, m, 1000, "norm"),
+    "deepinv-dps-1000-annealed": lambda p, m: deepinv_dps(p, m, 1000, "annealed"),
 }
 
 
