@@ -366,6 +366,33 @@ def test_derivatives(name, size):
     assert torch.allclose(pull(y)[0], operator.A_adjoint(y), atol=1e-12) and torch.equal(value, operator.A(x))
 
 
+@pytest.mark.parametrize("coils", [None, 2])
+def test_function_transforms_of_mri(coils):
+    """torch.func's Jacobians and vmap, whatever axis the batch is on, against column by column."""
+    maps = None if coils is None else coil_maps(coils, 5, 4)
+    operator = MRI((torch.arange(4) % 2).repeat(5, 1), maps)
+    x = normal(2, 5, 4)
+
+    def single(x):
+        return operator.A(x[None])[0]
+
+    columns = torch.stack([single(e) for e in torch.eye(40, dtype=torch.float64).reshape(40, 2, 5, 4)], -1)
+    for jacobian in (torch.func.jacrev(single)(x), torch.func.jacfwd(single)(x)):
+        assert torch.allclose(jacobian.flatten(-3), columns, atol=1e-12)
+    batches = normal(2, 5, 4, 3, seed=1)
+    expected = torch.stack([single(batches[..., k]) for k in range(3)])
+    assert torch.allclose(torch.func.vmap(single, in_dims=-1)(batches), expected, atol=1e-12)
+
+
+def test_mri_of_one_image_under_all_maps_and_of_none(monkeypatch):
+    monkeypatch.setattr("ambient_sci.operators.mri.PART_BYTES", 1)
+    operator = MRI(torch.ones(5, 4), coil_maps(2, 5, 4, batch=3))
+    x = normal(1, 2, 5, 4)
+    assert torch.equal(operator.transform(x), operator.transform(x.expand(3, -1, -1, -1)))
+    single = operator[0]
+    assert single.A(x[:0]).shape == (0, 2, 2, 5, 4) and single.A_adjoint_A(x[:0]).shape == (0, 2, 5, 4)
+
+
 # -- input that is refused ---------------------------------------------------------------------------------------------------
 
 

@@ -99,6 +99,17 @@ class _Linear(torch.autograd.Function):
         _, ctx.forward_map, ctx.adjoint_map = inputs
 
     @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        x: Tensor,
+        forward: Callable[..., Tensor],
+        adjoint: Callable[..., Tensor],
+    ) -> tuple[Tensor, int]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One after the other: products in place cannot be batched, and an operator may hold a mask for each sample."""
+        return torch.stack([_Linear.apply(one, forward, adjoint) for one in x.unbind(in_dims[0])]), 0
+
+    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return _Linear.apply(gradient.resolve_conj(), ctx.adjoint_map, ctx.forward_map), None, None
 
@@ -223,14 +234,14 @@ class MRI(RowMaskedOperator):
     def _parts(self, z: Tensor) -> list[slice]:
         """Samples of a batch to work on at a time."""
         size = self.coils * math.prod(self.img_size[-2:]) * z.element_size()
-        step = len(z) if z.device.type != "cpu" else max(1, PART_BYTES // size)
+        step = max(1, len(z) if z.device.type != "cpu" else PART_BYTES // size)
         return [slice(k, k + step) for k in range(0, len(z), step)]
 
     def _encode(self, x: Tensor, masked: bool) -> Tensor:
         image, kspace = self._factors(x)
         weight = (kspace * self._complex_mask).to(kspace.dtype) if masked else self._plane(kspace)
         parts = self._parts(x)
-        y = x.new_empty(len(x), *self.measurement_size[1:]) if len(parts) > 1 else None
+        y = x.new_empty(len(x), *self.measurement_size[1:]) if len(parts) != 1 else None
         for rows in parts:
             coil_images = torch.fft.fft2(_rows(image, rows) * self._plane(x[rows]), norm="ortho")
             _weigh(coil_images, _rows(weight, rows), coil_images if y is None else y[rows])
@@ -273,6 +284,10 @@ class MRI(RowMaskedOperator):
         """One of the maps above, between complex tensors, as real ones and with its derivative."""
         adjoint = {"encode": "decode", "decode": "encode", "encode_decode": "encode_decode"}[name]
         forward, backward = (partial(getattr(self, f"_{n}"), **options) for n in (name, adjoint))
+        if (
+            self._maps is not None and len(z) == 1
+        ):  # all samples' maps on one image; the parts of a batch are its own
+            z = z.expand(len(self._maps), *z.shape[1:])
         return to_channels(_Linear.apply(to_complex(z), forward, backward))
 
     def transform(self, x: Tensor) -> Tensor:
