@@ -59,11 +59,11 @@ class ShapedLikeInput:
         self.splits, self.average = splits, average
 
     def step(self, batch_size: int, input_mask: Tensor, **kwargs: Any) -> dict[str, Tensor]:
-        """Part of each mask of ``input_mask``, its samples split independently."""
-        flat = input_mask.reshape(len(input_mask), 1, *input_mask.shape[-2:])
+        """Part of each mask of ``input_mask``, its samples split independently; drawn on the CPU, wherever the masks are."""
+        flat = input_mask.cpu().reshape(len(input_mask), 1, *input_mask.shape[-2:])
         # One at a time: for a batch of one, deepinv would drop the batch axis.
         parts = [self.splits.batch_step(input_mask=mask) for mask in flat]
-        return {"mask": torch.stack(parts).reshape(input_mask.shape)}
+        return {"mask": torch.stack(parts).reshape(input_mask.shape).to(input_mask)}
 
 
 def splitting_loss(
@@ -162,7 +162,7 @@ class SplittingStage:
         # Batches, symmetries, network and initial weights are those of the Ambient stage; only the loss is another.
         self.batches = AmbientStage(source, config, accelerator)
         self.module, self.seed, self.alpha = self.batches.module, config.seed, alpha
-        self.generator = torch.Generator(accelerator.device).manual_seed(config.seed)
+        self.generator = torch.Generator().manual_seed(config.seed)
         self.noise_generator = torch.Generator(accelerator.device)
         further = make_design(
             design, image_shape=source.design.image_shape, acceleration=acceleration, acs=acs
