@@ -277,6 +277,20 @@ def test_the_initial_gaussian_of_kspace_that_is_dense_in_the_centre():
     assert fit.data_std == pytest.approx(exact.data_std, rel=0.03)
 
 
+@pytest.mark.parametrize("kind", ["masking", "mri"])
+def test_the_initial_gaussian_has_no_unit_of_its_own(kind):
+    """Data of a scanner that counts in units of 1e-6: the same Gaussian, in those units."""
+    y = torch.randn(16, 2, 8, 8, generator=rng(), dtype=torch.float64)
+    mask = (torch.rand(16, 1, 8, 8, generator=rng(1)) < 0.6).double()
+    operator = MRI(mask) if kind == "mri" else Masking(mask, img_size=(2, 8, 8))
+    large, small = (
+        fit_stationary(operator, unit * y * mask, 0.3 * unit, (2, 8, 8), iterations=1, generator=rng(2))
+        for unit in (1.0, 1e-6)
+    )
+    assert torch.allclose(1e-6 * large.mean, small.mean, rtol=1e-6, atol=0)
+    assert small.data_std == pytest.approx(1e-6 * large.data_std, rel=1e-6)
+
+
 def test_the_sampler_of_the_e_step_is_as_configured(monkeypatch):
     seen = []
 

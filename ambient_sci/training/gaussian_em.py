@@ -209,16 +209,18 @@ def _first_spectrum(operator: RowMaskedOperator, y: Tensor, sigma: Tensor, mean:
     count = mask.sum(0)
     level = sigma.to(y).reshape(-1, *([1] * (y.ndim - 1)))
     power = ((y.square() - level**2) * mask).sum(0)
+    # In units of the data: where noise is all there is, something has to be left to start from.
+    least = max(1e-6 * float((y.square() * mask).sum() / mask.sum()), torch.finfo(y.dtype).tiny)
     if operator.name != "mri":
         seen = count > 0
         flat = float((power[seen] / count[seen]).mean()) * y[0].numel() / mean.numel()
-        return max(flat - float(mean.square().mean()), 1e-6) * torch.ones_like(mean)
+        return max(flat - float(mean.square().mean()), least) * torch.ones_like(mean)
     if y.ndim == 5:  # coils add up, as sum_c |s_c|^2 = 1
         power, count = power.sum(1), count[:, 0]
     kernel = torch.ones(1, 1, 5, 5, dtype=y.dtype, device=y.device)
     near = torch.nn.functional.conv2d(torch.stack([power.sum(0), count.sum(0)])[:, None], kernel, padding=2)
     modes = torch.where(near[1, 0] > 0, near[0, 0] / near[1, 0].clamp(min=1), near.new_zeros(()))
-    modes = torch.fft.ifftshift(modes.clamp(min=1e-3 * float(modes.mean().clamp(min=1e-6))))
+    modes = torch.fft.ifftshift(modes.clamp(min=max(1e-3 * float(modes.mean()), least)))
     mirrored = modes.flip(0, 1).roll((1, 1), (0, 1))
     return ((modes + mirrored) / 2).expand(mean.shape).contiguous()
 
