@@ -226,6 +226,27 @@ def test_a_zero_right_hand_side_is_a_solution(solve):
     assert (solution.u[1] == 0).all() and solution.residual[1] == 0 and not solution.stopped[1]
 
 
+@SOLVERS
+def test_right_hand_sides_that_are_not_finite_are_no_solution(solve):
+    """Reported as such, left at zero, and of no effect on their neighbours."""
+    matrix, r = systems(3, 6)
+    alone = solve(product(matrix), r, tolerance=1e-8, max_iterations=20)
+    r = r.clone()
+    r[1, 2] = float("nan")
+    solution = solve(product(matrix), r, tolerance=1e-8, max_iterations=20)
+    assert solution.stopped.tolist() == [False, True, False] and solution.residual[1] == float("inf")
+    assert (solution.u[1] == 0).all()
+    assert torch.allclose(solution.u[::2], alone.u[::2]) and (solution.residual[::2] < 1e-8).all()
+
+
+def test_a_side_product_that_is_not_finite_stops_its_system():
+    factor = torch.tensor([[float("inf")], [2.0]])
+    solution = minimal_residual(lambda u: (2 * u, factor * u), torch.ones(2, 3))
+    assert solution.stopped.tolist() == [True, False]
+    assert solution.image is not None
+    assert torch.allclose(solution.image, torch.tensor([[0.0], [1.0]]).expand(2, 3), atol=1e-6)
+
+
 # -- result files ------------------------------------------------------------------------------------------------------------
 
 

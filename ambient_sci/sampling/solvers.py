@@ -3,7 +3,8 @@ r"""Krylov methods for a batch of systems, each watched by itself: K_b u_b = r_b
 K = sigma_y^2 I + A V A^H, with V = sigma_t^2 J and J the Jacobian of a *learned* denoiser, is close to symmetric positive definite but not
 exactly. Conjugate gradients then meet search directions of zero or negative curvature, and iterates that explode. `minimal_residual`
 asks nothing of K: each product is made orthogonal to the earlier ones and the step along it minimises ||K u - r||, which can only fall
-(generalised conjugate residuals, the same iterates as GMRES). It keeps all directions, so it is for few iterations.
+(generalised conjugate residuals; the iterates of GMRES, up to where a step gains nothing: there it ends). It keeps all directions, so it is
+for few iterations.
 `conjugate_gradient`, for K that are what they should be, keeps two. Either leaves a system that breaks down at the best iterate it had, and
 says what was reached.
 
@@ -33,7 +34,7 @@ class Solution:
 
     Attributes:
         u: best iterate of each system.
-        residual: ||K u - r|| / ||r|| of each system, (B,).
+        residual: ||K u - r|| / ||r|| of each system, (B,); infinite where r is not finite.
         iterations: applications of K.
         stopped: systems that broke down or lost progress before the tolerance was met, (B,) bool.
         image: L u, from `minimal_residual`.
@@ -72,11 +73,10 @@ def minimal_residual(
         tolerance: stop a system at ||K u - r|| <= tolerance ||r||.
         max_iterations: applications of K at most; as many directions are kept.
     """
-    u, residual = torch.zeros_like(r), r
-    square = start = _dot(r, r)
+    r, start, stopped = _finite(r)
+    u, residual, square = torch.zeros_like(r), r, start
     image: Tensor | None = None
-    active = start > 0
-    stopped = torch.zeros_like(active)
+    active = ~stopped & (start > 0)
     known: list[tuple[Tensor, Tensor, Tensor]] = []
     while len(known) < max_iterations and bool(active.any()):
         direction = residual
@@ -89,7 +89,7 @@ def minimal_residual(
             )
         norm = _dot(product, product)
         # What is left of the product is rounding: the system can do no better than it has.
-        sound = torch.isfinite(norm) & (norm > 1e-10 * length)
+        sound = torch.isfinite(norm) & (norm > 1e-10 * length) & torch.isfinite(side).flatten(1).all(1)
         stopped |= active & ~sound
         active &= sound
         scale = torch.where(active, norm, 1.0).rsqrt()
@@ -105,8 +105,7 @@ def minimal_residual(
         image = gain if image is None else image + gain
         square = _dot(residual, residual)
         active = active & (square > tolerance**2 * start)
-    relative = torch.where(start > 0, square / torch.where(start > 0, start, 1.0), 0.0).sqrt()
-    return Solution(u, relative, len(known), stopped, image)
+    return Solution(u, _relative(square, start), len(known), stopped, image)
 
 
 def conjugate_gradient(
@@ -126,11 +125,10 @@ def conjugate_gradient(
         max_iterations: applications of K at most.
         growth: a system whose residual norm exceeds this many times its best so far has lost progress and is stopped.
     """
+    r, start, stopped = _finite(r)
     u, residual, direction = torch.zeros_like(r), r.clone(), r.clone()
-    square = _dot(r, r)
-    start, best, best_u = square.clone(), square.clone(), u
-    active = square > 0
-    stopped = torch.zeros_like(active)
+    square, best, best_u = start.clone(), start.clone(), u
+    active = ~stopped & (square > 0)
     iterations = 0
     while iterations < max_iterations and bool(active.any()):
         product = apply(direction)
@@ -151,8 +149,20 @@ def conjugate_gradient(
         active &= ~lost & (new > tolerance**2 * start)
         direction = residual + per_sample(torch.where(active, new / square, 0.0), r) * direction
         square = torch.where(active, new, square)
-    relative = torch.where(start > 0, best / torch.where(start > 0, start, 1.0), 0.0).sqrt()
-    return Solution(best_u, relative, iterations, stopped)
+    return Solution(best_u, _relative(best, start), iterations, stopped)
+
+
+def _finite(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """r with systems that are not finite set to zero, |r|^2 (infinite for those), and which they are."""
+    start = _dot(r, r)
+    broken = ~torch.isfinite(start)
+    return torch.where(per_sample(broken, r), 0.0, r), torch.where(broken, float("inf"), start), broken
+
+
+def _relative(square: Tensor, start: Tensor) -> Tensor:
+    """sqrt(square / start); 0 for a right-hand side of zero, infinite for one that is not finite."""
+    solvable = torch.isfinite(start) & (start > 0)
+    return torch.where(solvable, square / torch.where(solvable, start, 1.0), start).sqrt()
 
 
 def _advance(x: Tensor, direction: Tensor, step: Tensor, active: Tensor) -> Tensor:
