@@ -210,3 +210,16 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     result.save(tmp_path / "R.h5", overwrite=True)
     with pytest.raises(InputError, match="the geometry is of 1 slices, got 2 images"):
         export_nifti(tmp_path / "R.h5", tmp_path / "other")
+    fits = {
+        "name": "a",
+        "slices": [0],
+        "first": 0,
+        "shape": [4, 4, 1],
+        "axis": 2,
+        "affine": np.eye(4).tolist(),
+    }
+    result.geometry = {"volumes": [fits, {**fits, "name": "b", "first": 1, "shape": [4, 5, 1]}]}
+    result.save(tmp_path / "R.h5", overwrite=True)
+    with pytest.raises(InputError, match=r"expected slices \(4, 5\) of b, got \(4, 4\)"):
+        export_nifti(tmp_path / "R.h5", tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -59,12 +59,18 @@ def volumes_of(
     """Descriptions of the volumes that images of ``shape`` (N, H, W) belong to: name, affine, shape, slice axis, slice numbers and
     first image.
 
-    Raises: InputError when the geometry is of another number of images.
+    Raises: InputError when the geometry is of another number of images, or of images of another size.
     """
     volumes = list((geometry or {}).get("volumes") or []) or _stacks(subjects, shape)
     known = sum(len(v["slices"]) for v in volumes)
     if known != shape[0]:
         raise InputError(f"NIfTI export: the geometry is of {known} slices, got {shape[0]} images")
+    for volume in volumes:
+        plane = [n for axis, n in enumerate(volume["shape"]) if axis != int(volume["axis"])]
+        if plane != list(shape[1:]):
+            raise InputError(
+                f"NIfTI export: expected slices {tuple(plane)} of {volume['name']}, got {tuple(shape[1:])}"
+            )
     return volumes
 
 
@@ -89,10 +95,6 @@ def fill_volume(planes: np.ndarray, description: Mapping[str, Any]) -> np.ndarra
     """One volume from its slices (n, H, W), or several on a further axis from (n, H, W, S); places without a slice are 0."""
     volume = np.zeros([*description["shape"], *planes.shape[3:]], planes.dtype)
     stack = np.moveaxis(volume, int(description["axis"]), 0)
-    if stack.shape[1:] != planes.shape[1:]:
-        raise InputError(
-            f"NIfTI export: expected slices {stack.shape[1:3]} of {description['name']}, got {planes.shape[1:3]}"
-        )
     stack[list(description["slices"])] = planes
     return volume
 
