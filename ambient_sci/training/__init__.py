@@ -10,7 +10,7 @@ _NAMES = {
     "EMConfig": "stage_configs",
     "ConsistencyStage": "consistency",
     "JointStage": "consistency",
-    "fit_em": "em",
+    "fit_em": "trainer",
     "em_report": "em",
     "LevelConfig": "config",
     "LossConfig": "config",
@@ -52,7 +52,7 @@ __all__ = [
 if TYPE_CHECKING:
     from ambient_sci.training.config import LevelConfig, LossConfig, TrainConfig
     from ambient_sci.training.consistency import ConsistencyStage, JointStage
-    from ambient_sci.training.em import em_report, fit_em
+    from ambient_sci.training.em import em_report
     from ambient_sci.training.errors import TrainingDiverged, TrainingInterrupted
     from ambient_sci.training.loop import Stage, run_stage
     from ambient_sci.training.report import Reporter
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from ambient_sci.training.source import open_source
     from ambient_sci.training.stage_configs import ConsistencyConfig, EMConfig
     from ambient_sci.training.stages import AmbientStage
-    from ambient_sci.training.trainer import fit, make_accelerator
+    from ambient_sci.training.trainer import fit, fit_em, make_accelerator
 
 
 def __getattr__(name: str) -> Any:

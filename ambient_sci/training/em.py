@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ambient_sci.data import MeasurementArrays
 from ambient_sci.errors import InputError
-from ambient_sci.operators import Identity, RowMaskedOperator
+from ambient_sci.operators import Identity
 from ambient_sci.priors import GaussianPrior, NetworkPrior, Prior, StationaryGaussianPrior, load_prior
 from ambient_sci.sampling import reconstruct
 from ambient_sci.training.config import TrainConfig
@@ -48,22 +48,6 @@ from ambient_sci.training.stages import AmbientStage, seeded
 
 # Streams of randomness, beside those of the other stages.
 _INITIAL, _E_STEP, _HELD_OUT = 20, 21, 22
-
-
-def fit_em(
-    measurements: str | os.PathLike[str] | tuple[RowMaskedOperator, Tensor, float | Tensor],
-    config: TrainConfig | None = None,
-    out: str | os.PathLike[str] | None = None,
-    **options: Any,
-) -> Prior:
-    """An unconditional prior from measurements of any kind; `fit` with ``config.em``, which this sets to its defaults if it is None.
-
-    Arguments and errors are those of `fit`; em.json in ``out`` has a report for each lap, see `em_report`.
-    """
-    from ambient_sci.training.trainer import fit
-
-    config = config or TrainConfig()
-    return fit(measurements, config if config.em else replace(config, em=EMConfig()), out, **options)
 
 
 def em_report(run: str | os.PathLike[str]) -> list[dict[str, Any]]:

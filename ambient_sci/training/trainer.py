@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ambient_sci.training.loop import run_stage
 from ambient_sci.training.report import Reporter
 from ambient_sci.training.run_folder import RunFolder
 from ambient_sci.training.source import open_source
+from ambient_sci.training.stage_configs import EMConfig
 from ambient_sci.training.stages import AmbientStage
 
 
@@ -90,6 +92,20 @@ def fit(
     finally:
         first.loader.close()
     return prior.eval()
+
+
+def fit_em(
+    measurements: str | os.PathLike[str] | tuple[RowMaskedOperator, Tensor, float | Tensor],
+    config: TrainConfig | None = None,
+    out: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Prior:
+    """An unconditional prior from measurements of any kind; `fit` with ``config.em``, which this sets to its defaults if it is None.
+
+    Arguments and errors are those of `fit`; em.json in ``out`` has a report for each lap, see `em_report`.
+    """
+    config = config or TrainConfig()
+    return fit(measurements, config if config.em else replace(config, em=EMConfig()), out, **options)
 
 
 def describe(reasons: dict[str, str], fingerprint: dict[str, Any], stage: AmbientStage) -> dict[str, Any]:
