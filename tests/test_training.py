@@ -106,6 +106,8 @@ def test_yaml_as_people_write_it(tmp_path):
         ({"loss": {"weighting": "x"}}, "loss.weighting"),
         ({"loss": {"held_out_weights": "x"}}, "loss.held_out_weights"),
         ({"loss": {"hold_out_calibration": 0}}, "loss.hold_out_calibration"),
+        ({"loss": {"hold_out_calibration": False, "keep": 1.0}}, "loss.keep: expected a value below 1"),
+        ({"loss": {"kind": "denoising", "tweedie": False}}, "loss.kind: expected ambient with tweedie"),
         ({"em": {"sampler_precision": "fp16"}}, "em.sampler_precision"),
         ({"loss": 3}, "loss"),
         ({"levels": {"kind": "uniform"}}, "levels.kind"),

@@ -92,6 +92,17 @@ class LossConfig:
         check_types(self, "loss.")
         require(0 < self.c_min <= 1, "loss.c_min", "a value in (0, 1]", self.c_min)
         require(self.keep is None or 0 < self.keep <= 1, "loss.keep", "a value in (0, 1]", self.keep)
+        if self.kind == "denoising":
+            idle = [
+                f.name
+                for f in dataclasses.fields(self)
+                if f.name != "kind" and getattr(self, f.name) != f.default
+            ]
+            require(not idle, "loss.kind", "ambient with " + " and ".join(idle), self.kind)
+        exact = self.held_out_weights == "exact" and self.hold_out_calibration
+        require(
+            exact or self.keep != 1, "loss.keep", "a value below 1 where ablations concern held-out rows", 1
+        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from digit_scores import Scores, images, spread
+from digit_scores import Scores, spread
 from methods import configuration, draw, train
 from torch import Tensor
 from toys import reference, sliced_wasserstein, truth
@@ -92,7 +92,7 @@ class Part:
     def _problem(self, size: int, settings: dict[str, Any], seed: int, folder: Path) -> tuple[Tensor, Any]:
         """Clean images, and what scores samples."""
         if self.digits:
-            return images("test10k")[0][:size], Scores(folder)
+            return spread(size), Scores(folder)
         held_out = reference("mixture", settings["samples"], seed)
         clean = truth("mixture").sample(size, torch.Generator().manual_seed(2000 + seed)).float()
         return clean, lambda samples: {"sliced_w2": sliced_wasserstein(samples.cpu(), held_out)}

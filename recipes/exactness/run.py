@@ -97,7 +97,10 @@ def load_part(name: str) -> Any:
 
 
 def training_evaluations(row: str, size: int, settings: dict[str, Any]) -> float:
-    """Network evaluations, in images, that training for a row of the table takes at most: forward passes, with or without gradient."""
+    """Network evaluations, in images, that training for a row of the table takes at most.
+
+    A forward pass is one, with or without gradient, and so is a Jacobian product in an E-step of EM.
+    """
     batch, steps = settings["batch_size"], settings["steps"]
     consistency, em = settings["consistency"], settings["em"]
     pair = 1 + consistency["draws"] + sum(consistency["walk"]) / 2
@@ -109,7 +112,8 @@ def training_evaluations(row: str, size: int, settings: dict[str, Any]) -> float
         return batch * (steps + (steps - settings["joint"]["kick_in"]) * (pair - 1 / lengths))
     if row == "em":
         levels = em.get("sampler_steps", 18)
-        draws = em["laps"] * size * (levels if em.get("integrator") == "multistep" else 2 * levels - 1)
+        calls = levels if em.get("integrator") == "multistep" else 2 * levels - 1
+        draws = em["laps"] * size * calls * (1 + em.get("max_iterations", 5))
         return draws + batch * (em["first_steps"] + (em["laps"] - 1) * em["steps"])
     return batch * steps
 

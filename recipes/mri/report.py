@@ -22,6 +22,9 @@ LEVEL = "80"
 def write_report(out: Path, profile: dict[str, Any]) -> str:
     """Write table.md and the figures into ``out``; return the table."""
     cells = [json.loads(p.read_text()) for p in sorted((out / "cells").glob("*.json"))]
+    # Cells of an earlier configuration stay on disk and out of the table.
+    known = [None, *profile["priors"]]
+    cells = [c for c in cells if c["prior"] in known and c["R_test"] in profile["test"]]
     ablations = [json.loads(p.read_text()) for p in sorted((out / "ablations").glob("*.json"))]
     parts = [table(cells, profile)] if cells else []
     parts += [differences(cells)] if cells else []

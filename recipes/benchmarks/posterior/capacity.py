@@ -125,6 +125,10 @@ def main() -> None:
             )
             os.replace(part, path)
         results.append(json.loads(path.read_text()))
+        if k > 0 and results[-1]["samples"] != args.samples:
+            parser.error(
+                f"{path}: expected {args.samples} samples, found {results[-1]['samples']}; give another --out"
+            )
         if sum(r["solves"] for r in results) >= args.solves:
             break
     print(table(results))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -184,6 +185,7 @@ METHODS: dict[str, Callable[[Problem, Prior], Tensor]] = {
     "ours-mmps": ours,
     "ours-mmps-bf16": lambda p, m: ours(p, m, precision="auto"),
     "ours-mmps-28": lambda p, m: ours(p, m, steps=28),
+    "ours-mmps-mean": lambda p, m: ours(p, m, final="mean"),
     "ours-pigdm": lambda p, m: ours(p, m, "pigdm"),
     "deepinv-moment-matching-10": lambda p, m: deepinv_moment_matching(p, m, 10),
     "deepinv-moment-matching-20": lambda p, m: deepinv_moment_matching(p, m, 20),
@@ -254,16 +256,20 @@ def main() -> None:
     ) in prior.parameters():  # nobody needs gradients of weights; without this the peers would compute them
         parameter.requires_grad_(False)
     problem = Problem(args.folder, args.slices, args.samples)
+    settings = {"samples": args.samples, "slices": problem.rows, "threads": torch.get_num_threads()}
+    machine = f"{os.cpu_count()} {platform.machine()} cores"
     results = []
     for name in args.methods:
         path = args.out / f"{name}.json"
         if args.overwrite or not path.exists():
             result = measure(name, problem, prior)
-            settings = {"samples": args.samples, "slices": problem.rows, "threads": torch.get_num_threads()}
             part = path.with_suffix(".part")
-            part.write_text(json.dumps({**result, **settings}, indent=2) + "\n")
+            part.write_text(json.dumps({**result, **settings, "machine": machine}, indent=2) + "\n")
             os.replace(part, path)
         results.append(json.loads(path.read_text()))
+        found = {key: results[-1][key] for key in settings}
+        if found != settings:
+            parser.error(f"{path}: expected {settings}, found {found}; give another --out or --overwrite")
         print(f"{name}: {results[-1]['seconds']:.1f} s", flush=True)
     print("\n" + table(results))
 
