@@ -1,6 +1,6 @@
 """Is the clean distribution recovered from noisy data alone? One command, one table.
 
-    python recipes/exactness/run.py --part ring [--profile two-core|gpu] [--seeds 0 1 2] [--runs clean staged …] [--out runs/exactness]
+    python recipes/exactness/run.py --part ring [--profile two-core|gpu] [--seeds 0 1 2] [--levels .1] [--runs clean staged …] [--out runs/exactness]
 
 Every cell (part, run, noise, size, seed) is written to its own JSON file when it is done; a cell that is there is not run again, and one
 that was interrupted continues from its checkpoint. The table at the end is over all cells there are.
@@ -36,6 +36,8 @@ def main() -> None:
     runs = arguments.runs or part.RUNS
     seeds = settings["seeds"] if arguments.seeds is None else arguments.seeds
     for level, size, seed, run in cells(part, settings, sizes, seeds, runs):
+        if arguments.levels is not None and level not in arguments.levels:
+            continue
         name = f"{run}-{level:g}-n{size}-s{seed}"
         if arguments.table_only or (out / f"{name}.json").exists():
             continue
@@ -73,6 +75,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--profile", default="two-core", choices=["two-core", "gpu"])
     parser.add_argument("--runs", nargs="+", help="only these runs (default: all of the part)")
+    parser.add_argument(
+        "--levels", nargs="+", type=float, help="only these noise levels or fractions missing; 0: clean"
+    )
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument(
         "--curve", action="store_true", help="staged consistency for further sizes of the data, too"
