@@ -6,10 +6,10 @@
 fastMRI (Zbontar et al., 2018) is to be had from https://fastmri.med.nyu.edu under its own data use agreement; nothing is downloaded here. DOWNLOAD is a
 folder, searched with everything below it, or single .h5 files. Each volume is
 
-1. selected: its ``acquisition`` is one of --contrasts, it is fully sampled, and its field of view and coils reach --size and --coils; slices
-   at both ends are left out (--drop-first, --drop-last: towards the ends of a head there is little of it);
-2. cropped to --size about the centre in the image domain, readout first. The transform is orthonormal, so noise stays white. Columns beyond
-   those that were acquired (zero padding) stay unmeasured;
+1. selected: its ``acquisition`` is one of --contrasts, it is fully sampled, and its field of view and coils reach --size and --coils, no column
+   is zero padding; slices at both ends are left out (--drop-first, --drop-last: towards the ends of a head there is little of it);
+2. cropped to --size about the centre in the image domain, readout first. The transform is orthonormal, so noise stays white. With
+   --keep-padded, columns beyond those that were acquired stay unmeasured;
 3. whitened with the corners of k-space, its coils compressed to --coils, scaled, its coil maps estimated with ESPIRiT, as `ambient-sci import` does.
 
 Out come train.h5 and test.h5 (measurements, still fully sampled: masks are drawn later, by recipes/mri or `MeasurementFile`'s users), and
@@ -49,6 +49,7 @@ class Selection:
     coils: int = 4
     drop_first: int = 0
     drop_last: int = 2
+    keep_padded: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def select(path: Path, wanted: Selection) -> Volume | str:
                     f"{path}: expected a fastMRI file with 'kspace', got {sorted(file)[:6] or 'an empty file'}"
                 )
             shape, masked = kspace.shape, "mask" in file
+            padded = len(shape) in (3, 4) and not kspace[shape[0] // 2].reshape(-1, shape[-1]).any(0).all()
             about = {k: _text(file.attrs.get(k, "")) for k in ("acquisition", "patient_id")}
     except OSError as error:
         raise InputError(f"{path}: not an HDF5 file, or truncated ({' '.join(str(error).split())})") from None
@@ -95,6 +97,8 @@ def select(path: Path, wanted: Selection) -> Volume | str:
         return f"smaller than {wanted.size[0]} x {wanted.size[1]}"
     if len(shape) == 4 and shape[1] < wanted.coils:
         return f"of fewer than {wanted.coils} coils"
+    if padded and not wanted.keep_padded:
+        return "zero-padded: with columns that were never acquired (--keep-padded takes them)"
     if shape[0] <= wanted.drop_first + wanted.drop_last:
         return f"of {wanted.drop_first + wanted.drop_last} slices or fewer"
     return Volume(path, about["patient_id"] or path.stem, _published_part(path))
@@ -185,6 +189,7 @@ def main(
     coils: int = Selection.coils,
     drop_first: int = Selection.drop_first,
     drop_last: int = Selection.drop_last,
+    keep_padded: bool = False,
     volumes: int | None = None,
     test_fraction: float = 0.1,
     seed: int = 0,
@@ -200,12 +205,14 @@ def main(
         coils: virtual coils of multi-coil scans.
         drop_first: slices left out at the beginning of a volume.
         drop_last: slices left out at its end.
+        keep_padded: also take volumes with columns that were never acquired. They stay unmeasured: good for reconstruction, but nothing could
+            supervise them in training, and recipes/mri refuses them.
         volumes: take at most so many volumes for training, and for testing.
         test_fraction: of the people, where the folders do not say who is who.
         seed: of that draw.
         overwrite: replace files that exist.
     """
-    wanted = Selection(contrasts, size, coils, drop_first, drop_last)
+    wanted = Selection(contrasts, size, coils, drop_first, drop_last, keep_padded)
     if min(size) < 1 or coils < 1 or min(drop_first, drop_last) < 0 or not 0 < test_fraction < 1:
         raise InputError("expected size and coils >= 1, dropped slices >= 0, a test fraction between 0 and 1")
     files = {part: (out / f"{part}.h5", out / f"{part}_reference.h5") for part in ("train", "test")}

@@ -158,6 +158,16 @@ def test_columns_that_were_not_acquired_stay_unmeasured() -> None:
         fastmri.crop(RawScan(kspace, "a", "a"), fastmri.Selection(size=SIZE, drop_last=0))
 
 
+def test_padded_volumes_are_left_out_unless_asked_for(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.h5")
+    assert isinstance(fastmri.select(path, fastmri.Selection(size=SIZE)), fastmri.Volume)
+    with h5py.File(path, "r+") as file:
+        file["kspace"][..., :3] = 0
+    assert "zero-padded" in fastmri.select(path, fastmri.Selection(size=SIZE))
+    kept = fastmri.select(path, fastmri.Selection(size=SIZE, keep_padded=True))
+    assert isinstance(kept, fastmri.Volume)
+
+
 def test_single_coil_knees(tmp_path: Path) -> None:
     for name in ("a", "b"):
         one = fft2(pad(np.abs(objects()).sum(1), (TALL, WIDE))) + NOISE * complex_noise(SLICES, TALL, WIDE)
