@@ -131,20 +131,24 @@ def _iterate(
     num, size = len(rows), len(mean)
     covered = transform @ cov @ transform.mT
     shifts, precision, likelihood = [], torch.zeros_like(covered), 0.0
-    identity = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
-    for part in torch.arange(num, device=rows.device).split(max(_CHUNK_ENTRIES // rows.shape[1] ** 2, 1)):
-        m = mask[part]
-        # Rows that were not measured get unit variance and residual zero: they change neither solution nor likelihood.
-        system = m[:, :, None] * covered * m[:, None, :] + torch.diag_embed(variance[part, None] * m + 1 - m)
+    largest = int(mask.sum(1).max())
+    identity = torch.eye(largest, dtype=rows.dtype, device=rows.device)
+    for part in torch.arange(num, device=rows.device).split(max(_CHUNK_ENTRIES // largest**2, 1)):
+        # The measured rows of each sample, first; a system costs the cube of their number. Samples with fewer are filled up with rows
+        # of unit variance and residual zero, which change neither solution nor likelihood.
+        chosen = mask[part].argsort(dim=1, descending=True, stable=True)[:, :largest]
+        m, noise = mask[part].gather(1, chosen), variance[part, None]
+        pairs = (chosen[:, :, None].expand(-1, -1, largest), chosen[:, None, :].expand(-1, largest, -1))
+        system = m[:, :, None] * covered[pairs] * m[:, None, :] + torch.diag_embed(noise * m + 1 - m)
         factor = torch.linalg.cholesky(system)
-        residual = m * (rows[part] - transform @ mean)
+        residual = m * (rows[part] - transform @ mean).gather(1, chosen)
         inverse = torch.cholesky_solve(identity.expand_as(factor), factor) * m[:, :, None] * m[:, None, :]
         solved = (inverse @ residual[..., None])[..., 0]
         log_det = 2 * factor.diagonal(dim1=1, dim2=2).log().sum()
         constant = math.log(2 * math.pi) * m.sum()
         likelihood -= 0.5 * float((residual * solved).sum() + log_det + constant)
-        precision = precision + inverse.sum(0)
-        shifts.append(solved @ transform)
+        precision.index_put_(pairs, inverse, accumulate=True)
+        shifts.append(torch.zeros_like(rows[part]).scatter(1, chosen, solved) @ transform)
     moved = torch.cat(shifts) @ cov  # E[x | y_i] - mu
     left = cov - cov @ (transform.mT @ (precision / num) @ transform) @ cov
     step = moved.mean(0)
