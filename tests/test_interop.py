@@ -148,5 +148,6 @@ def test_our_operators_in_deepinv_least_squares():
     prior = stationary_prior(8)
     operator = gaussian_problem("mri", batch=1).operator
     x = prior.sample(1, generator())
-    assert operator.adjointness_test(x.float()).abs() < 1e-4
+    # Relative to an inner product with noise from the global generator, which may be near zero: double precision leaves room for that.
+    assert operator.adjointness_test(x).abs() < 1e-8
     assert torch.allclose(operator.A_dagger(operator.A(x)), operator.A_adjoint_A(x), atol=1e-6)
