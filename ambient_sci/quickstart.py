@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ambient_sci.errors import InputError
+from ambient_sci.whole_files import write_json
 
 
 @dataclass(frozen=True)
@@ -263,10 +264,3 @@ def std_over_error(result: Any, truth: Any, subjects: list[str]) -> dict[str, An
         "people": people,
         "pooled": ratio(list(range(len(subjects)))),
     }
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, path)

@@ -9,7 +9,6 @@ Everything is computed before anything is written.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from ambient_sci.evaluation.distances import distribution_distances
 from ambient_sci.evaluation.metrics import format_table, reconstruction_table
 from ambient_sci.priors import Prior
 from ambient_sci.sampling import POINT_ESTIMATES, Reconstruction, reconstruct
+from ambient_sci.whole_files import write_json
 
 ROWS_SHOWN = 4
 FOUND_BY_DEFAULT = ("sampler", "steps", "sigma_min", "sigma_max")
@@ -105,7 +105,7 @@ def evaluate(
     report["figures"] = [str(folder / name) for name, _ in drawn]
     for stale in set(names[1:]) - {name for name, _ in drawn}:  # of an earlier evaluation of something else
         (folder / stale).unlink(missing_ok=True)
-    _write(folder / "report.json", report)
+    write_json(folder / "report.json", report)
     return report
 
 
@@ -274,13 +274,3 @@ def _distance_lines(distances: dict[str, Any]) -> list[str]:
         value, other = (v["mean"] if isinstance(v, dict) else v for v in (value, other))
         lines.append(f"  {name.replace('_', ' '):20s} {value:.4g} ({other:.4g})")
     return lines
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from ambient_sci.errors import InputError
 from ambient_sci.priors.config import NetworkConfig
 from ambient_sci.training.settings import check_types, parse_dataclass, require
 from ambient_sci.training.stage_configs import ConsistencyConfig, EMConfig
+from ambient_sci.whole_files import write_text
 
 AUGMENTATIONS = ("flip-horizontal", "flip-vertical", "transpose", "phase", "gain")
 DEFAULT_STEPS = 20_000
@@ -234,9 +235,7 @@ class TrainConfig:
             text = yaml.safe_dump(self.to_dict(), sort_keys=False)
         else:
             text = json.dumps(self.to_dict(), indent=2) + "\n"
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        part.write_text(text)
-        os.replace(part, path)
+        write_text(path, text)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> TrainConfig:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ambient_sci.errors import InputError
 from ambient_sci.training.config import TrainConfig, differences
+from ambient_sci.whole_files import write_json, write_text
 
 #: Settings that do not change what is learned; a run may be continued with others.
 FREE_ON_RESUME = (
@@ -157,20 +158,15 @@ class RunFolder:
                 continue
             if line["stage"] != stage or line["step"] <= step:
                 kept.append(text + "\n")
-        self._replace("log.jsonl", "".join(kept))
+        write_text(self.path / "log.jsonl", "".join(kept))
 
     # -- whole files -----------------------------------------------------------------------------------------------------------
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        self._replace(name, json.dumps(value, indent=2) + "\n")
+        write_json(self.path / name, value)
 
     def read_json(self, name: str) -> dict[str, Any]:
         try:
             return json.loads((self.path / name).read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise InputError(f"{self.path / name}: expected the description of a run, got {error}") from None
-
-    def _replace(self, name: str, text: str) -> None:
-        part = self.path / f".{name}.{os.getpid()}.part"
-        part.write_text(text)
-        os.replace(part, self.path / name)

@@ -7,19 +7,18 @@ clean               a prior trained on the images themselves
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from digit_scores import Scores, spread
-from methods import configuration, draw, train
+from methods import draw, train
 from torch import Tensor
 from toys import reference, sliced_wasserstein, truth
 
 from ambient_sci.operators import Identity, Independent, Masking
 from ambient_sci.sampling import generate_fixed_mask
-from ambient_sci.training import LossConfig, em_report, fit
+from ambient_sci.training import em_report
 
 NOISE = 0.05
 
@@ -61,15 +60,10 @@ class Part:
         design = Independent(shape, "pixels", 1 - level)
         operator = Masking(design.sample(size, generator), img_size=shape, design=design)
         y = operator.A(clean) + NOISE * torch.randn(clean.shape, generator=generator) * operator.mask
+        prior, _ = train((operator, y, NOISE), run, settings, seed, folder, device)
         if run == "em":
-            prior, _ = train((operator, y, NOISE), run, settings, seed, folder, device)
             samples, _ = draw(prior, settings["samples"], settings["sigma_min"], settings, seed)
             return {"rows": {"em": score(samples)}, "laps": em_report(folder)}
-        config = replace(
-            configuration("clean", {**settings, "clean_levels": "log-uniform"}, seed, device),
-            loss=LossConfig(keep=settings["keep"], c_min=0.02),
-        )
-        prior = fit((operator, y, NOISE), config, folder, resume=(folder / "config.json").exists())
         samples = generate_fixed_mask(
             prior,
             operator.split(keep=settings["keep"], generator=generator).kept.to(

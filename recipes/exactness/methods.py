@@ -53,6 +53,9 @@ def configuration(run: str, settings: dict[str, Any], seed: int, device: str) ->
     if run in ("clean", "noisy"):
         loss = LossConfig(kind="denoising")
         return replace(base, loss=loss, levels=replace(base.levels, kind=settings["clean_levels"]))
+    if run == "mask-conditional":
+        loss = replace(base.loss, keep=settings["keep"])
+        return replace(base, loss=loss, levels=replace(base.levels, kind="log-uniform"))
     if run == "staged":
         return replace(base, consistency=consistency)
     if run == "joint":

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import yaml
 
+from ambient_sci.whole_files import write_json
+
 HERE = Path(__file__).parent
 
 
@@ -50,7 +52,7 @@ def main() -> None:
             "machine": machine(),
             "seconds": round(time.monotonic() - begun, 1),
         }
-        write(out / f"{name}.json", cell)
+        write_json(out / f"{name}.json", cell)
     print(table(out, settings))
 
 
@@ -128,13 +130,6 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{os.cpu_count()} {platform.machine()} cores, {torch.get_num_threads()} threads"
-
-
-def write(path: Path, value: dict[str, Any]) -> None:
-    """JSON, whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(part, path)
 
 
 def table(folder: Path, settings: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ ssdu, robust     rows missing: deepinv's losses (`ssdu`), a network that reconst
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +37,7 @@ from ambient_sci.training import (
     open_source,
     run_stage,
 )
+from ambient_sci.whole_files import write_json
 
 KINDS = ("clean", "noisy", "em", "k-space", "ssdu", "robust")
 #: Keeps the random streams of the members of a model of several accelerations apart.
@@ -147,9 +147,7 @@ def train(name: str, profile: dict[str, Any], scans: Scans, folder: Path, device
     note: dict[str, Any] = {"entry": entry, "seconds": round(time.monotonic() - begun, 1), "resumed": resumed}
     if config.em is not None:
         note["laps"] = [{k: r[k] for k in ("lap", "crps", "seconds")} for r in em_report(run)]
-    part = done.with_suffix(".part")
-    part.write_text(json.dumps(note, indent=1) + "\n")
-    part.replace(done)
+    write_json(done, note)
     return prior
 
 

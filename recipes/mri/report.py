@@ -15,6 +15,7 @@ from scans import Scans
 
 from ambient_sci.evaluation import reconstruction_figure
 from ambient_sci.sampling import ResultFile
+from ambient_sci.whole_files import write_text
 
 LEVEL = "80"
 
@@ -30,9 +31,7 @@ def write_report(out: Path, profile: dict[str, Any]) -> str:
     parts += [differences(cells)] if cells else []
     parts += [ablation_table(ablations)] if ablations else []
     text = "\n\n".join(p for p in parts if p) or "no cells yet"
-    path = out / ".table.md.part"
-    path.write_text(text + "\n")
-    path.replace(out / "table.md")
+    write_text(out / "table.md", text + "\n")
     if cells:
         psnr_figure(out / "psnr.png", cells, profile)
         for r in profile["test"]:

@@ -9,7 +9,6 @@ twice, the command shares the work: each process takes the next prior (with its 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -31,6 +30,7 @@ from report import write_report  # noqa: E402
 from scans import Scans, locked  # noqa: E402
 
 from ambient_sci.errors import InputError  # noqa: E402
+from ambient_sci.whole_files import write_json  # noqa: E402
 
 #: A piece of work of one process: a name, files that are its result, and what makes those that are missing.
 Job = tuple[str, list[Path], Callable[[], None]]
@@ -136,7 +136,7 @@ def _cells_job(
             say(cell.name)
             begun = time.monotonic()
             found = run_cell(cell, prior, profile, scans.test(cell.acceleration), out / "cells", device)
-            write(path, {**found, "machine": machine(), "seconds": round(time.monotonic() - begun, 1)})
+            write_json(path, {**found, "machine": machine(), "seconds": round(time.monotonic() - begun, 1)})
 
     return job
 
@@ -147,7 +147,7 @@ def _ablation_job(
     def job() -> None:
         begun = time.monotonic()
         found = run_ablation(arm, seed, profile, path.parent, device)
-        write(path, {**found, "machine": machine(), "seconds": round(time.monotonic() - begun, 1)})
+        write_json(path, {**found, "machine": machine(), "seconds": round(time.monotonic() - begun, 1)})
 
     return job
 
@@ -177,13 +177,6 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{os.cpu_count()} {platform.machine()} cores, {torch.get_num_threads()} threads"
-
-
-def write(path: Path, value: dict[str, Any]) -> None:
-    """JSON, whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

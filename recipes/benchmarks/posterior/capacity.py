@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from ambient_sci.data import brains
 from ambient_sci.data.simulate import smooth_phase, with_phase
 from ambient_sci.operators import MRI, birdcage_maps, make_design
 from ambient_sci.priors import Prior
+from ambient_sci.whole_files import write_json
 
 SLICES, SAMPLES = 16, 16
 SETTINGS = {"steps": 16, "max_iterations": 3, "sigma_max": 10.0}
@@ -56,15 +56,13 @@ def measurements(
     return operator, clean + noise * operator.mask, truth
 
 
-def measure(
-    prior: Prior, problem: tuple[float, int, float], seed: int, samples: int, steps: int
-) -> dict[str, Any]:
+def measure(prior: Prior, problem: tuple[float, int, float], seed: int, samples: int) -> dict[str, Any]:
     """Sample one problem; counts, seconds, and whether everything is finite."""
     acceleration, coils, sigma_y = problem
     operator, y, truth = measurements(acceleration, coils, sigma_y, seed)
     generator = torch.Generator().manual_seed(seed)
     begun, busy = time.perf_counter(), time.process_time()
-    options = {**SETTINGS, "steps": steps, "precision": "auto"}
+    options = {**SETTINGS, "precision": "auto"}
     result = asci.reconstruct(
         prior, operator, y, sigma_y, samples=samples, generator=generator, progress=True, **options
     )
@@ -119,11 +117,7 @@ def main() -> None:
         path = args.out / f"{k:03d}.json"
         if not path.exists():
             samples = SAMPLES if k == 0 else args.samples
-            part = path.with_suffix(".part")
-            part.write_text(
-                json.dumps(measure(prior, problem, k, samples, SETTINGS["steps"]), indent=1) + "\n"
-            )
-            os.replace(part, path)
+            write_json(path, measure(prior, problem, k, samples))
         results.append(json.loads(path.read_text()))
         if k > 0 and results[-1]["samples"] != args.samples:
             parser.error(

@@ -29,6 +29,7 @@ from ambient_sci.evaluation import psnr
 from ambient_sci.evaluation.calibration import with_truth
 from ambient_sci.operators import MRI
 from ambient_sci.priors import Prior
+from ambient_sci.whole_files import write_json
 
 HIGHEST = 10.0
 
@@ -263,9 +264,7 @@ def main() -> None:
         path = args.out / f"{name}.json"
         if args.overwrite or not path.exists():
             result = measure(name, problem, prior)
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps({**result, **settings, "machine": machine}, indent=2) + "\n")
-            os.replace(part, path)
+            write_json(path, {**result, **settings, "machine": machine})
         results.append(json.loads(path.read_text()))
         found = {key: results[-1][key] for key in settings}
         if found != settings:
