@@ -20,6 +20,9 @@ from typing import Any
 from ambient_sci.errors import InputError
 from ambient_sci.whole_files import write_json
 
+#: What ``--pretrained`` loads; its card is in ``ambient_sci/priors/assets``.
+PRETRAINED = "pretrained:brain64"
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -53,6 +56,7 @@ def run(
     seed: int = 0,
     overwrite: bool = False,
     resume: bool = False,
+    pretrained: bool = False,
     device: str = "auto",
     settings: Settings | None = None,
 ) -> dict[str, Any]:
@@ -64,6 +68,7 @@ def run(
         seed: decides phases, noise, masks, initial weights and samples.
         overwrite: start anew in a folder that is not empty.
         resume: continue an interrupted training.
+        pretrained: train nothing and take the prior that ships with the library (`PRETRAINED`); the folder then has no training scans.
         device: "auto", "cpu" or "cuda".
 
     Raises:
@@ -77,9 +82,12 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     clock = _Clock()
     if not (resume and (out / "run").exists()):
-        make_scans(out, settings, seed, overwrite or resume)
+        make_scans(out, settings, seed, overwrite or resume, train=not pretrained)
         clock.lap("simulate")
-    prior = train(out, settings, seed, resume and (out / "run").exists(), overwrite, device)
+    if pretrained:
+        prior = shipped(device)
+    else:
+        prior = train(out, settings, seed, resume and (out / "run").exists(), overwrite, device)
     clock.lap("train")
     estimates, baselines = reconstruct_classically(out)
     clock.lap("baselines")
@@ -88,6 +96,7 @@ def run(
     report = {
         "settings": asdict(settings),
         "seed": seed,
+        "prior": PRETRAINED if pretrained else "run",
         "seconds": clock.laps,
         "baselines": baselines,
         **report,
@@ -113,8 +122,8 @@ class _Clock:
         return time.monotonic() - self.start
 
 
-def make_scans(out: Path, settings: Settings, seed: int, overwrite: bool) -> None:
-    """Steps 1 and 3: training scans of one person, test scans of three others."""
+def make_scans(out: Path, settings: Settings, seed: int, overwrite: bool, *, train: bool = True) -> None:
+    """Steps 1 and 3: training scans of one person (unless ``train`` is false), test scans of three others."""
     import numpy as np
 
     from ambient_sci.data import brains, simulate, write_images
@@ -134,6 +143,8 @@ def make_scans(out: Path, settings: Settings, seed: int, overwrite: bool) -> Non
         ("test", images[chosen], [subjects[i] for i in chosen], {"acceleration": settings.acceleration})
     )
     for k, (name, images, subjects, options) in enumerate(parts):
+        if name == "train" and not train:
+            continue
         write_images(magnitudes, images=images, subjects=subjects, overwrite=True)
         simulate(
             magnitudes,
@@ -145,6 +156,16 @@ def make_scans(out: Path, settings: Settings, seed: int, overwrite: bool) -> Non
             **options,
         )
     os.unlink(magnitudes)
+
+
+def shipped(device: str) -> Any:
+    """The prior of ``--pretrained``."""
+    import torch
+
+    from ambient_sci.priors import load_prior
+
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    return load_prior(PRETRAINED, "cuda" if cuda else "cpu")
 
 
 def train(out: Path, settings: Settings, seed: int, resume: bool, overwrite: bool, device: str) -> Any:

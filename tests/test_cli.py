@@ -278,7 +278,10 @@ def test_quickstart_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_p
     given: dict = {}
     monkeypatch.setattr("ambient_sci.quickstart.run", lambda out, **options: given.update(out=out, **options))
     run("quickstart", "--out", tmp_path, "--seed", 3, "--overwrite", "--device", "cpu")
-    assert given == {"out": tmp_path, "seed": 3, "overwrite": True, "resume": False, "device": "cpu"}
+    expected = {"seed": 3, "overwrite": True, "resume": False, "pretrained": False, "device": "cpu"}
+    assert given == {"out": tmp_path, **expected}
+    run("quickstart", "--out", tmp_path, "--pretrained")
+    assert given["pretrained"]
 
 
 # -- signals -----------------------------------------------------------------------------------------------------------------

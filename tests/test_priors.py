@@ -25,8 +25,9 @@ from closed_forms import NETWORK_SHAPE as SHAPE
 from torch import Tensor
 
 from ambient_sci.errors import ConditioningError, InputError
+from ambient_sci.losses import estimate
 from ambient_sci.noise import prediction_from_sample, vp_to_ve
-from ambient_sci.operators import MRI
+from ambient_sci.operators import MRI, Masking
 from ambient_sci.priors import (
     ConditionalMean,
     DeepinvPrior,
@@ -188,21 +189,36 @@ def test_preconditioning(fraction):
     mask = torch.ones(1, 1, 8, 8)
     mask[:, :, : int(8 * (1 - fraction))] = 0
     x = normal(3, *SHAPE).float()
-    out = prior(x, sigma, mask if fraction < 1 else None)
+    out = prior(x, sigma, mask, lambda u: mask * u) if fraction < 1 else prior(x, sigma)
     s = sigma.reshape(-1, 1, 1, 1)
     skip = d**2 / (d**2 + s**2)
-    assert torch.allclose(out, skip * x + d * (1 - fraction * skip).sqrt(), atol=1e-4)
+    scale = torch.where(mask > 0, d * (1 - skip).sqrt(), d)  # missing rows: all of the prior's variance
+    assert torch.allclose(out, skip * x + scale, atol=1e-4)
     assert torch.allclose(prior.network.x[:, :2], x / (fraction * (d**2 + s**2)).sqrt(), rtol=1e-5)
     assert torch.equal(prior.network.sigma, sigma)
     if fraction < 1:
         assert torch.equal(prior.network.x[:, 2:], mask.expand(3, -1, -1, -1))
 
 
+@pytest.mark.parametrize(
+    "operator", [MRI(random_mask(2, 8, 8).float()), Masking(random_mask(2, 1, 8, 8).float(), SHAPE)]
+)
+def test_what_was_measured_almost_without_noise_is_kept_whatever_the_network_says(operator):
+    """A_B h -> y as sigma -> 0, while missing rows are the network's: no scalar c_out does both."""
+    prior = network("mask-conditional")
+    prior.network = Constant()
+    x = normal(2, *SHAPE).float()
+    h = estimate(prior, operator, operator.A(x), 1e-4)
+    assert torch.allclose(operator.A(h), operator.A(x), atol=1e-3)
+    rest = torch.full_like(x, prior.data_std)
+    assert torch.allclose(h - operator.A_adjoint_A(h), rest - operator.A_adjoint_A(rest), atol=1e-3)
+
+
 def test_output_scale_keeps_its_precision_near_clean_data():
     """c_out -> sigma for complete data; as d sqrt(1 - c_skip) it would vanish in single precision."""
     prior = network("mask-conditional")
     prior.network = Constant()
-    out = prior(torch.zeros(1, *SHAPE), 1e-5, torch.ones(1, 1, 8, 8))
+    out = prior(torch.zeros(1, *SHAPE), 1e-5, torch.ones(1, 1, 8, 8), torch.clone)
     assert torch.allclose(out, torch.full_like(out, 1e-5), rtol=1e-3, atol=0)
 
 
@@ -242,15 +258,17 @@ def test_masks_reach_the_network():
     """One mask for all equals the same mask for each; another mask, another answer; wrong kinds are refused."""
     prior, x, mask = network("mask-conditional"), normal(3, *SHAPE).float(), random_mask(1, 1, 8, 8).float()
     with torch.no_grad():
-        one = prior(x, 0.3, mask)
-        assert torch.allclose(one, prior(x, 0.3, mask.expand(3, -1, -1, -1)), atol=1e-6)
-        assert (one - prior(x, 0.3, torch.ones_like(mask))).abs().max() > 1e-3
+        one = prior(x, 0.3, mask, torch.clone)
+        assert torch.allclose(one, prior(x, 0.3, mask.expand(3, -1, -1, -1), torch.clone), atol=1e-6)
+        assert (one - prior(x, 0.3, torch.ones_like(mask), torch.clone)).abs().max() > 1e-3
+    with pytest.raises(ConditioningError, match="expected gram"):
+        prior(x, 0.3, mask)
     with pytest.raises(ConditioningError, match="expected the mask"):
         prior(x, 0.3)
     with pytest.raises(ConditioningError, match="a mask needs a mask-conditional prior"):
         network()(x, 0.3, mask)
     with pytest.raises(InputError, match="expected a mask \\(1 or B, 1, H, W\\), got \\(3, 2, 8, 8\\)"):
-        prior(x, 0.3, torch.ones(3, 2, 8, 8))
+        prior(x, 0.3, torch.ones(3, 2, 8, 8), torch.clone)
 
 
 # -- priors made of others ---------------------------------------------------------------------------------------------------

@@ -420,7 +420,8 @@ def test_masked_data_teach_the_conditional_mean():
         )
         gain = cov[:, b] @ torch.linalg.inv(cov[b][:, b] + sigma**2 * torch.eye(int(b.sum())))
         truth = mean + (inputs[:, b] - mean[b]) @ gain.T
-        h = prior(inputs.reshape(-1, 1, 1, 3), sigma, mask=b.float().reshape(1, 1, 1, 3)).detach()
+        seen = b.float().reshape(1, 1, 1, 3)
+        h = prior(inputs.reshape(-1, 1, 1, 3), sigma, mask=seen, gram=lambda u: seen * u).detach()
         return float((h.reshape(-1, 3) - truth).square().mean().sqrt())
 
     masks = ([1, 1, 0], [0, 1, 1], [0, 1, 0])

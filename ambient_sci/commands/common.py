@@ -26,7 +26,10 @@ MeasurementsArgument = Annotated[
 RunArgument = Annotated[
     Path,
     Positional,
-    arg(metavar="RUN", help="Run folder (made by train), or the folder of a saved prior."),
+    arg(
+        metavar="RUN",
+        help="Run folder (made by train), the folder of a saved prior, or pretrained:NAME for one that ships with the package.",
+    ),
 ]
 SeedOption = Annotated[
     int, arg(metavar="N", help="Seed of all randomness, an integer >= 0: the same seed, the same output.")

@@ -194,6 +194,13 @@ class Quickstart:
     out: Annotated[
         Path, arg(metavar="FOLDER", help="Folder to work in: scans, prior, result, table and figure.")
     ]
+    pretrained: Annotated[
+        bool,
+        FlagCreatePairsOff,
+        arg(
+            help="Train nothing: take the prior that ships with the package, learned from noisy scans alone."
+        ),
+    ] = False
     resume: Annotated[bool, FlagCreatePairsOff, arg(help="Continue an interrupted quickstart.")] = False
     seed: SeedOption = 0
     device: DeviceOption = "auto"
@@ -206,7 +213,20 @@ class Quickstart:
         from ambient_sci.quickstart import run
 
         require(not (self.resume and self.overwrite), "--resume", "either --resume or --overwrite", "both")
-        run(self.out, seed=self.seed, overwrite=self.overwrite, resume=self.resume, device=self.device)
+        require(
+            not (self.resume and self.pretrained),
+            "--pretrained",
+            "no --resume (there is no training)",
+            "both",
+        )
+        run(
+            self.out,
+            seed=self.seed,
+            overwrite=self.overwrite,
+            resume=self.resume,
+            pretrained=self.pretrained,
+            device=self.device,
+        )
 
     def started(self) -> bool:
         """Whether there is a training to resume."""

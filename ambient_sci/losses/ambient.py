@@ -107,7 +107,8 @@ def estimate(prior: Prior, kept: RowMaskedOperator, y_t: Tensor, sigma: float | 
     """
     x = kept.A_adjoint(y_t)
     if prior.conditioning == "mask-conditional":
-        return prior(x, sigma, mask=kept.network_mask)
+        gram = {"gram": kept.A_adjoint_A} if prior.uses_gram else {}
+        return prior(x, sigma, mask=kept.network_mask, **gram)
     if not kept.complete:
         raise ConditioningError(
             "expected a mask-conditional prior for incomplete measurements (rows missing or held out), got an unconditional one: "

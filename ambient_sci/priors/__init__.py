@@ -6,6 +6,7 @@ from ambient_sci.priors.analytic import ConditionalMean, GaussianMixturePrior, G
 from ambient_sci.priors.base import Prior, require_mask_conditional, require_unconditional
 from ambient_sci.priors.config import NetworkConfig, PriorConfig
 from ambient_sci.priors.network import NetworkPrior
+from ambient_sci.priors.pretrained import pretrained_folder, pretrained_names
 from ambient_sci.priors.stationary import StationaryGaussianPrior
 from ambient_sci.priors.storage import load_prior, save_prior
 from ambient_sci.priors.wrappers import DeepinvPrior, StagedPrior, VPPrior
@@ -24,6 +25,8 @@ __all__ = [
     "VPPrior",
     "load_prior",
     "operator_matrix",
+    "pretrained_folder",
+    "pretrained_names",
     "require_mask_conditional",
     "require_unconditional",
     "save_prior",

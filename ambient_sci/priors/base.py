@@ -30,6 +30,7 @@ class Prior(Denoiser):
         conditioning: "unconditional" or "mask-conditional".
         sigma_min: lowest noise level at which the denoiser is meaningful; 0 if all are.
         sigma_max: highest trained noise level, None if there is no limit.
+        uses_gram: whether a mask-conditional prior wants A_B^H A_B beside the mask (``gram`` of `forward`).
     """
 
     shape: tuple[int, ...]
@@ -37,9 +38,14 @@ class Prior(Denoiser):
     conditioning: Conditioning = "unconditional"
     sigma_min: float = 0.0
     sigma_max: float | None = None
+    uses_gram: bool = False
 
     def forward(self, x: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """E[x_0 | x]: ``x`` (B, C, H, W) at noise level ``sigma`` (float or (B,)); ``mask`` (1|B, m, H, W) for mask-conditional priors."""
+        """E[x_0 | x]: ``x`` (B, C, H, W) at noise level ``sigma`` (float or (B,)).
+
+        Mask-conditional priors: ``x`` = A_B^H y~ and ``mask`` (1|B, m, H, W). Those that use it take a further argument ``gram``, the
+        function A_B^H A_B of images; `ambient_sci.losses.estimate` hands both over.
+        """
         raise TypeError(f"{type(self).__name__} does not say how it denoises")
 
     def loss_weight(self, sigma: Tensor, fraction: float | Tensor = 1.0) -> Tensor:

@@ -1,17 +1,22 @@
 r"""The learned prior: a network in EDM preconditioning.
 
     D(x, sigma) = c_skip x + c_out F(c_in x, sigma)
-    c_skip = d^2 / (d^2 + sigma^2),     c_in = 1 / sqrt(f (d^2 + sigma^2)),
-    c_out = d sqrt(1 - f c_skip) = d sqrt((sigma^2 + (1 - f) d^2) / (sigma^2 + d^2))
+    c_skip = d^2 / (d^2 + sigma^2),     c_in = 1 / sqrt(d^2 + sigma^2),     c_out = d sigma / sqrt(d^2 + sigma^2)
 
-with d the standard deviation of the clean data and f the fraction of rows kept. For f = 1 this is Karras et al. (2022). For a
-mask-conditional prior the input A_B^H y~ is zero on missing rows, where its power scales with f and the best linear estimate
-leaves the whole prior variance: hence the f, and a c_out that does not vanish as sigma -> 0.
+with d the standard deviation of the clean data [Karras et al. 2022]. A mask-conditional prior is shown x = A_B^H y~ and the mask. What is left to
+learn after the best scaling has standard deviation c_out on kept rows and d on missing ones, which nothing was seen of; with
+G = A_B^H A_B, the projection on kept rows (masks, one coil) or nearly one (several coils),
+
+    h(x, sigma, B) = c_skip x + d u + (c_out - d) G u,     u = F(c_in x / sqrt(f), sigma, B),
+
+f the fraction of rows kept, to which the power of x is proportional. For B = I it is the same as above. As sigma -> 0 the estimate agrees with what was
+measured whatever the network says.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -140,6 +145,7 @@ class NetworkPrior(Prior):
         self.shape, self.data_std = self.config.shape, self.config.data_std
         self.conditioning = self.config.conditioning
         self.sigma_min, self.sigma_max = self.config.sigma_min, self.config.sigma_max
+        self.uses_gram = self.conditioning == "mask-conditional"
         self.network = _build(self.config, generator)
 
     @classmethod
@@ -147,29 +153,40 @@ class NetworkPrior(Prior):
         """A prior of this description, with initial weights."""
         return cls(**{k: getattr(config, k) for k in config.__dataclass_fields__})
 
-    def forward(self, x: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """c_skip x + c_out F(c_in x, sigma[, mask]), in the type of ``x``.
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        sigma: float | Tensor,
+        mask: Tensor | None = None,
+        gram: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The equations above, in the type of ``x``; ``mask`` and ``gram`` (G as a function of images) for mask-conditional priors.
 
         Raises:
-            ConditioningError: a mask for an unconditional prior, or none for a mask-conditional one.
+            ConditioningError: a mask for an unconditional prior, or mask or ``gram`` missing for a mask-conditional one.
         """
         if mask is not None:
             require_mask_conditional(self, "a mask")
         z = match_dtype(self, x)
         level = expand(sigma, z)
         variance = self.data_std**2 + level**2
-        skip = self.data_std**2 / variance
+        skip, scale = self.data_std**2 / variance, variance.rsqrt()
+        kept = level * scale  # c_out / d
+        levels = level.flatten().expand(z.shape[0]).clamp(min=1e-6)
         if self.conditioning == "unconditional":
-            scale = variance.rsqrt()
-            out = level * self.data_std * scale
-            inputs = z * scale
+            rest = kept * self.network(z * scale, levels).to(z.dtype)
         else:
             mask = self._expanded_mask(mask, z)
+            if gram is None:
+                raise ConditioningError(
+                    "mask-conditional prior: expected gram, the function A^H A of the kept rows, got none (losses.estimate hands it over)"
+                )
             fraction = expand(mask.flatten(1).mean(1).clamp(min=1e-3), z)
-            out = self.data_std * ((level**2 + (1 - fraction) * self.data_std**2) / variance).sqrt()
-            inputs = torch.cat([z * (fraction * variance).rsqrt(), mask], 1)
-        levels = level.flatten().expand(z.shape[0]).clamp(min=1e-6)
-        return (skip * z + out * self.network(inputs, levels).to(z.dtype)).to(x.dtype)
+            inputs = torch.cat([z * scale * fraction.rsqrt(), mask], 1)
+            rest = self.network(inputs, levels).to(z.dtype)
+            seen = gram(rest)
+            rest = (rest - seen) + kept * seen  # in this order: on kept rows nothing is left of the first term to round
+        return (skip * z + self.data_std * rest).to(x.dtype)
 
     def _expanded_mask(self, mask: Tensor | None, x: Tensor) -> Tensor:
         if mask is None:

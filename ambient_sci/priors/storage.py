@@ -16,6 +16,7 @@ from ambient_sci.priors.analytic import GaussianMixturePrior, GaussianPrior
 from ambient_sci.priors.base import Prior
 from ambient_sci.priors.config import PriorConfig
 from ambient_sci.priors.network import NetworkPrior
+from ambient_sci.priors.pretrained import PREFIX, pretrained_folder
 from ambient_sci.priors.stationary import StationaryGaussianPrior
 from ambient_sci.priors.wrappers import StagedPrior
 
@@ -110,10 +111,10 @@ def save_prior(prior: Prior, path: str | Path) -> None:
 
 
 def load_prior(path: str | Path, device: str | torch.device = "cpu") -> Prior:
-    """Read a prior written by `Prior.save`, or the prior of a training run's folder.
+    """Read a prior written by `Prior.save`, the prior of a training run's folder, or one that ships with the library.
 
     Args:
-        path: the folder of a prior (prior.json) or of a run (prior/prior.json).
+        path: the folder of a prior (prior.json) or of a run (prior/prior.json); or "pretrained:NAME" (`pretrained_names`).
         device: where to put it.
 
     Returns:
@@ -125,7 +126,8 @@ def load_prior(path: str | Path, device: str | torch.device = "cpu") -> Prior:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = Path(path)
+    name = str(path)
+    path = pretrained_folder(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else Path(path)
     if not (path / "prior.json").exists() and (path / "prior" / "prior.json").exists():
         path = path / "prior"
     if not (path / "prior.json").exists():

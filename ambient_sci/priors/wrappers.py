@@ -106,17 +106,32 @@ class StagedPrior(Prior):
         self.anchor, self.below, self.sigma_n = anchor, below, float(sigma_n)
         self.shape, self.data_std = anchor.shape, anchor.data_std
         self.sigma_min, self.sigma_max = below.sigma_min, anchor.sigma_max
+        self.uses_gram = anchor.uses_gram or below.uses_gram
 
-    def forward(self, x: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """Each sample by the prior of its noise level; a batch on one side of sigma_n costs one network."""
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        sigma: float | Tensor,
+        mask: Tensor | None = None,
+        gram: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Each sample by the prior of its noise level; a batch on one side of sigma_n costs one network, another one both."""
         levels = expand(sigma, x).flatten().expand(x.shape[0])
         high = levels >= self.sigma_n * (1 - 1e-6)
         if bool(high.all()):
-            return self.anchor(x, levels, mask)
+            return _answer(self.anchor, x, levels, mask, gram)
         if not bool(high.any()):
-            return self.below(x, levels, mask)
+            return _answer(self.below, x, levels, mask, gram)
+        if mask is not None:  # gram is a function of the whole batch
+            above, below = (_answer(p, x, levels, mask, gram) for p in (self.anchor, self.below))
+            return torch.where(high.reshape(-1, *([1] * (x.ndim - 1))), above, below)
         out = torch.empty_like(x)
         for prior, part in ((self.anchor, high), (self.below, ~high)):
-            seen = mask if mask is None or mask.shape[0] == 1 else mask[part]
-            out[part] = prior(x[part], levels[part], seen)
+            out[part] = prior(x[part], levels[part])
         return out
+
+
+def _answer(
+    prior: Prior, x: Tensor, levels: Tensor, mask: Tensor | None, gram: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    return prior(x, levels, mask, gram) if prior.uses_gram else prior(x, levels, mask)  # type: ignore[call-arg]
