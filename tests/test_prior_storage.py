@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from closed_forms import NETWORK_SHAPE as SHAPE
 from safetensors.torch import load_file, save_file
 
 import ambient_sci as asci
+from ambient_sci.data import brains
 from ambient_sci.errors import InputError
 from ambient_sci.operators import MRI
 from ambient_sci.priors import (
@@ -21,6 +23,8 @@ from ambient_sci.priors import (
     Prior,
     StagedPrior,
     load_prior,
+    pretrained_folder,
+    pretrained_names,
 )
 
 KINDS = {
@@ -53,8 +57,9 @@ def test_saved_priors_come_back_bit_for_bit(kind, tmp_path):
     x = normal(3, *SHAPE)
     mask = random_mask(3, 1, 8, 8) if prior.conditioning == "mask-conditional" else None
     sigma = torch.tensor([0.05, 0.3, 2.0], dtype=F64)
+    gram = {"gram": lambda u: 0.5 * u} if prior.uses_gram else {}
     with torch.no_grad():
-        assert torch.equal(prior(x, sigma, mask), again(x, sigma, mask))
+        assert torch.equal(prior(x, sigma, mask, **gram), again(x, sigma, mask, **gram))
 
 
 def test_descriptions_are_plain_json(tmp_path):
@@ -140,3 +145,34 @@ def test_damaged_priors_are_refused_in_one_line(damage, tmp_path):
     with pytest.raises(InputError) as refusal:
         load_prior(path)
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) > 20
+
+
+# -- priors that ship with the package ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", pretrained_names())
+def test_shipped_priors_load_and_have_a_card(name):
+    prior: Any = load_prior(f"pretrained:{name}")
+    assert (
+        prior.conditioning == "unconditional" and prior.sigma_min > 0
+    )  # learned from measurements, not from clean images
+    folder = pretrained_folder(name)
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 8_000_000
+    card = folder.with_name(f"{name}.md").read_text()
+    assert "Limits" in card and "licence" in card and prior.config.about["licence"].startswith("Apache-2.0")
+
+
+def test_a_shipped_prior_denoises_heads_it_has_not_seen():
+    """64-px slices of three other people at its lowest level: much nearer to the truth than what was measured."""
+    prior = load_prior("pretrained:brain64")
+    images, _ = brains("test")
+    clean = torch.cat((images[::6], torch.zeros_like(images[::6])), 1)
+    noisy = clean + prior.sigma_min * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        error = (prior(noisy, prior.sigma_min) - clean).square().mean().sqrt()
+    assert error < 0.7 * prior.sigma_min
+
+
+def test_an_unknown_shipped_prior_is_refused_with_the_names_of_those_there_are():
+    with pytest.raises(InputError, match="expected one of brain64, got 'brain'"):
+        load_prior("pretrained:brain")

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,12 +22,14 @@ import cells as recipe_cells  # noqa: E402
 import priors as recipe_priors  # noqa: E402
 import report as recipe_report  # noqa: E402
 import scans as recipe_scans  # noqa: E402
+import ship as recipe_ship  # noqa: E402
 from ssdu import SplittingStage  # noqa: E402
 
 from ambient_sci.data import MeasurementFile, ReferenceFile, write_measurements  # noqa: E402
 from ambient_sci.errors import InputError  # noqa: E402
 from ambient_sci.losses import estimate  # noqa: E402
 from ambient_sci.operators import make_design  # noqa: E402
+from ambient_sci.priors import load_prior  # noqa: E402
 from ambient_sci.training import RunFolder, TrainConfig, make_accelerator, run_stage  # noqa: E402
 
 # Other recipes have a run.py, too.
@@ -388,6 +391,39 @@ def test_what_is_there_is_not_made_again(finished, monkeypatch, capsys):
     assert recipe.main([*arguments, "--cells", "noisy--mmps--R4"]) == 0
     assert json.loads(path.read_text())["scores"] == before["scores"]
     assert recipe.main([*arguments, "--cells", "nothing"]) == 2
+
+
+def test_a_prior_is_shipped_with_the_numbers_of_its_cells(finished, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    shutil.copytree(finished, runs / "miniature")
+    arguments = [
+        "--profile",
+        "miniature",
+        "--runs",
+        str(runs),
+        "--out",
+        str(tmp_path / "assets"),
+        "--name",
+        "b",
+    ]
+    assert recipe_ship.main(arguments) == 2 and "needs the cells" in capsys.readouterr().err
+    assert not (tmp_path / "assets").exists()
+    cells = runs / "miniature" / "cells"
+    for made, source in (("noisy--mmps--R8", "noisy--mmps--R4"), ("classic--tv--R4", "classic--zero-filled--R4"), ("classic--tv--R8", "classic--zero-filled--R4")):  # fmt: skip
+        shutil.copy(cells / f"{source}.json", cells / f"{made}.json")
+    assert recipe_ship.main(arguments) == 0
+    prior = load_prior(tmp_path / "assets" / "b")
+    assert prior.config.about["noise_std"] == 0.05 and prior.config.about["acceleration"] == [1]
+    trained = load_prior(finished / "priors" / "noisy")
+    x = torch.randn(1, 2, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(prior(x, 0.3), trained(x, 0.3))
+    card, score = (
+        (tmp_path / "assets" / "b.md").read_text(),
+        json.loads((cells / "noisy--mmps--R4.json").read_text()),
+    )
+    assert f"| 4 | {score['scores']['psnr']['mean']:.2f} ±" in card and "Limits." in card
+    assert recipe_ship.main([*arguments, "--prior", "clean"]) == 2
+    assert "from measurements alone" in capsys.readouterr().err
 
 
 def test_an_ablation(tmp_path, profile):

@@ -13,6 +13,12 @@ n is the number of entries of an image, w_i = 1 / P(A_i = 1 | B) the inverse pro
 omega = c^-2 and T^H T = I this is an unbiased estimate of lambda E||h - x_0||^2 / n, up to a constant that does not depend on h. The
 default omega = 1/c weights each kept row by the inverse variance of its target and has the same minimiser.
 
+lambda is the inverse of the error that the best scaling leaves (`Prior.loss_weight`). Where it is one number for all rows and most are missing, it does
+not grow as sigma falls, and nearly nothing teaches the network to denoise what it is shown. Where T is square and therefore the same for every sample
+(masks, one coil), rows can be weighed apart without moving the minimiser: kept rows by 1/sigma^2 + 1/d^2, held-out rows by 1/d^2. This is done
+for networks whose preconditioning tells the two apart (``uses_gram``). With coil maps, which vary and which the network is not shown, it would
+not be exact, and lambda stays one number.
+
 Special cases, exactly: B = A = I is the ambient denoising score matching of Daras et al., "Consistent Diffusion Meets Tweedie"
 (2024); sigma_y = 0 is "Ambient Diffusion" (Daras et al. 2023); both together are plain denoising score matching.
 """
@@ -162,13 +168,17 @@ def ambient_step(
 
     predicted = operator.transform(h)
     on_kept = kept_weight(c, weighting, c_min) * (c * predicted + (1 - c) * y_t - y).square()
+    level = expand(sigma, h).flatten()
+    weight = prior.loss_weight(level, split.kept.kept_fraction.to(h))
     if keep < 1:
         # Both terms share the rows' weights: 1 on kept, 1 / P on held out, 0 where nothing was measured.
-        weights = split.weights if held_out_weights == "exact" else operator.mask
-        squared = torch.where(split.kept.mask > 0, on_kept, (predicted - y).square()) * weights
+        rows = split.weights if held_out_weights == "exact" else operator.mask
+        if prior.uses_gram and operator.square:
+            weight = torch.full_like(weight, prior.data_std**-2)
+            on_kept = on_kept * expand(prior.loss_weight(level) / weight, y)
+        squared = torch.where(split.kept.mask > 0, on_kept, (predicted - y).square()) * rows
     else:
         squared = on_kept if operator.name == "identity" else on_kept * operator.mask
-    weight = prior.loss_weight(expand(sigma, h).flatten(), split.kept.kept_fraction.to(h))
     return AmbientStep(weight * squared.flatten(1).sum(1) / h[0].numel(), y_t, h, split.kept)
 
 

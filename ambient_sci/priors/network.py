@@ -185,7 +185,9 @@ class NetworkPrior(Prior):
             inputs = torch.cat([z * scale * fraction.rsqrt(), mask], 1)
             rest = self.network(inputs, levels).to(z.dtype)
             seen = gram(rest)
-            rest = (rest - seen) + kept * seen  # in this order: on kept rows nothing is left of the first term to round
+            rest = (
+                rest - seen
+            ) + kept * seen  # in this order: on kept rows nothing is left of the first term to round
         return (skip * z + self.data_std * rest).to(x.dtype)
 
     def _expanded_mask(self, mask: Tensor | None, x: Tensor) -> Tensor:

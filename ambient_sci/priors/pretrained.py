@@ -1,4 +1,4 @@
-"""Priors that ship with the library, each with a card (``CARD.md``) that says whose data it learned from and how it was judged."""
+"""Priors that ship with the library, each with a card (``assets/NAME.md``) that says whose data it learned from and how it was judged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def pretrained_names() -> tuple[str, ...]:
 
 
 def pretrained_folder(name: str) -> Path:
-    """The folder of the prior ``name``: prior.json, weights.safetensors and CARD.md.
+    """The folder of the prior ``name``: prior.json and weights.safetensors; its card, NAME.md, is beside it.
 
     Raises:
         InputError: there is none of this name.

@@ -148,6 +148,4 @@ def _conditional(
 ) -> Tensor:
     """h(A^H A x, sigma, A)."""
     with precision_context(precision, x.device):
-        return problem.prior(
-            operator.A_adjoint_A(x), torch.full_like(problem.sigma_y, sigma), operator.network_mask
-        )
+        return estimate(problem.prior, operator, operator.A(x), torch.full_like(problem.sigma_y, sigma))

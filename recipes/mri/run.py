@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -26,6 +25,7 @@ sys.path.insert(0, str(HERE))
 import priors as training  # noqa: E402
 from ablations import ARMS, run_ablation  # noqa: E402
 from cells import Cell, all_cells, chosen, run_cell  # noqa: E402
+from profiles import load_profile  # noqa: E402
 from report import write_report  # noqa: E402
 from scans import Scans, locked  # noqa: E402
 
@@ -76,19 +76,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--table-only", action="store_true", help="table and figures of what there is; run nothing"
     )
     return parser.parse_args(arguments)
-
-
-def load_profile(name: str) -> dict[str, Any]:
-    """A profile of config.yaml.
-
-    Raises:
-        InputError: there is none of this name.
-    """
-    profiles = yaml.safe_load((HERE / "config.yaml").read_text())
-    known = [k for k in profiles if not k.startswith(".")]
-    if name not in known:
-        raise InputError(f"--profile: expected one of {', '.join(known)}, got {name!r}")
-    return profiles[name]
 
 
 def jobs(options: argparse.Namespace, profile: dict[str, Any], out: Path) -> list[Job]:
