@@ -324,3 +324,64 @@ def test_stationary_prior_agrees_with_its_covariance(tmp_path):
     assert torch.equal(load_prior(tmp_path / "p")(x, 0.7), prior(x, 0.7))
     with pytest.raises(InputError, match="spectrum"):
         StationaryGaussianPrior(prior.mean, -spectrum)
+
+
+# -- starting from the Ambient network ----------------------------------------------------------------------------------------
+
+
+def test_starting_from_the_ambient_network_its_estimates_are_the_first_draws(tmp_path, monkeypatch):
+    """Rows missing: lap 0 is a mask-conditional network, lap 1 learns from its one-step estimates, lap 2 from posterior draws; killed in
+    lap 1 and continued, the bits are the same."""
+    seen, m_step = {}, em_module._Laps._m_step
+
+    def watched(self, lap, images, prior, steps):
+        seen[lap] = (images.clone(), prior)
+        return m_step(self, lap, images, prior, steps)
+
+    monkeypatch.setattr(em_module._Laps, "_m_step", watched)
+    settings = config(start="ambient", start_steps=30, patience=5)
+    settings = replace(settings, augmentations=("flip-horizontal", "gain"))
+    prior = fit_em(masked(), settings, tmp_path / "run", progress=False)
+    operator, y, sigma = masked()
+    start = load_prior(tmp_path / "run" / "laps" / "00" / "prior")
+    assert start.conditioning == "mask-conditional" and prior.conditioning == "unconditional"
+    expected = reconstruct(start, operator, y, sigma, sampler="one-step").mean
+    assert torch.allclose(seen[1][0], expected, atol=1e-6)
+    assert seen[2][1].conditioning == "unconditional" and not torch.allclose(seen[2][0], expected, atol=0.1)
+    reports = em_report(tmp_path / "run")
+    assert reports[0]["steps"] == 30 and [r["lap"] for r in reports] == [0, 1, 2]
+
+    def killed(self, lap, images, prior, steps):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(em_module._Laps, "_m_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fit_em(masked(), settings, tmp_path / "again", progress=False)
+    monkeypatch.setattr(em_module._Laps, "_m_step", m_step)
+    assert same(fit_em(masked(), settings, tmp_path / "again", resume=True, progress=False), prior)
+
+
+def test_the_score_of_an_estimate_is_that_of_draws_that_differ_in_noise_alone(tmp_path):
+    """CRPS of lap 0: for an exact mean m and truth N(m, v + s^2) against N(m, s^2), above that of the posterior itself."""
+    settings = config(start="ambient", start_steps=600, laps=0)
+    gaussian = config(laps=0)
+    data = masked(2000)
+    fit_em(data, settings, tmp_path / "a", progress=False)
+    fit_em(data, gaussian, tmp_path / "g", progress=False)
+    estimate, posterior = (em_report(tmp_path / k)[0]["crps"] for k in ("a", "g"))
+    assert posterior < estimate < 1.5 * posterior
+
+
+def test_complete_data_start_from_posterior_draws_under_the_ambient_prior(tmp_path):
+    x = truth().sample(100, rng()) + 0.2 * torch.randn(100, *SHAPE, generator=rng(1))
+    settings = config(start="ambient", laps=1, sampler_steps=4, held_out=10)
+    fit_em((Identity(SHAPE), x, 0.2), settings, tmp_path / "run", progress=False)
+    assert load_prior(tmp_path / "run" / "laps" / "00" / "prior").conditioning == "unconditional"
+    assert "e_step" in em_report(tmp_path / "run")[1] and em_report(tmp_path / "run")[1]["e_step"]["solves"] > 0
+
+
+def test_settings_of_the_start_that_do_not_go_together():
+    with pytest.raises(InputError, match="start_steps"):
+        EMConfig(start_steps=10)
+    with pytest.raises(InputError, match="start"):
+        EMConfig(start="network")  # type: ignore[arg-type]

@@ -75,6 +75,21 @@ def check_augmentations(
             )
 
 
+def exact_augmentations(
+    names: Sequence[str], image_shape: tuple[int, ...], operator_name: str, design: MaskDesign | None
+) -> tuple[str, ...]:
+    """Those of ``names`` that `check_augmentations` lets pass."""
+
+    def exact(name: str) -> bool:
+        try:
+            check_augmentations((name,), image_shape, operator_name, design)
+        except InputError:
+            return False
+        return True
+
+    return tuple(filter(exact, names))
+
+
 def _invariant(design: MaskDesign, axis: int, about_centre: bool) -> bool:
     if design.unit_shape[axis] == 1:
         return True  # lines along this axis

@@ -1,8 +1,10 @@
 r"""Expectation maximisation: an unconditional prior from the measurements of any linear operator [Rozet et al. 2024].
 
-    lap 0    a Gaussian fitted to the measurements (`ambient_sci.training.gaussian_em`)
+    lap 0    a Gaussian fitted to the measurements (`ambient_sci.training.gaussian_em`), or the network of the Ambient loss
     lap l    E-step   x_i ~ p_{l-1}(x | y_i) for every measurement, by moment matching posterior sampling (MMPS)
              M-step   denoising score matching on the x_i, from the weights of the lap before
+
+Where rows are missing that network is mask-conditional: it has no posterior to draw from, and the x_i of lap 1 are its estimates E[x_0 | y_i].
 
 With exact posterior draws the likelihood of the measurements rises from lap to lap; MMPS is exact for Gaussian priors. How good a lap's prior
 is can be told without the truth: rows of y that are held out are predicted from the others by posterior samples x_1 .. x_S,
@@ -34,15 +36,16 @@ from torch import Tensor
 
 from ambient_sci.data import MeasurementArrays
 from ambient_sci.errors import InputError
-from ambient_sci.operators import Identity
+from ambient_sci.operators import Identity, RowMaskedOperator
 from ambient_sci.priors import GaussianPrior, NetworkPrior, Prior, StationaryGaussianPrior, load_prior
-from ambient_sci.sampling import reconstruct
+from ambient_sci.sampling import Reconstruction, reconstruct
+from ambient_sci.training.augment import exact_augmentations
 from ambient_sci.training.config import TrainConfig
 from ambient_sci.training.gaussian_em import LARGEST_FULL, fit_initial
 from ambient_sci.training.loop import run_stage
 from ambient_sci.training.report import Reporter
 from ambient_sci.training.run_folder import RunFolder
-from ambient_sci.training.source import Measurements, Source, open_measurements, survey_masks
+from ambient_sci.training.source import Measurements, Source, judge, open_measurements, survey_masks
 from ambient_sci.training.stage_configs import EMConfig
 from ambient_sci.training.stages import AmbientStage, seeded
 
@@ -155,6 +158,10 @@ class _Laps:
     # -- lap 0 -----------------------------------------------------------------------------------------------------------------
 
     def _initial(self) -> tuple[Prior, dict[str, Any]]:
+        """What the first draws come from."""
+        return self._gaussian() if self.settings.start == "gaussian" else self._ambient()
+
+    def _gaussian(self) -> tuple[Prior, dict[str, Any]]:
         """The Gaussian; every process fits the same one."""
         indices = _spread(len(self.data), self.settings.initial_samples)
         generator = seeded(self.config.seed, _INITIAL)
@@ -163,6 +170,18 @@ class _Laps:
         if fit.log_likelihood:
             details |= {"iterations": len(fit.log_likelihood), "log_likelihood": fit.log_likelihood[-1]}
         return fit.prior.to(self.accelerator.device), details
+
+    def _ambient(self) -> tuple[Prior, dict[str, Any]]:
+        """The network of the Ambient loss, with those augmentations that are exact for the measurements."""
+        settings = self.settings
+        steps = settings.start_steps or settings.first_steps or settings.steps
+        source = judge(self.data, self.config)
+        names = exact_augmentations(
+            self.config.augmentations, source.image_shape, self.data.operator_name, source.design
+        )
+        config = replace(self.config, em=None, max_steps=steps, augmentations=names)
+        stage = AmbientStage(source, config, self.accelerator)
+        return self._trained(0, stage, config), {"prior": f"{stage.name}, {steps} steps", "steps": steps}
 
     # -- later laps ------------------------------------------------------------------------------------------------------------
 
@@ -185,38 +204,58 @@ class _Laps:
         for index, rows in enumerate(chunks):
             if index % self.accelerator.num_processes != self.accelerator.process_index or draws.has(index):
                 continue
-            result = reconstruct(
-                prior,
-                self.data.operator(rows).to(device),
-                self.data.measurements(rows).to(device),
-                self.data.sigma(rows),
-                samples=1,
-                sampler="mmps",
-                steps=settings.sampler_steps,
-                integrator=settings.integrator,
-                max_iterations=settings.max_iterations,
-                tolerance=settings.tolerance,
-                precision=settings.sampler_precision,
-                batch_size=settings.sampler_batch,
-                generator=seeded(self.config.seed, _E_STEP, lap, index),
-            )
+            operator, y = self.data.operator(rows).to(device), self.data.measurements(rows).to(device)
+            generator = seeded(self.config.seed, _E_STEP, lap, index)
+            result = self._drawn(prior, operator, y, self.data.sigma(rows), 1, generator)
             draws.add(index, rows, result.samples[0])
             report = {k: v for k, v in result.report.items() if k.startswith(("solve", "worst", "network"))}
         self.accelerator.wait_for_everyone()
         return draws.images, report
+
+    def _drawn(
+        self,
+        prior: Prior,
+        operator: RowMaskedOperator,
+        y: Tensor,
+        sigma: Tensor,
+        samples: int,
+        generator: torch.Generator,
+    ) -> Reconstruction:
+        """Posterior draws by MMPS; the estimate E[x_0 | y] of a mask-conditional prior, which has none."""
+        settings = self.settings
+        if prior.conditioning == "mask-conditional":
+            return reconstruct(prior, operator, y, sigma, sampler="one-step")
+        return reconstruct(
+            prior,
+            operator,
+            y,
+            sigma,
+            samples=samples,
+            sampler="mmps",
+            steps=settings.sampler_steps,
+            integrator=settings.integrator,
+            max_iterations=settings.max_iterations,
+            tolerance=settings.tolerance,
+            precision=settings.sampler_precision,
+            batch_size=settings.sampler_batch,
+            generator=generator,
+        )
 
     def _m_step(self, lap: int, images: Tensor, prior: Prior, steps: int) -> Prior:
         """Denoising score matching on the draws. The first lap fixes data_std, so that weights can be handed on."""
         data = MeasurementArrays(Identity(tuple(self.data.image_shape)), images, 0.0)
         source = Source(data, complete=True, design=None, reason=f"EM lap {lap}", data_std=prior.data_std)
         config = replace(self.config, em=None, max_steps=steps, seed=self.config.seed + 1_000_003 * lap)
-        stage = AmbientStage(
-            source, config, self.accelerator, initial=prior if isinstance(prior, NetworkPrior) else None
-        )
+        again = isinstance(prior, NetworkPrior) and prior.conditioning == "unconditional"
+        stage = AmbientStage(source, config, self.accelerator, initial=prior if again else None)  # type: ignore[arg-type]
         stage.module.requires_grad_(True)  # a lap's prior is an average, which has no gradients
+        return self._trained(lap, stage, config)
+
+    def _trained(self, lap: int, stage: AmbientStage, config: TrainConfig) -> Prior:
+        """What ``stage`` learns, in the folder of the lap; continued where it was interrupted."""
         folder = RunFolder(self._path(lap))
         if self.accelerator.is_main_process and not (folder.path / "checkpoint").exists():
-            folder.create(config, {"stages": [{"name": stage.name, "reason": source.reason}]})
+            folder.create(config, {"stages": [{"name": stage.name, "reason": stage.reason}]})
         self.accelerator.wait_for_everyone()
         options: Any = {"folder": folder, "resume": True, "reporter": self.reporter}
         return run_stage(stage, config, accelerator=self.accelerator, **options).eval()
@@ -233,22 +272,12 @@ class _Laps:
             operator.mask.expand(len(y), *operator.mask.shape[1:]), design=operator.design
         )
         split = each.split(keep=settings.held_out_keep, generator=generator)
-        result = reconstruct(
-            prior,
-            split.kept.to(device),
-            (y * split.kept.mask).to(device),
-            sigma,
-            samples=settings.held_out_draws,
-            steps=settings.sampler_steps,
-            integrator=settings.integrator,
-            max_iterations=settings.max_iterations,
-            tolerance=settings.tolerance,
-            precision=settings.sampler_precision,
-            batch_size=settings.sampler_batch,
-            generator=generator,
-        )
+        kept, seen = split.kept.to(device), (y * split.kept.mask).to(device)
+        samples = self._drawn(prior, kept, seen, sigma, settings.held_out_draws, generator).samples.cpu()
+        if len(samples) == 1:  # an estimate stands for all draws; only their noise differs
+            samples = samples.expand(settings.held_out_draws, *samples.shape[1:])
         level = sigma.cpu().reshape(-1, *([1] * (y.ndim - 1)))
-        predicted = torch.stack([split.held_out.A(x) for x in result.samples.cpu().to(y.dtype)])
+        predicted = torch.stack([split.held_out.A(x) for x in samples.to(y.dtype)])
         predicted = predicted + level * torch.randn(predicted.shape, generator=generator, dtype=y.dtype)
         mask = split.held_out.mask.expand(y.shape)
         if not bool(mask.any()):

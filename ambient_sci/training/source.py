@@ -111,7 +111,11 @@ def open_source(
         InputError: not readable, not finite, noise that explains all variance, or a loss that the data do not allow.
         IdentifiabilityError: rows are missing by a design that leaves some unsupervised, or by an unknown one.
     """
-    data = open_measurements(measurements)
+    return judge(open_measurements(measurements), config)
+
+
+def judge(data: Measurements, config: TrainConfig) -> Source:
+    """`open_source` of measurements that are open already."""
     fraction, masks = survey_masks(data)
     complete = fraction == 1
     keep = config.loss.keep

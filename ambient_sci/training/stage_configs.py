@@ -91,6 +91,11 @@ class EMConfig:
         laps: most laps; a lap draws images from the posterior of every measurement and trains on them.
         steps: training steps of each lap; learning rate, batch size and the rest are those of `TrainConfig`.
         first_steps: training steps of the first lap, which starts from nothing; default: ``steps``.
+        start: where the first draws come from. "gaussian": posterior draws under a Gaussian fitted to the measurements, for any linear
+            operator. "ambient": a network trained on the measurements by the operator-aware Ambient loss; its estimates E[x_0 | y] where
+            rows are missing, posterior draws under it where none are. Much nearer to the data's law when that is far from Gaussian
+            and every row is measured with positive probability.
+        start_steps: training steps of that network; default: ``first_steps``.
         m_step: "network" trains the network on the draws; "gaussian" takes their mean and covariance.
         initial_samples: measurements that the initial Gaussian is fitted to, at most.
         initial_iterations: iterations of that fit, at most.
@@ -109,6 +114,8 @@ class EMConfig:
     laps: int = 6
     steps: int = 2_000
     first_steps: int | None = None
+    start: Literal["gaussian", "ambient"] = "gaussian"
+    start_steps: int | None = None
     m_step: Literal["network", "gaussian"] = "network"
     initial_samples: int = 2_000
     initial_iterations: int = 50
@@ -145,6 +152,12 @@ class EMConfig:
             name + "first_steps",
             "at least 1",
             self.first_steps,
+        )
+        require(
+            self.start_steps is None or (self.start_steps >= 1 and self.start == "ambient"),
+            name + "start_steps",
+            "at least 1, and start: ambient with it",
+            f"{self.start_steps} with start: {self.start}",
         )
         require(self.tolerance > 0, name + "tolerance", "a value > 0", self.tolerance)
         require(0 <= self.improvement < 1, name + "improvement", "a value in [0, 1)", self.improvement)
