@@ -109,7 +109,7 @@ def training_evaluations(row: str, size: int, settings: dict[str, Any]) -> float
     A forward pass is one, with or without gradient, and so is a Jacobian product in an E-step of EM.
     """
     batch, steps = settings["batch_size"], settings["steps"]
-    consistency, em = settings["consistency"], settings["em"]
+    consistency, em = settings["consistency"], settings.get("em", {})
     pair = 1 + consistency["draws"] + sum(consistency["walk"]) / 2
     if row == "staged":
         return batch * (steps + consistency["max_steps"] * pair)
@@ -120,8 +120,12 @@ def training_evaluations(row: str, size: int, settings: dict[str, Any]) -> float
     if row == "em":
         levels = em.get("sampler_steps", 18)
         calls = levels if em.get("integrator") == "multistep" else 2 * levels - 1
-        draws = em["laps"] * size * calls * (1 + em.get("max_iterations", 5))
-        return draws + batch * (em["first_steps"] + (em["laps"] - 1) * em["steps"])
+        # From the Ambient network the first lap takes estimates, one evaluation each.
+        ambient = em.get("start") == "ambient"
+        each = calls * (1 + em.get("max_iterations", 5))
+        draws = size * (em["laps"] * each if not ambient else 1 + (em["laps"] - 1) * each)
+        begun = em.get("start_steps", em["first_steps"]) if ambient else 0
+        return draws + batch * (begun + em["first_steps"] + (em["laps"] - 1) * em["steps"])
     return batch * steps
 
 
