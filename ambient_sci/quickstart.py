@@ -68,7 +68,7 @@ def run(
         seed: decides phases, noise, masks, initial weights and samples.
         overwrite: start anew in a folder that is not empty.
         resume: continue an interrupted training.
-        pretrained: train nothing and take the prior that ships with the library (`PRETRAINED`); the folder then has no training scans.
+        pretrained: train nothing and take the prior that ships with the library (`PRETRAINED`); no training scans are made.
         device: "auto", "cpu" or "cuda".
 
     Raises:

@@ -14,7 +14,7 @@ import torch
 
 from ambient_sci.cli import main
 from ambient_sci.data import write_measurements
-from ambient_sci.errors import InputError
+from ambient_sci.errors import IdentifiabilityError, InputError
 from ambient_sci.operators import MRI, Identity, Independent, Masking, birdcage_maps, make_design
 from ambient_sci.priors import GaussianPrior, NetworkConfig, NetworkPrior, StationaryGaussianPrior, load_prior
 from ambient_sci.sampling import reconstruct
@@ -376,8 +376,52 @@ def test_complete_data_start_from_posterior_draws_under_the_ambient_prior(tmp_pa
     x = truth().sample(100, rng()) + 0.2 * torch.randn(100, *SHAPE, generator=rng(1))
     settings = config(start="ambient", laps=1, sampler_steps=4, held_out=10)
     fit_em((Identity(SHAPE), x, 0.2), settings, tmp_path / "run", progress=False)
-    assert load_prior(tmp_path / "run" / "laps" / "00" / "prior").conditioning == "unconditional"
-    assert "e_step" in em_report(tmp_path / "run")[1] and em_report(tmp_path / "run")[1]["e_step"]["solves"] > 0
+    laps = [load_prior(tmp_path / "run" / "laps" / f"0{k}" / "prior") for k in (0, 1)]
+    assert laps[0].conditioning == "unconditional" and laps[0].sigma_min == pytest.approx(0.2)
+    assert laps[1].sigma_min < 0.02  # it learned from draws, which have no noise
+    assert (
+        "e_step" in em_report(tmp_path / "run")[1] and em_report(tmp_path / "run")[1]["e_step"]["solves"] > 0
+    )
+
+
+def test_an_interrupted_start_continues(tmp_path, monkeypatch):
+    settings = config(start="ambient", start_steps=20, laps=1)
+    whole = fit_em(masked(), settings, tmp_path / "whole", progress=False)
+    plain = em_module.AmbientStage.loss
+
+    def stopped(stage, step):
+        if step == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(stage, step)
+
+    monkeypatch.setattr(em_module.AmbientStage, "loss", stopped)
+    with pytest.raises(TrainingInterrupted):
+        fit_em(masked(), settings, tmp_path / "cut", progress=False)
+    monkeypatch.undo()
+    assert em_report(tmp_path / "cut") == []
+    assert same(fit_em(masked(), settings, tmp_path / "cut", resume=True, progress=False), whole)
+
+
+def test_a_mask_conditional_start_is_never_the_best_lap(tmp_path, monkeypatch):
+    """EM promises an unconditional prior: a start that scores better than all laps neither stands in for one nor ends the run early."""
+    scores = iter([0.1, 0.9, 0.8, 0.7])
+    monkeypatch.setattr(em_module._Laps, "_held_out_score", lambda self, prior: next(scores))
+    settings = config(start="ambient", start_steps=2, steps=2, laps=3, patience=1, sampler_steps=2)
+    prior = fit_em(masked(40), settings, tmp_path / "run", progress=False)
+    assert prior.conditioning == load_prior(tmp_path / "run").conditioning == "unconditional"
+    assert [r["crps"] for r in em_report(tmp_path / "run")] == [0.1, 0.9, 0.8, 0.7]
+    assert json.loads((tmp_path / "run" / "em.json").read_text())["best"] == 3
+
+
+def test_masks_that_the_ambient_loss_cannot_learn_from_are_refused_before_anything_is_written(tmp_path):
+    design = make_design("equispaced", image_shape=(2, 16, 16), acceleration=4, acs=2)
+    operator = MRI(design.sample(20, rng()), design=design)
+    y = operator.A(torch.randn(20, 2, 16, 16, generator=rng(1)))
+    with pytest.raises(
+        IdentifiabilityError, match=r"em.start: expected gaussian for these masks, got ambient"
+    ):
+        fit_em((operator, y, 0.1), config(start="ambient"), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_settings_of_the_start_that_do_not_go_together():

@@ -6,7 +6,17 @@ import sys
 
 import pytest
 import torch
-from closed_forms import F64, coil_maps, mixture_prior, normal, operator_zoo, random_mask, seeded
+from closed_forms import (
+    F64,
+    coil_maps,
+    gaussian_prior,
+    mixture_prior,
+    normal,
+    operator_zoo,
+    random_mask,
+    seeded,
+    z_score,
+)
 from torch import Tensor
 
 from ambient_sci import losses
@@ -16,6 +26,7 @@ from ambient_sci.noise import ChainNoise, draw_noise
 from ambient_sci.operators import (
     MRI,
     Identity,
+    Independent,
     Masking,
     RowMaskedOperator,
     Unknown,
@@ -175,6 +186,68 @@ def test_weight_of_kept_rows():
     assert torch.equal(kept_weight(c, "unit", 0.1), torch.ones(4, dtype=F64))
     with pytest.raises(InputError, match="weighting"):
         kept_weight(c, "none", 0.1)  # type: ignore[arg-type]
+
+
+class Preconditioned(ConditionalMean):
+    """The exact conditional mean, and a correction u(B) in proportion to what the loss is differentiated by, as a prior with ``gram``."""
+
+    uses_gram = True
+
+    def forward(self, x, sigma, mask=None, gram=None):  # type: ignore[override]
+        h = super().forward(x, sigma, mask)
+        self.directions = torch.stack([torch.ones_like(x), x, gram(torch.ones_like(x)), gram(x.abs())])
+        self.step = torch.zeros(4, len(x), dtype=x.dtype, requires_grad=True)
+        return h + torch.einsum("kb,kb...->b...", self.step, self.directions)
+
+
+ONE_COIL = MRI(random_mask(3, 1, 4, 3), coil_maps(1, 4, 3, batch=3)).to(F64)  # a phase map for each scan
+
+
+@pytest.mark.parametrize("name", [*operator_zoo(), "mri, one coil of each scan"])
+def test_kept_and_held_out_rows_weighed_apart_by_hand(name):
+    """(1/sigma^2 + 1/d^2) / c on kept rows and w_i / d^2 on held-out ones where T is one for all; one lambda where coil maps are involved."""
+    operator = operator_zoo().get(name, ONE_COIL)
+    prior = Preconditioned(mixture_prior(operator.img_size), operator)
+    sigma_y, sigma = torch.tensor([0.0, 0.3, 0.5], dtype=F64), torch.tensor([0.01, 0.3, 2.0], dtype=F64)
+    y = normal(3, *operator.measurement_size, seed=1) * operator.mask
+    step = losses.ambient_step(prior, operator, y, sigma_y, sigma, keep=0.6, generator=seeded(2), c_min=0.05)
+    each = operator.with_mask(operator.mask.expand(3, *operator.mask.shape[1:]))
+    split = each.split(keep=0.6, generator=seeded(2))
+    n, t, d = sigma_y.double(), sigma.double(), prior.data_std
+    fraction = split.kept.mask.flatten(1).mean(1)
+    apart = "coil" not in name
+    level = 1 / t**2 + 1 / d**2 if apart else 1 / (d**2 * (1 - fraction * d**2 / (d**2 + t**2)))
+    other = torch.full_like(t, d**-2) if apart else level
+    c = 1 - n**2 / t**2
+    shape = (3, *[1] * (y.ndim - 1))
+    predicted, c_ = operator.transform(step.denoised), c.reshape(shape)
+    kept = (c_ * predicted + (1 - c_) * step.y_t - y).square() / c_.clamp(min=0.05) * split.kept.mask
+    held = (predicted - y).square() * split.weights * (1 - split.kept.mask)
+    expected = level * kept.flatten(1).sum(1) + other * held.flatten(1).sum(1)
+    assert torch.allclose(step.loss, expected / step.denoised[0].numel(), rtol=1e-9)
+    assert torch.isfinite(step.loss).all()  # also where sigma = sigma_y
+
+
+@pytest.mark.parametrize("name", ["masking of entries", "mri"])
+def test_weighing_rows_apart_leaves_the_minimiser_where_it_was(name):
+    """The derivative of the loss at the exact conditional mean is zero in expectation, along functions of (z, B) on all, and on kept rows."""
+    num, shape = 6000, (2, 2, 2)
+    truth = gaussian_prior(shape)
+    channels = 2 if "entries" in name else 1
+    design = Independent((channels, 2, 2), "entries" if channels == 2 else "pixels", 0.7)
+    mask = design.sample(num, seeded(1)).to(F64)
+    if channels == 2:
+        operator = Masking(mask, shape, design=design).to(F64)
+    else:
+        operator = MRI(mask, design=design).to(F64)
+    sigma_y = torch.where(torch.arange(num) % 2 == 0, 0.0, 0.2).to(F64)
+    y = operator.transform(truth.sample(num, seeded(3)))
+    level = sigma_y.reshape(-1, *[1] * (y.ndim - 1))
+    y = (y + level * torch.randn(y.shape, generator=seeded(4), dtype=F64)) * operator.mask
+    prior = Preconditioned(truth, operator)
+    loss = losses.ambient(prior, operator, y, sigma_y, 0.3, keep=0.6, generator=seeded(5))
+    slopes = torch.autograd.grad(loss.sum(), prior.step)[0]
+    assert all(abs(z_score(s)) < 4.5 for s in slopes), [z_score(s) for s in slopes]
 
 
 def test_level_weight_in_single_precision():

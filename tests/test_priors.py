@@ -297,6 +297,20 @@ def test_staged_prior_answers_by_level():
         assert torch.allclose(found[i], expected[0], atol=1e-12)
 
 
+def test_a_mixed_batch_of_staged_networks_meets_the_operators_of_its_samples():
+    """``gram`` belongs to the whole batch: on both sides of sigma_n each sample's answer is that under its own mask."""
+    operator, sigma = MRI(random_mask(4, 8, 8).float()), torch.tensor([0.3, 0.29, 5.0, 0.01])
+    parts = [network("mask-conditional", seed=s) for s in (1, 2)]
+    staged, y = StagedPrior(*parts, 0.3), operator.A(normal(4, *SHAPE).float())
+    assert staged.uses_gram
+    with torch.no_grad():
+        found = estimate(staged, operator, y, sigma)
+        for i in range(4):
+            prior = parts[0 if sigma[i] >= 0.3 else 1]
+            expected = estimate(prior, operator[i], y[i : i + 1], sigma[i : i + 1])
+            assert torch.allclose(found[i], expected[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v", "sample"])
 def test_variance_preserving_networks_are_priors(kind):
     """A network that predicts exactly, wrapped, is the exact denoiser; ``time`` translates its noise scale."""

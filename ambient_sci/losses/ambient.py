@@ -14,8 +14,8 @@ omega = c^-2 and T^H T = I this is an unbiased estimate of lambda E||h - x_0||^2
 default omega = 1/c weights each kept row by the inverse variance of its target and has the same minimiser.
 
 lambda is the inverse of the error that the best scaling leaves (`Prior.loss_weight`). Where it is one number for all rows and most are missing, it does
-not grow as sigma falls, and nearly nothing teaches the network to denoise what it is shown. Where T is square and therefore the same for every sample
-(masks, one coil), rows can be weighed apart without moving the minimiser: kept rows by 1/sigma^2 + 1/d^2, held-out rows by 1/d^2. This is done
+not grow as sigma falls, and nearly nothing teaches the network to denoise what it is shown. Where T is square and the same for every sample
+(masks, one coil without a map), rows can be weighed apart without moving the minimiser: kept rows by 1/sigma^2 + 1/d^2, held-out rows by 1/d^2. This is done
 for networks whose preconditioning tells the two apart (``uses_gram``). With coil maps, which vary and which the network is not shown, it would
 not be exact, and lambda stays one number.
 
@@ -173,7 +173,8 @@ def ambient_step(
     if keep < 1:
         # Both terms share the rows' weights: 1 on kept, 1 / P on held out, 0 where nothing was measured.
         rows = split.weights if held_out_weights == "exact" else operator.mask
-        if prior.uses_gram and operator.square:
+        # Coil maps, which are a measurement's axis more, may differ from sample to sample even where they are square (one coil's phase).
+        if prior.uses_gram and operator.square and operator.measurement_size == operator.img_size:
             weight = torch.full_like(weight, prior.data_std**-2)
             on_kept = on_kept * expand(prior.loss_weight(level) / weight, y)
         squared = torch.where(split.kept.mask > 0, on_kept, (predicted - y).square()) * rows

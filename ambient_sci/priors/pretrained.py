@@ -23,5 +23,7 @@ def pretrained_folder(name: str) -> Path:
         InputError: there is none of this name.
     """
     if name not in pretrained_names():
-        raise InputError(f"pretrained prior: expected one of {', '.join(pretrained_names())}, got {name!r}")
+        raise InputError(
+            f"pretrained prior: expected one of {', '.join(pretrained_names()) or '(none here)'}, got {name!r}"
+        )
     return _FOLDER / name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ambient_sci.sampling.conditioning import Likelihood
+from ambient_sci.sampling.export import export_nifti
 from ambient_sci.sampling.fixed_mask import generate_fixed_mask
 from ambient_sci.sampling.posterior import DPS, MMPS, PiGDM
 from ambient_sci.sampling.problem import PosteriorSampler, Problem
@@ -37,6 +38,7 @@ __all__ = [
     "ancestral",
     "check_output",
     "conjugate_gradient",
+    "export_nifti",
     "gaussian_draw",
     "generate",
     "generate_fixed_mask",

@@ -12,7 +12,8 @@ z_s = A_H x_s + sigma_y n_s, and scored by the continuous ranked probability sco
 
     CRPS = mean_s |z_s - y_H| - sum_{s<s'} |z_s - z_s'| / (S (S - 1)),
 
-smallest in expectation for the true posterior. EM stops when it no longer falls; the prior of the best lap is kept.
+smallest in expectation for the true posterior. EM stops when it no longer falls; the prior of the best lap is kept. A mask-conditional start is not
+compared with the laps after it: what is kept is an unconditional prior.
 
 On disk, in the run folder: ``em.json`` (a report a lap), ``prior/`` (the best so far), ``laps/NN/`` with the draws (streamed, a marker for each
 batch that is complete), the M-step's checkpoint and the lap's prior. A run that is killed continues inside its lap, with the same draws
@@ -35,7 +36,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ambient_sci.data import MeasurementArrays
-from ambient_sci.errors import InputError
+from ambient_sci.errors import IdentifiabilityError, InputError
 from ambient_sci.operators import Identity, RowMaskedOperator
 from ambient_sci.priors import GaussianPrior, NetworkPrior, Prior, StationaryGaussianPrior, load_prior
 from ambient_sci.sampling import Reconstruction, reconstruct
@@ -83,6 +84,9 @@ def run_em(
         "unconditional prior"
     )
     source = Source(data, complete=fraction == 1, design=data.design, reason=reason)
+    if config.em is not None and config.em.start == "ambient":
+        # What it refuses is refused before anything is written.
+        _source_of_start(data, config)
     if accelerator.is_main_process:
         description = {"stages": [{"name": "em", "reason": reason}], "data": source.fingerprint()}
         folder.reopen(config, description) if resume else folder.create(config, description)
@@ -126,7 +130,7 @@ class _Laps:
         if not reports:
             return False
         best, since = float("inf"), 0
-        for report in reports:
+        for report in _candidates(reports):
             better = report["crps"] < best * (1 - self.settings.improvement)
             best, since = (report["crps"], 0) if better else (best, since + 1)
         return since >= self.settings.patience or len(reports) > self.settings.laps
@@ -175,13 +179,19 @@ class _Laps:
         """The network of the Ambient loss, with those augmentations that are exact for the measurements."""
         settings = self.settings
         steps = settings.start_steps or settings.first_steps or settings.steps
-        source = judge(self.data, self.config)
+        source = _source_of_start(self.data, self.config)
         names = exact_augmentations(
             self.config.augmentations, source.image_shape, self.data.operator_name, source.design
         )
         config = replace(self.config, em=None, max_steps=steps, augmentations=names)
         stage = AmbientStage(source, config, self.accelerator)
-        return self._trained(0, stage, config), {"prior": f"{stage.name}, {steps} steps", "steps": steps}
+        prior = self._trained(0, stage, config)
+        details = {
+            "prior": f"{stage.name}, {steps} steps",
+            "steps": steps,
+            "conditioning": prior.conditioning,
+        }
+        return prior, details
 
     # -- later laps ------------------------------------------------------------------------------------------------------------
 
@@ -246,9 +256,10 @@ class _Laps:
         data = MeasurementArrays(Identity(tuple(self.data.image_shape)), images, 0.0)
         source = Source(data, complete=True, design=None, reason=f"EM lap {lap}", data_std=prior.data_std)
         config = replace(self.config, em=None, max_steps=steps, seed=self.config.seed + 1_000_003 * lap)
-        again = isinstance(prior, NetworkPrior) and prior.conditioning == "unconditional"
-        stage = AmbientStage(source, config, self.accelerator, initial=prior if again else None)  # type: ignore[arg-type]
-        stage.module.requires_grad_(True)  # a lap's prior is an average, which has no gradients
+        stage = AmbientStage(source, config, self.accelerator)
+        if isinstance(prior, NetworkPrior) and prior.conditioning == "unconditional":
+            # The weights alone: an Ambient network ends at the noise of the data, and draws have none.
+            stage.module.load_state_dict(prior.state_dict())
         return self._trained(lap, stage, config)
 
     def _trained(self, lap: int, stage: AmbientStage, config: TrainConfig) -> Prior:
@@ -344,8 +355,23 @@ def _gaussian_of(images: Tensor) -> Prior:
     return StationaryGaussianPrior(mean.float(), spectrum.float())
 
 
+def _source_of_start(data: Measurements, config: TrainConfig) -> Source:
+    """The measurements as the Ambient loss takes them; IdentifiabilityError names the way out if it cannot."""
+    try:
+        return judge(data, config)
+    except IdentifiabilityError as error:
+        raise IdentifiabilityError(
+            f"em.start: expected gaussian for these masks, got ambient: {error}"
+        ) from None
+
+
+def _candidates(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The laps that may be kept: a mask-conditional start is not what EM promises, however well it scores."""
+    return [r for r in reports if r.get("conditioning") != "mask-conditional"] or reports
+
+
 def _best(reports: list[dict[str, Any]]) -> int:
-    return min(reports, key=lambda r: r["crps"])["lap"]
+    return min(_candidates(reports), key=lambda r: r["crps"])["lap"]
 
 
 def _spread(num: int, count: int) -> Tensor:

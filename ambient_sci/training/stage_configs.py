@@ -90,11 +90,12 @@ class EMConfig:
     Attributes:
         laps: most laps; a lap draws images from the posterior of every measurement and trains on them.
         steps: training steps of each lap; learning rate, batch size and the rest are those of `TrainConfig`.
-        first_steps: training steps of the first lap, which starts from nothing; default: ``steps``.
+        first_steps: training steps of the first lap, which starts from new weights where lap 0 has left none to go on from; default: ``steps``.
         start: where the first draws come from. "gaussian": posterior draws under a Gaussian fitted to the measurements, for any linear
             operator. "ambient": a network trained on the measurements by the operator-aware Ambient loss; its estimates E[x_0 | y] where
             rows are missing, posterior draws under it where none are. Much nearer to the data's law when that is far from Gaussian
-            and every row is measured with positive probability.
+            and every row is measured with positive probability. Augmentations that are not exact for incomplete measurements are left
+            out of its training, and its estimates are computed in single precision.
         start_steps: training steps of that network; default: ``first_steps``.
         m_step: "network" trains the network on the draws; "gaussian" takes their mean and covariance.
         initial_samples: measurements that the initial Gaussian is fitted to, at most.

@@ -21,7 +21,9 @@ sys.path.insert(0, str(HERE))
 from priors import accelerations  # noqa: E402
 from profiles import load_profile  # noqa: E402
 from report import with_error  # noqa: E402
+from scans import Scans  # noqa: E402
 
+from ambient_sci.data import MeasurementFile  # noqa: E402
 from ambient_sci.errors import InputError  # noqa: E402
 from ambient_sci.priors import NetworkPrior, load_prior  # noqa: E402
 from ambient_sci.whole_files import write_text  # noqa: E402
@@ -47,16 +49,15 @@ def main(arguments: list[str] | None = None) -> int:
         folder = options.runs / options.profile
         prior = packed(load_prior(folder / "priors" / options.prior), entry, profile)
         card = CARD.format(name=options.name, **facts(options.prior, entry, profile, prior, folder))
+        size = sum(4 * t.numel() for t in prior.state_dict().values())
+        if size > LARGEST:
+            raise InputError(f"{options.prior}: expected at most {LARGEST} bytes of weights, got {size}")
         prior.save(out)
         write_text(options.out / f"{options.name}.md", card)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    size = sum(p.stat().st_size for p in out.iterdir())
-    if size > LARGEST:
-        print(f"error: {out}: expected at most {LARGEST} bytes, got {size}", file=sys.stderr)
-        return 2
-    print(f"{out}: {size} bytes")
+    print(f"{out}: {size} bytes of weights")
     return 0
 
 
@@ -93,6 +94,12 @@ def packed(prior: Any, entry: dict[str, Any], profile: dict[str, Any]) -> Networ
     return found
 
 
+def training_scans(entry: dict[str, Any], profile: dict[str, Any], folder: Path) -> Path:
+    """The measurements that the prior was trained on."""
+    slices = profile["em"].get("slices") if entry["kind"] == "em" else None
+    return Scans(profile["scans"], folder / "scans").training(accelerations(entry)[0], slices=slices)
+
+
 def facts(
     name: str, entry: dict[str, Any], profile: dict[str, Any], prior: NetworkPrior, folder: Path
 ) -> dict[str, Any]:
@@ -116,6 +123,8 @@ def facts(
             f"| {with_error(own['scores']['ssim'], 3)} | {own['std_over_error']['mean']:.2f} "
             f"| {100 * own['held_out']['coverage']['80']['observed']:.0f} |"
         )
+    with MeasurementFile(training_scans(entry, profile, folder)) as file:
+        slices, people = len(file), ", ".join(dict.fromkeys(file.subjects))
     what = "fully sampled" if entry["kind"] == "noisy" else f"R = {entry['R']} undersampled"
     return {
         "what": what,
@@ -127,6 +136,10 @@ def facts(
         "lowest": prior.sigma_min,
         "rows": "\n".join(rows),
         "samples": profile["mmps"]["samples"],
+        "slices": slices,
+        "people": people,
+        "tested": sum(own["slices"].values()),
+        "machine": own["machine"],
         "profile": f"recipes/mri, prior `{name}`, seed {scans['seed']}",
     }
 
@@ -137,13 +150,13 @@ An unconditional diffusion prior, `load_prior("pretrained:{name}")`, {parameters
 
 | | |
 |---|---|
-| learned from | {what} noisy MR scans of **one person** (Colin27): 533 axial, coronal and sagittal T1-weighted slices; real anatomy, simulated acquisition ({coils} coils, random smooth phase, sigma_y = {noise} per real channel) |
+| learned from | {what} noisy MR scans of **one person** ({people}): {slices} axial, coronal and sagittal T1-weighted slices; real anatomy, simulated acquisition ({coils} coils, random smooth phase, sigma_y = {noise} per real channel) |
 | images | complex, two channels; the 99.9th percentile of a volume's magnitude is 1; RAS axes |
-| trained by | {profile}: {method}, {seconds:.0f} s on two CPU cores |
+| trained by | {profile}: {method}, {seconds:.0f} s (machine: {machine}) |
 | noise levels | from {lowest:.3g} up: what is weaker was never seen; samplers stop there |
 | licence | Apache-2.0. The images: `ambient_sci/data/assets/README.md` |
 
-Judged on seven slices of **three other people**, two of them after contrast agent, {samples} posterior samples (MMPS) of 4-coil scans with the same noise; mean and standard error over people:
+Judged on {tested} slices of **three other people**, two of them after contrast agent, {samples} posterior samples (MMPS) of {coils}-coil scans with the same noise; mean and standard error over people:
 
 | R | PSNR / dB | total variation, weight chosen with the truth | SSIM | std / error | 80 % intervals cover held-out rows, % |
 |---|---|---|---|---|---|
