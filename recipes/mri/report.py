@@ -190,7 +190,7 @@ def images_figure(
     shown: dict[str, Any] = {}
     last: tuple[str, Any, Any] | None = None
     for name, method in _rows(list(own.values()), profile):
-        if method in ("sense", "a-dps"):
+        if method in ("sense", "a-dps") or (name is not None and not _foremost(name, rate, own)):
             continue
         with ResultFile(out / "cells" / f"{name or 'classic'}--{method}--R{rate:g}.h5") as file:
             mean, std = file.mean(rows), file.std(rows)
@@ -207,6 +207,18 @@ def images_figure(
     )
     labels = [scans.subjects[r] for r in rows]
     reconstruction_figure(path, _upright(scans.truth[rows]), turned, labels=labels, peak=peaks, **bars)
+
+
+def _foremost(name: str, rate: float, own: dict[tuple[str | None, str], dict[str, Any]]) -> bool:
+    """Whether ``name`` is the first prior of its kind, among those trained at this acceleration if there are any."""
+    kind = {c["prior"]: c["R_train"] for c in own.values() if c["prior"] and c["kind"] == _kind(name, own)}
+    at_rate = [p for p, trained in kind.items() if trained == [rate]]
+    return name == (at_rate or list(kind))[0]
+
+
+def _kind(name: str, own: dict[tuple[str | None, str], dict[str, Any]]) -> str:
+    """The kind of the prior ``name``."""
+    return next(c["kind"] for (prior, _), c in own.items() if prior == name)
 
 
 def _upright(x: Any) -> Any:
