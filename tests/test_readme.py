@@ -51,6 +51,13 @@ def test_quickstart_in_miniature(tmp_path, capsys):
         run(tmp_path / "q", settings=TINY)
 
 
+def test_pretrained_quickstart_trains_nothing(tmp_path):
+    report = run(tmp_path / "q", pretrained=True, settings=TINY)
+    made = {p.name for p in (tmp_path / "q").iterdir()}
+    assert made == {"test.h5", "test_clean.h5", "reconstruction.h5", "report.json", "figure.png"}
+    assert report["prior"] == "pretrained:brain64"
+
+
 def test_quickstart_trains_on_the_noisy_file_alone(tmp_path, monkeypatch):
     """The trainer is handed a path to the measurements; were it to look for clean images, they are not there to be found."""
     from ambient_sci import quickstart

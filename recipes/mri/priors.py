@@ -67,7 +67,8 @@ def configuration(entry: dict[str, Any], profile: dict[str, Any], device: str) -
     base = TrainConfig.from_dict({**settings, "max_steps": entry.get("steps", settings["max_steps"])})
     if kind == "em":
         levels = LevelConfig(**{**profile["levels"], **profile["em"].get("levels", {})})
-        em = EMConfig(**{k: v for k, v in profile["em"].items() if k not in ("levels", "slices")})
+        own = {**profile["em"], **({"laps": entry["laps"]} if "laps" in entry else {})}
+        em = EMConfig(**{k: v for k, v in own.items() if k not in ("levels", "slices")})
         return replace(base, max_steps=None, em=em, levels=levels)
     if kind == "clean":
         return replace(base, loss=LossConfig(kind="denoising"))
