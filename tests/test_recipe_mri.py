@@ -426,6 +426,16 @@ def test_a_prior_is_shipped_with_the_numbers_of_its_cells(finished, tmp_path, ca
     assert "from measurements alone" in capsys.readouterr().err
 
 
+def test_an_entry_may_have_levels_and_loss_of_its_own(profile, scans, tmp_path):
+    own = copy.deepcopy(profile)
+    entry = {**own["priors"]["k-space-R4"], "keep": 0.5, "steps": 1, "levels": {"mean": -1.45}, "loss": {"hold_out_calibration": False}}  # fmt: skip
+    own["priors"]["k-space-R4"] = entry
+    recipe_priors.train("k-space-R4", own, scans, tmp_path, "cpu")
+    config = json.loads((tmp_path / "k-space-R4" / "config.json").read_text())
+    assert config["levels"]["mean"] == -1.45 and config["levels"]["std"] == profile["levels"]["std"]
+    assert config["loss"]["hold_out_calibration"] is False and config["loss"]["keep"] == 0.5
+
+
 def test_an_ablation(tmp_path, profile):
     """Each arm differs in its loss alone, and says so in its run folder."""
     small = copy.deepcopy(profile)

@@ -55,7 +55,7 @@ def configuration(entry: dict[str, Any], profile: dict[str, Any], device: str) -
     settings = {
         **profile["training"],
         "network": profile["network"],
-        "levels": profile["levels"],
+        "levels": {**profile["levels"], **entry.get("levels", {})},
         "device": device,
     }
     if settings.get("precision") == "auto":
@@ -164,7 +164,10 @@ def _trained(
     files = [scans.training(r) for r in rates]
     accelerator = make_accelerator(config.device)
     if kind == "k-space":
-        configs = [replace(config, loss=LossConfig(keep=kept_fraction(entry["keep"], r))) for r in rates]
+        configs = [
+            replace(config, loss=LossConfig(keep=kept_fraction(entry["keep"], r), **entry.get("loss", {})))
+            for r in rates
+        ]
         return _run(SeveralAccelerations(files, configs, accelerator), configs[0], accelerator, run)
     stage = SplittingStage(files[0], config, accelerator, robust=kind == "robust", **profile["ssdu"])
     return _run(stage, config, accelerator, run)
