@@ -160,29 +160,24 @@ def make_scans(out: Path, settings: Settings, seed: int, overwrite: bool, *, tra
 
 def shipped(device: str) -> Any:
     """The prior of ``--pretrained``."""
-    import torch
-
     from ambient_sci.priors import load_prior
+    from ambient_sci.training import make_accelerator
 
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    return load_prior(PRETRAINED, "cuda" if cuda else "cpu")
+    return load_prior(PRETRAINED, make_accelerator(device).device)
 
 
 def train(out: Path, settings: Settings, seed: int, resume: bool, overwrite: bool, device: str) -> Any:
     """Step 2: the prior, from out/train.h5 and nothing else."""
-    import torch
-
     from ambient_sci.priors import NetworkConfig
     from ambient_sci.sampling.precision import native_bfloat16
-    from ambient_sci.training import LevelConfig, TrainConfig, fit
+    from ambient_sci.training import LevelConfig, TrainConfig, fit, make_accelerator
 
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     config = TrainConfig(
         seed=seed,
         max_steps=settings.train_steps,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        precision="bf16" if native_bfloat16(torch.device("cuda" if cuda else "cpu")) else "fp32",
+        precision="bf16" if native_bfloat16(make_accelerator(device).device) else "fp32",
         # Exact for white noise; a prior from one person has to be told that others differ in pose, brightness and phase.
         augmentations=("flip-vertical", "flip-horizontal", "transpose", "phase", "gain"),
         network=NetworkConfig(channels=settings.channels),

@@ -113,8 +113,7 @@ def estimate(prior: Prior, kept: RowMaskedOperator, y_t: Tensor, sigma: float | 
     """
     x = kept.A_adjoint(y_t)
     if prior.conditioning == "mask-conditional":
-        gram = {"gram": kept.A_adjoint_A} if prior.uses_gram else {}
-        return prior(x, sigma, mask=kept.network_mask, **gram)
+        return prior.conditional(x, sigma, kept.network_mask, kept.A_adjoint_A)
     if not kept.complete:
         raise ConditioningError(
             "expected a mask-conditional prior for incomplete measurements (rows missing or held out), got an unconditional one: "
@@ -169,15 +168,17 @@ def ambient_step(
     predicted = operator.transform(h)
     on_kept = kept_weight(c, weighting, c_min) * (c * predicted + (1 - c) * y_t - y).square()
     level = expand(sigma, h).flatten()
-    weight = prior.loss_weight(level, split.kept.kept_fraction.to(h))
+    # Coil maps, which are a measurement's axis more, may differ from sample to sample even where they are square (one coil's phase).
+    one_transform = operator.square and operator.measurement_size == operator.img_size
+    apart = keep < 1 and prior.uses_gram and one_transform
+    weight = prior.loss_weight(level, 1.0 if apart else split.kept.kept_fraction.to(h))
     if keep < 1:
         # Both terms share the rows' weights: 1 on kept, 1 / P on held out, 0 where nothing was measured.
         rows = split.weights if held_out_weights == "exact" else operator.mask
-        # Coil maps, which are a measurement's axis more, may differ from sample to sample even where they are square (one coil's phase).
-        if prior.uses_gram and operator.square and operator.measurement_size == operator.img_size:
-            weight = torch.full_like(weight, prior.data_std**-2)
-            on_kept = on_kept * expand(prior.loss_weight(level) / weight, y)
-        squared = torch.where(split.kept.mask > 0, on_kept, (predicted - y).square()) * rows
+        on_held_out = (predicted - y).square()
+        if apart:  # weight is that of kept rows; the others' is 1 / d^2
+            on_held_out = on_held_out / expand(weight * prior.data_std**2, y)
+        squared = torch.where(split.kept.mask > 0, on_kept, on_held_out) * rows
     else:
         squared = on_kept if operator.name == "identity" else on_kept * operator.mask
     return AmbientStep(weight * squared.flatten(1).sum(1) / h[0].numel(), y_t, h, split.kept)

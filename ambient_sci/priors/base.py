@@ -8,6 +8,7 @@ sampler it is worse than zero filling. So every prior says which kind it is and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -44,9 +45,15 @@ class Prior(Denoiser):
         """E[x_0 | x]: ``x`` (B, C, H, W) at noise level ``sigma`` (float or (B,)).
 
         Mask-conditional priors: ``x`` = A_B^H y~ and ``mask`` (1|B, m, H, W). Those that use it take a further argument ``gram``, the
-        function A_B^H A_B of images; `ambient_sci.losses.estimate` hands both over.
+        function A_B^H A_B of images; `conditional` hands over what each takes.
         """
         raise TypeError(f"{type(self).__name__} does not say how it denoises")
+
+    def conditional(
+        self, x: Tensor, sigma: float | Tensor, mask: Tensor | None, gram: Callable[[Tensor], Tensor] | None
+    ) -> Tensor:
+        """`forward` with ``mask``, and with ``gram`` if this prior uses it."""
+        return self(x, sigma, mask, gram) if self.uses_gram else self(x, sigma, mask)
 
     def loss_weight(self, sigma: Tensor, fraction: float | Tensor = 1.0) -> Tensor:
         r"""lambda(sigma) = (d^2 + sigma^2) / (d^2 (sigma^2 + (1 - f) d^2)), the inverse of the error a best linear denoiser leaves per entry.

@@ -10,7 +10,7 @@ G = A_B^H A_B, the projection on kept rows (masks, one coil) or nearly one (seve
     h(x, sigma, B) = c_skip x + d u + (c_out - d) G u,     u = F(c_in x / sqrt(f), sigma, B),
 
 f the fraction of rows kept, to which the power of x is proportional. For B = I it is the same as above. As sigma -> 0 the estimate agrees with what was
-measured whatever the network says.
+measured whatever the network says, where G is a projection.
 """
 
 from __future__ import annotations

@@ -119,19 +119,13 @@ class StagedPrior(Prior):
         levels = expand(sigma, x).flatten().expand(x.shape[0])
         high = levels >= self.sigma_n * (1 - 1e-6)
         if bool(high.all()):
-            return _answer(self.anchor, x, levels, mask, gram)
+            return self.anchor.conditional(x, levels, mask, gram)
         if not bool(high.any()):
-            return _answer(self.below, x, levels, mask, gram)
+            return self.below.conditional(x, levels, mask, gram)
         if mask is not None:  # gram is a function of the whole batch
-            above, below = (_answer(p, x, levels, mask, gram) for p in (self.anchor, self.below))
+            above, below = (p.conditional(x, levels, mask, gram) for p in (self.anchor, self.below))
             return torch.where(high.reshape(-1, *([1] * (x.ndim - 1))), above, below)
         out = torch.empty_like(x)
         for prior, part in ((self.anchor, high), (self.below, ~high)):
             out[part] = prior(x[part], levels[part])
         return out
-
-
-def _answer(
-    prior: Prior, x: Tensor, levels: Tensor, mask: Tensor | None, gram: Callable[[Tensor], Tensor] | None
-) -> Tensor:
-    return prior(x, levels, mask, gram) if prior.uses_gram else prior(x, levels, mask)  # type: ignore[call-arg]

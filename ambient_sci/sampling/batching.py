@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,8 +73,8 @@ def chain_memory(prior: Prior, like: Tensor) -> int:
         channels = getattr(getattr(prior, "config", None), "mask_channels", 1)
         mask = torch.ones(1, channels, *prior.shape[1:], dtype=like.dtype, device=like.device)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        gram: Any = {"gram": torch.clone} if prior.uses_gram else {}
-        out = prior(x, torch.ones(1, dtype=like.dtype, device=like.device), mask=mask, **gram)
+        level = torch.ones(1, dtype=like.dtype, device=like.device)
+        out = prior.conditional(x, level, mask, torch.clone)
     weights = {p.untyped_storage().data_ptr() for p in [*prior.parameters(), *prior.buffers()]}
     saved = sum(n for address, n in sizes.items() if address not in weights)
     return 2 * saved + 16 * out.numel() * out.element_size()

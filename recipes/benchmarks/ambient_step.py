@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +43,10 @@ def cases(
 def plain_denoising(prior: NetworkPrior, x0: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
     """lambda ||D(x0 + sigma z) - x0||^2, with a mask of ones where the network takes one."""
     noisy = x0 + expand(sigma, x0) * torch.randn(x0.shape, generator=generator)
-    options: Any = {"mask": torch.ones(1, 1, *x0.shape[2:]), "gram": torch.clone} if prior.uses_gram else {}
-    return prior.loss_weight(sigma) * (prior(noisy, sigma, **options) - x0).square().flatten(1).mean(1)
+    mask = torch.ones(1, 1, *x0.shape[2:]) if prior.conditioning == "mask-conditional" else None
+    return prior.loss_weight(sigma) * (
+        prior.conditional(noisy, sigma, mask, torch.clone) - x0
+    ).square().flatten(1).mean(1)
 
 
 def step_time(prior: NetworkPrior, optimiser: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> float:

@@ -59,8 +59,7 @@ def configuration(entry: dict[str, Any], profile: dict[str, Any], device: str) -
         "device": device,
     }
     if settings.get("precision") == "auto":
-        cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-        settings["precision"] = "bf16" if native_bfloat16(torch.device("cuda" if cuda else "cpu")) else "fp32"
+        settings["precision"] = "bf16" if native_bfloat16(make_accelerator(device).device) else "fp32"
     kind = entry["kind"]
     if kind not in KINDS:
         raise InputError(f"priors: kind: expected one of {', '.join(KINDS)}, got {kind!r}")
@@ -140,7 +139,7 @@ def train(name: str, profile: dict[str, Any], scans: Scans, folder: Path, device
         raise InputError(f"prior: expected one of {', '.join(profile['priors'])}, got {name!r}")
     run, done = folder / name, folder / f"{name}.json"
     if done.exists():
-        return load_prior(run / "prior", _device(device))
+        return load_prior(run / "prior", make_accelerator(device).device)
     entry = profile["priors"][name]
     config = configuration(entry, profile, device)
     resumed, begun = (run / "config.json").exists(), time.monotonic()
@@ -179,8 +178,3 @@ def _run(stage: Any, config: TrainConfig, accelerator: Any, path: Path) -> Prior
     run.reopen(config, description) if (path / "config.json").exists() else run.create(config, description)
     options: Any = {"folder": run, "resume": True, "reporter": Reporter()}
     return run_stage(stage, config, accelerator=accelerator, **options).eval()
-
-
-def _device(name: str) -> torch.device:
-    cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if cuda else "cpu")

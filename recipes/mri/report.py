@@ -189,8 +189,10 @@ def images_figure(
     rows = [scans.subjects.index(s) + scans.subjects.count(s) // 2 for s in dict.fromkeys(scans.subjects)]
     shown: dict[str, Any] = {}
     last: tuple[str, Any, Any] | None = None
-    for name, method in _rows(list(own.values()), profile):
-        if method in ("sense", "a-dps") or (name is not None and not _foremost(name, rate, own)):
+    rows_shown = _rows(list(own.values()), profile)
+    priors = foremost(rate, [own[row] for row in rows_shown])
+    for name, method in rows_shown:
+        if method in ("sense", "a-dps") or name not in priors:
             continue
         with ResultFile(out / "cells" / f"{name or 'classic'}--{method}--R{rate:g}.h5") as file:
             mean, std = file.mean(rows), file.std(rows)
@@ -209,16 +211,14 @@ def images_figure(
     reconstruction_figure(path, _upright(scans.truth[rows]), turned, labels=labels, peak=peaks, **bars)
 
 
-def _foremost(name: str, rate: float, own: dict[tuple[str | None, str], dict[str, Any]]) -> bool:
-    """Whether ``name`` is the first prior of its kind, among those trained at this acceleration if there are any."""
-    kind = {c["prior"]: c["R_train"] for c in own.values() if c["prior"] and c["kind"] == _kind(name, own)}
-    at_rate = [p for p, trained in kind.items() if trained == [rate]]
-    return name == (at_rate or list(kind))[0]
-
-
-def _kind(name: str, own: dict[tuple[str | None, str], dict[str, Any]]) -> str:
-    """The kind of the prior ``name``."""
-    return next(c["kind"] for (prior, _), c in own.items() if prior == name)
+def foremost(rate: float, cells: list[dict[str, Any]]) -> set[str | None]:
+    """Of every kind of prior the first one trained at this acceleration, or the first one; None stands for classic methods."""
+    chosen: dict[str, tuple[bool, str | None]] = {}
+    for cell in cells:
+        here = cell["R_train"] == [rate]
+        if cell["kind"] not in chosen or (here and not chosen[cell["kind"]][0]):
+            chosen[cell["kind"]] = here, cell["prior"]
+    return {prior for _, prior in chosen.values()}
 
 
 def _upright(x: Any) -> Any:
