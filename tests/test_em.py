@@ -125,8 +125,13 @@ def test_an_interrupted_run_continues_inside_its_lap(tmp_path, monkeypatch):
     assert not list((tmp_path / "cut").rglob("draws.npy")) and not list((tmp_path / "cut").rglob("*.part"))
 
 
-def test_an_interrupted_m_step_continues(tmp_path, monkeypatch):
-    whole = fit_em(masked(), config(laps=1), tmp_path / "whole", progress=False)
+@pytest.mark.parametrize(
+    ("changes", "done"), [({}, [0]), ({"start": "ambient", "start_steps": 20}, [])], ids=["m-step", "start"]
+)
+def test_an_interrupted_training_continues(tmp_path, monkeypatch, changes, done):
+    """Of an M-step, or of the Ambient network of lap 0; ``done``: the laps before it."""
+    settings = config(laps=1, **changes)
+    whole = fit_em(masked(), settings, tmp_path / "whole", progress=False)
     plain = em_module.AmbientStage.loss
 
     def stopped(stage, step):
@@ -136,11 +141,10 @@ def test_an_interrupted_m_step_continues(tmp_path, monkeypatch):
 
     monkeypatch.setattr(em_module.AmbientStage, "loss", stopped)
     with pytest.raises(TrainingInterrupted):
-        fit_em(masked(), config(laps=1), tmp_path / "cut", progress=False)
+        fit_em(masked(), settings, tmp_path / "cut", progress=False)
     monkeypatch.undo()
-    assert same(
-        fit_em(masked(), out=tmp_path / "cut", config=config(laps=1), resume=True, progress=False), whole
-    )
+    assert [r["lap"] for r in em_report(tmp_path / "cut")] == done
+    assert same(fit_em(masked(), settings, tmp_path / "cut", resume=True, progress=False), whole)
 
 
 def test_laps_warm_start_and_the_best_is_kept(tmp_path):
@@ -382,24 +386,6 @@ def test_complete_data_start_from_posterior_draws_under_the_ambient_prior(tmp_pa
     assert (
         "e_step" in em_report(tmp_path / "run")[1] and em_report(tmp_path / "run")[1]["e_step"]["solves"] > 0
     )
-
-
-def test_an_interrupted_start_continues(tmp_path, monkeypatch):
-    settings = config(start="ambient", start_steps=20, laps=1)
-    whole = fit_em(masked(), settings, tmp_path / "whole", progress=False)
-    plain = em_module.AmbientStage.loss
-
-    def stopped(stage, step):
-        if step == 11:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain(stage, step)
-
-    monkeypatch.setattr(em_module.AmbientStage, "loss", stopped)
-    with pytest.raises(TrainingInterrupted):
-        fit_em(masked(), settings, tmp_path / "cut", progress=False)
-    monkeypatch.undo()
-    assert em_report(tmp_path / "cut") == []
-    assert same(fit_em(masked(), settings, tmp_path / "cut", resume=True, progress=False), whole)
 
 
 def test_a_mask_conditional_start_is_never_the_best_lap(tmp_path, monkeypatch):
