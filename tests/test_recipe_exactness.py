@@ -63,15 +63,23 @@ def test_every_row_of_the_ring(recipe, settings, tmp_path, monkeypatch, capsys):
     assert {p.name for p in new} == {"staged-0.3-n60-s0.json"}
 
 
-def test_masked_rows(recipe, settings, tmp_path):
-    part = recipe("masked_part").Part("masked-mixture")
-    rows = {}
-    for run in part.RUNS:
-        level = 0.0 if run == "clean" else 0.25
-        cell = part.run(run, level, 40, 0, settings["masked-mixture"], tmp_path / run, "cpu")
-        rows |= cell["rows"]
+def test_masked_rows(recipe, settings, tmp_path, monkeypatch):
+    run = recipe("run")
+    monkeypatch.setattr(run.yaml, "safe_load", lambda text: {"two-core": settings})
+    arguments = ["run.py", "--part", "masked-mixture", "--levels", "0", ".25"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(tmp_path), "--device", "cpu"])
+    run.main()
+    cells = [json.loads(p.read_text()) for p in (tmp_path / "two-core" / "masked-mixture").glob("*.json")]
+    rows = {name: row for cell in cells for name, row in cell["rows"].items()}
     assert set(rows) == {"clean oracle", "em", "mask-conditional, fixed mask"}
     assert all(0 < row["sliced_w2"] < 10 for row in rows.values())
+
+
+def test_every_part_is_found(recipe):
+    run = recipe("run")
+    config = yaml.safe_load((RECIPE / "config.yaml").read_text())
+    assert all(set(profile) == set(run.MODULES) for profile in config.values())
+    assert all(run.load_part(name).RUNS for name in run.MODULES)
 
 
 def test_the_scores_of_digits_see_noise_and_blur(recipe):

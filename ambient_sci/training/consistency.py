@@ -15,6 +15,14 @@ where the hybrid is the anchor at and above sigma_n and the copy below it, and g
 D_t. Nothing but the state at sigma_n comes from the data; the result is a `StagedPrior`. Data with more noise than sigma_n are first walked down
 to it, data with less get noise added, and also train the copy directly, by the Ambient loss between their level and sigma_n.
 
+The relation leaves freedom that a trained network uses: D(x, sigma) = x satisfies it, and so, to the last percent, does a denoiser that leaves a little
+noise where the anchor is not quite right; all below sigma_n would inherit it. *Shrinkage* takes the other side: it adds the denoising loss on the anchor's own
+estimates,
+
+    x^ = D(x, sigma_n),     sigma = sigma_n (sigma_min / sigma_n)^u,     weight  lambda(sigma) |D(x^ + sigma z, sigma) - x^|^2,
+
+whose law (that of truncated sampling) lacks detail and has no noise. A *warm start* begins with this loss alone.
+
 *Joint* consistency, as published, adds the loss to the Ambient loss on one network from the start. With k = 0 the pair begins where the Ambient
 loss has just evaluated the network and shares D_t; with k > 0 it begins as above.
 
@@ -144,6 +152,11 @@ class ConsistencyStage:
         uniform = seeded(self.seed, _GAPS, step, self.data.rank)
         noise = seeded(self.seed, _CHAINS, step, self.data.rank, device=drawn.noise.device)
         kept, x, t = self._start(drawn, noise)
+        if step < settings.warm_start:
+            return self._denoising_of_estimates(kept, x, t, uniform, noise)
+        shrinking: Tensor | float = 0.0
+        if settings.shrinkage > 0:
+            shrinking = settings.shrinkage * self._denoising_of_estimates(kept, x, t, uniform, noise)
         if settings.replay:
             x, t = self._continued(x, t)
         else:
@@ -174,7 +187,7 @@ class ConsistencyStage:
         )
         if settings.replay:
             self.chains = (ancestral_step(x, denoised.detach(), t, s, generator=noise), s)
-        return self._with_quiet_data(loss, drawn, uniform)
+        return self._with_quiet_data(loss + shrinking, drawn, uniform)
 
     def _start(self, drawn: Drawn, noise: torch.Generator) -> tuple[RowMaskedOperator | None, Tensor, Tensor]:
         """Kept rows (None: images), states and levels (B,): the data, brought to level sigma_n."""
@@ -188,6 +201,24 @@ class ConsistencyStage:
         if bool((missing > 0).any()):
             y = y + expand(missing, y) * draw_noise(y, noise)
         return kept, descend(self.hybrid, kept, y, torch.maximum(level, goal), self.sigma_n, noise), goal
+
+    def _denoising_of_estimates(
+        self,
+        kept: RowMaskedOperator | None,
+        x: Tensor,
+        t: Tensor,
+        uniform: torch.Generator,
+        noise: torch.Generator,
+    ) -> Tensor:
+        """Denoising loss (B,) of the copy on the anchor's estimates from states ``x`` at level sigma_n, below that level."""
+        with torch.no_grad():
+            estimates = evaluate(self.anchor, kept, x, t)  # type: ignore[arg-type]
+        sigma = t * (self.sigma_min / t) ** torch.rand(len(t), generator=uniform).to(t)
+        clean = estimates if kept is None else kept.A(estimates)
+        noisy = clean + expand(sigma, clean) * draw_noise(clean, noise)
+        below: Prior = self.module  # type: ignore[assignment]
+        error = evaluate(below, kept, noisy, sigma) - estimates
+        return below.loss_weight(sigma) * error.square().flatten(1).mean(1)
 
     def _continued(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The chains of the last step; ``x`` at level ``t`` where there are none or they have reached the bottom."""
@@ -306,7 +337,7 @@ def consistency_levels(data: AmbientStage, settings: ConsistencyConfig) -> tuple
     lowest = float(data.noise_std.min())
     if settings.sigma_n is None and lowest == 0:
         raise InputError("consistency.sigma_n: expected a level where some of the data are clean, got none")
-    sigma_n = lowest if settings.sigma_n is None else settings.sigma_n * unit
+    sigma_n = lowest * settings.margin if settings.sigma_n is None else settings.sigma_n * unit
     sigma_min = settings.sigma_min * unit
     if not sigma_min < sigma_n < data.levels.sigma_max:
         raise InputError(

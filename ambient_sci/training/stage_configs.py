@@ -29,7 +29,12 @@ class ConsistencyConfig:
         stride, gap: see above.
         sigma_n: the level below which consistency is asked for; default: the lowest noise in the data. To be given where some
             of the data are clean. In the units of ``levels``.
+        margin: where no level is given, the default is this times the lowest noise. The Ambient loss says nothing at the noise level of the
+            data itself: what the anchor answers there is extrapolated, from a little above. 1.15 costs little and is safer. "staged" only.
         sigma_min: lowest level of a walk, in the units of ``levels``.
+        shrinkage: factor of the denoising loss on the anchor's estimates at sigma_n, towards the law of truncated sampling. It biases (detail
+            is lost where images are finer than the noise) and calms (noise that the network would rather leave in). "staged" only.
+        warm_start: first steps of the second stage, with that loss alone. "staged" only.
         weight: factor of the loss beside the Ambient loss ("joint"; and for data with less noise than ``sigma_n``).
         kick_in: first step at which it counts ("joint").
         ramp: steps from there until it counts in full ("joint").
@@ -47,7 +52,10 @@ class ConsistencyConfig:
     stride: float = 1.0
     gap: float = 0.5
     sigma_n: float | None = None
+    margin: float = 1.0
     sigma_min: float = 0.01
+    shrinkage: float = 0.0
+    warm_start: int = 0
     weight: float = 1.0
     kick_in: int = 0
     ramp: int = 0
@@ -80,7 +88,24 @@ class ConsistencyConfig:
                 "mode joint with it (staged consistency has no other loss to wait for)",
                 self.mode,
             )
-        require(self.mode == "staged" or not self.replay, name + "replay", "mode staged with it", self.mode)
+        require(self.margin >= 1, name + "margin", "a value of at least 1", self.margin)
+        require(
+            self.margin == 1 or self.sigma_n is None,
+            name + "margin",
+            "1 where sigma_n is given",
+            (self.margin, self.sigma_n),
+        )
+        require(self.shrinkage >= 0, name + "shrinkage", "a value >= 0", self.shrinkage)
+        least = self.max_steps is None or self.warm_start < self.max_steps
+        require(
+            self.warm_start >= 0 and least,
+            name + "warm_start",
+            "0 <= warm_start < max_steps",
+            (self.warm_start, self.max_steps),
+        )
+        for key, idle in {"replay": False, "margin": 1.0, "shrinkage": 0.0, "warm_start": 0}.items():
+            staged = self.mode == "staged" or getattr(self, key) == idle
+            require(staged, name + key, "mode staged with it", self.mode)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,13 @@ import yaml
 from ambient_sci.whole_files import write_json
 
 HERE = Path(__file__).parent
+MODULES = {
+    "ring": "toy_part",
+    "mixture": "toy_part",
+    "digits": "digits_part",
+    "masked": "masked_part",
+    "masked-mixture": "masked_part",
+}
 
 
 def main() -> None:
@@ -72,9 +79,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--part", required=True, choices=["ring", "mixture", "digits", "masked", "masked-mixture"]
-    )
+    parser.add_argument("--part", required=True, choices=list(MODULES))
     parser.add_argument("--profile", default="two-core", choices=["two-core", "gpu"])
     parser.add_argument("--runs", nargs="+", help="only these runs (default: all of the part)")
     parser.add_argument(
@@ -98,9 +103,7 @@ def load_part(name: str) -> Any:
     import sys
 
     sys.path.insert(0, str(HERE))
-    return importlib.import_module(
-        {"ring": "toy_part", "mixture": "toy_part"}.get(name, f"{name}_part")
-    ).Part(name)
+    return importlib.import_module(MODULES[name]).Part(name)
 
 
 def training_evaluations(row: str, size: int, settings: dict[str, Any]) -> float:
