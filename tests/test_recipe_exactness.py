@@ -75,11 +75,28 @@ def test_masked_rows(recipe, settings, tmp_path, monkeypatch):
     assert all(0 < row["sliced_w2"] < 10 for row in rows.values())
 
 
-def test_every_part_is_found(recipe):
+def test_every_part_is_found_and_every_run_has_a_configuration(recipe):
     run = recipe("run")
     config = yaml.safe_load((RECIPE / "config.yaml").read_text())
     assert all(set(profile) == set(run.MODULES) for profile in config.values())
-    assert all(run.load_part(name).RUNS for name in run.MODULES)
+    configuration = recipe("methods").configuration
+    for profile in config.values():
+        for name, settings in profile.items():
+            for kind in run.load_part(name).RUNS:  # a configuration that is refused raises
+                assert configuration(kind, settings, 0, "cpu").batch_size == settings["batch_size"]
+
+
+def test_the_cost_of_training_counts_every_evaluation(recipe):
+    """By hand: a pair is 1 + draws, a walk of 0 to 4 steps is 2, an Ambient loss 1, an estimate and its denoising 2."""
+    cost = recipe("run").training_evaluations
+    plain = {"draws": 2, "walk": [0, 4], "max_steps": 100}
+    whole = {**plain, "replay": True, "margin": 1.1, "warm_start": 40, "shrinkage": 0.5}
+    settings = {"batch_size": 10, "steps": 200, "joint": {"kick_in": 50, "replay": False}}
+    assert cost("ambient full", 99, {**settings, "consistency": plain}) == 2000
+    assert cost("staged", 99, {**settings, "consistency": plain}) == 2000 + 10 * 100 * 5
+    assert cost("staged", 99, {**settings, "consistency": whole}) == 2000 + 10 * (40 * 2 + 60 * (3 + 1 + 2))
+    # The pair and the Ambient loss share an evaluation in one of five walk lengths.
+    assert cost("joint", 99, {**settings, "consistency": whole}) == 2000 + 10 * 150 * (5 - 1 / 5)
 
 
 def test_the_scores_of_digits_see_noise_and_blur(recipe):

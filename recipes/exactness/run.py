@@ -113,9 +113,15 @@ def training_evaluations(row: str, size: int, settings: dict[str, Any]) -> float
     """
     batch, steps = settings["batch_size"], settings["steps"]
     consistency, em = settings["consistency"], settings.get("em", {})
-    pair = 1 + consistency["draws"] + sum(consistency["walk"]) / 2
+    if row == "joint":
+        consistency = {**consistency, **settings["joint"]}
+    walked = 0 if consistency.get("replay") else sum(consistency["walk"]) / 2
+    pair = 1 + consistency["draws"] + walked
     if row == "staged":
-        return batch * (steps + consistency["max_steps"] * pair)
+        # Data below a margin also give an Ambient loss; shrinkage takes an estimate and denoises it.
+        denoising, warm = 2, consistency.get("warm_start", 0)
+        each = pair + (consistency.get("margin", 1) > 1) + denoising * (consistency.get("shrinkage", 0) > 0)
+        return batch * (steps + warm * denoising + (consistency["max_steps"] - warm) * each)
     if row == "joint":
         # The pair shares D_t where its walk has no steps, one time in (walk lengths).
         lengths = consistency["walk"][1] - consistency["walk"][0] + 1
