@@ -145,6 +145,12 @@ def test_gradients_reach_the_copy_and_never_the_anchor():
         assert all(p.grad is None for p in stage.anchor.parameters())
 
 
+def test_a_pair_has_two_levels_whatever_is_drawn():
+    """One draw in some millions is so small that t exp(-gap u) rounds to t; here all of them are."""
+    _, stage = stages(data(), small(below(gap=1e-9)))
+    assert bool(torch.isfinite(stage.loss(0)).all())
+
+
 def test_walks_reach_down_and_never_below_the_floor():
     config = small(below(walk=(12, 12), sigma_min=0.1))
     prior = GaussianPrior(torch.zeros(SHAPE), 0.36 * torch.eye(3))

@@ -107,9 +107,9 @@ def descend(
 
 
 def _shrunk(t: Tensor, stride: float, uniform: torch.Generator) -> Tensor:
-    """t exp(-stride u); u in (0, 1] drawn on the CPU."""
+    """t exp(-stride u), u in (0, 1] drawn on the CPU; less than t, whatever u rounds to."""
     u = 1 - torch.rand(len(t), generator=uniform)
-    return t * torch.exp(-stride * u).to(t)
+    return t * torch.exp(-stride * u).clamp(max=1 - 1e-6).to(t)
 
 
 class ConsistencyStage:
