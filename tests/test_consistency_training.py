@@ -96,7 +96,13 @@ def test_a_staged_prior_is_the_ambient_prior_above_and_a_trained_copy_below(tmp_
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"replay": True}, {"replay": True, "warm_start": 1, "shrinkage": 0.3, "margin": 1.2}]
+    "changes",
+    [
+        {},
+        {"replay": True},
+        {"replay": True, "warm_start": 1, "shrinkage": 0.3, "margin": 1.2},
+        {"replay": True, "warm_start": 4},
+    ],
 )
 def test_interrupted_in_the_second_stage_and_resumed(tmp_path, monkeypatch, changes):
     """The same bits as without the interruption, chains that are kept from step to step included."""
@@ -272,17 +278,36 @@ def test_shrinkage_adds_that_loss_and_a_warm_start_leaves_later_steps_alone():
     assert bool((losses["alone"] > 0).all())
 
 
-def test_leaving_all_noise_in_satisfies_the_relation():
-    """Why shrinkage is there: D(x, sigma) = x is a martingale, too. 60,000 values of mean 0; bound at 4 standard errors."""
+def test_pairs_below_leave_noise_in_and_only_the_anchor_objects():
+    """D(x, sigma) = x below an exact anchor: violation 0 between levels .3 and .2, and s^4 / (.36 + t^2) (1 / s^2 + 1 / .36) from t = .4 to
+    s = .2. 60,000 values; bounds at 4 standard errors."""
 
     class Idle(GaussianPrior):
         def forward(self, x, sigma, mask=None):
             return x
 
-    idle = Idle(torch.zeros(SHAPE), 0.36 * torch.eye(3))
-    x = torch.randn(20_000, *SHAPE, generator=rng())
-    loss = consistency(idle, x, 0.4, 0.2, draws=2, generator=rng(1))
-    assert abs(float(loss.mean())) < 4 * float(loss.std()) / 20_000**0.5
+    law = torch.zeros(SHAPE), 0.36 * torch.eye(3)
+    hybrid = StagedPrior(GaussianPrior(*law), Idle(*law), 0.4)
+    for t, expected in ((0.3, 0.0), (0.4, 0.2**4 / 0.52 * (25 + 1 / 0.36))):
+        x = (0.36 + t**2) ** 0.5 * torch.randn(20_000, *SHAPE, generator=rng())
+        loss = consistency(hybrid, x, t, 0.2, draws=2, generator=rng(1))
+        error = float(loss.std()) / 20_000**0.5
+        assert abs(float(loss.mean()) - expected) < 4 * error and error < 0.01
+
+
+def test_a_warm_start_of_kept_rows_weighs_what_is_missing_by_what_can_be_known():
+    """The copy errs on missing rows by about .1, and at sigma .01 the weight of complete data is 10,000."""
+    shape = (1, 4, 4)
+    design = Independent(shape, "pixels", 0.6)
+    x = 0.6 * torch.randn(64, *shape, generator=rng())
+    operator = Masking(design.sample(64, rng()), img_size=shape, design=design)
+    y = operator.A(x) + 0.3 * torch.randn(x.shape, generator=rng(1)) * operator.mask
+    _, stage = stages((operator, y, 0.3), small(below(warm_start=5)))
+    with torch.no_grad():
+        for weights in stage.module.parameters():
+            weights += 0.1 * torch.randn(weights.shape, generator=rng(3))
+        losses = torch.cat([stage.loss(step) for step in range(5)])
+    assert 0.05 < float(losses.mean()) < 5, losses.mean()
 
 
 # -- joint -----------------------------------------------------------------------------------------------------------------------
@@ -388,6 +413,8 @@ def test_kept_rows_are_walked(kind):
         ({"mode": "joint", "shrinkage": 0.1}, "shrinkage"),
         ({"warm_start": -1}, "warm_start"),
         ({"warm_start": 5, "max_steps": 5}, "warm_start"),
+        ({"warm_start": 5, "max_steps": 500, "max_minutes": 1.0}, "warm_start"),
+        ({"warm_start": 5, "max_steps": None, "max_minutes": 1.0}, "warm_start"),
         ({"mode": "joint", "warm_start": 5}, "warm_start"),
     ],
 )

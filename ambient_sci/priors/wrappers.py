@@ -89,7 +89,7 @@ class StagedPrior(Prior):
     Args:
         anchor: prior for sigma >= sigma_n.
         below: prior for sigma < sigma_n.
-        sigma_n: the noise level of the data.
+        sigma_n: the level where the two meet: the noise of the data, or a margin above it.
 
     Raises:
         InputError: priors of different shapes or conditioning.

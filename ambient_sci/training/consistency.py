@@ -3,7 +3,7 @@ r"""Stages that learn what lies below the noise of the data, by consistency [Dar
 A denoiser that is exact at sigma_n and a martingale of its own reverse process below it is exact below it (`ambient_sci.losses`).
 Errors at sigma_n are amplified on the way down, so it must be accurate there first. Hence *staged* consistency:
 
-    stage 1   the Ambient loss alone, at sigma >= sigma_n; its weight average is frozen: the anchor
+    stage 1   the Ambient loss alone, at the levels above the noise of the data; its weight average is frozen: the anchor
     stage 2   a copy of the anchor, trained at sigma < sigma_n only:
 
         x = a noisy image of the data, t = sigma_n
@@ -15,13 +15,13 @@ where the hybrid is the anchor at and above sigma_n and the copy below it, and g
 D_t. Nothing but the state at sigma_n comes from the data; the result is a `StagedPrior`. Data with more noise than sigma_n are first walked down
 to it, data with less get noise added, and also train the copy directly, by the Ambient loss between their level and sigma_n.
 
-The relation leaves freedom that a trained network uses: D(x, sigma) = x satisfies it, and so, to the last percent, does a denoiser that leaves a little
-noise where the anchor is not quite right; all below sigma_n would inherit it. *Shrinkage* takes the other side: it adds the denoising loss on the anchor's own
+Pairs that lie wholly below sigma_n leave freedom: D(x, sigma) = x satisfies them all, and only pairs that start at sigma_n rule it out. What networks made of that
+in our experiments was to leave noise in, more of it than the anchor's own error explains. *Shrinkage* takes the other side: it adds the denoising loss on the anchor's
 estimates,
 
     x^ = D(x, sigma_n),     sigma = sigma_n (sigma_min / sigma_n)^u,     weight  lambda(sigma) |D(x^ + sigma z, sigma) - x^|^2,
 
-whose law (that of truncated sampling) lacks detail and has no noise. A *warm start* begins with this loss alone.
+whose law (that of truncated sampling) lacks detail and has hardly any noise. A *warm start* begins with this loss alone.
 
 *Joint* consistency, as published, adds the loss to the Ambient loss on one network from the start. With k = 0 the pair begins where the Ambient
 loss has just evaluated the network and shares D_t; with k > 0 it begins as above.
@@ -218,7 +218,9 @@ class ConsistencyStage:
         noisy = clean + expand(sigma, clean) * draw_noise(clean, noise)
         below: Prior = self.module  # type: ignore[assignment]
         error = evaluate(below, kept, noisy, sigma) - estimates
-        return below.loss_weight(sigma) * error.square().flatten(1).mean(1)
+        # Missing rows leave an error that no sigma makes small.
+        fraction = 1.0 if kept is None else kept.kept_fraction.to(error)
+        return below.loss_weight(sigma, fraction) * error.square().flatten(1).mean(1)
 
     def _continued(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The chains of the last step; ``x`` at level ``t`` where there are none or they have reached the bottom."""
@@ -341,7 +343,7 @@ def consistency_levels(data: AmbientStage, settings: ConsistencyConfig) -> tuple
     sigma_min = settings.sigma_min * unit
     if not sigma_min < sigma_n < data.levels.sigma_max:
         raise InputError(
-            f"consistency.sigma_min: expected sigma_min < sigma_n < levels.sigma_max, got {sigma_min:.3g}, {sigma_n:.3g} and "
+            f"consistency.sigma_min: expected sigma_min < sigma_n (margin included) < levels.sigma_max, got {sigma_min:.3g}, {sigma_n:.3g} and "
             f"{data.levels.sigma_max:.3g}"
         )
     return sigma_n, sigma_min

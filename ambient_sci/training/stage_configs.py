@@ -12,7 +12,7 @@ from ambient_sci.training.settings import check_types, require
 class ConsistencyConfig:
     """Consistency below the noise of the data; see `ambient_sci.training.consistency`.
 
-    A pair of levels (t, s) starts at a noisy image of the data, at its own level sigma_n, and walks down k steps of the
+    A pair of levels (t, s) starts at a noisy image of the data, at level sigma_n, and walks down k steps of the
     reverse process, t <- max(t exp(-stride u), sigma_min); then s = t exp(-gap u'), with u and u' uniform on (0, 1).
 
     Attributes:
@@ -27,14 +27,18 @@ class ConsistencyConfig:
         replay: instead of walking anew, keep a batch of chains: the state at s is where the next step starts, at no
             evaluation at all, and a chain that has reached sigma_min starts again from the data. "staged" only.
         stride, gap: see above.
-        sigma_n: the level below which consistency is asked for; default: the lowest noise in the data. To be given where some
-            of the data are clean. In the units of ``levels``.
-        margin: where no level is given, the default is this times the lowest noise. The Ambient loss says nothing at the noise level of the
-            data itself: what the anchor answers there is extrapolated, from a little above. 1.15 costs little and is safer. "staged" only.
+        sigma_n: the level below which consistency is asked for; default: ``margin`` times the lowest noise in the data. To be given where
+            some of the data are clean. In the units of ``levels``.
+        margin: see ``sigma_n``. The Ambient loss teaches kept rows nothing at the noise level of the data itself: what the anchor answers there is
+            extrapolated, from a little above. With 1.15, say, the anchor is asked where it has learned, and noise is added to the data to get
+            there. Each step then also takes an Ambient loss on the copy, between the noise of the data and sigma_n (one evaluation), beside which
+            ``weight`` counts. "staged" only.
         sigma_min: lowest level of a walk, in the units of ``levels``.
-        shrinkage: factor of the denoising loss on the anchor's estimates at sigma_n, towards the law of truncated sampling. It biases (detail
-            is lost where images are finer than the noise) and calms (noise that the network would rather leave in). "staged" only.
-        warm_start: first steps of the second stage, with that loss alone. "staged" only.
+        shrinkage: factor, beside the consistency loss, of the denoising loss on the anchor's estimates at sigma_n, towards the law of
+            truncated sampling. It biases (detail is lost where images are finer than the noise) and calms (noise that the network would rather
+            leave in). Two evaluations a step. "staged" only.
+        warm_start: first steps of the second stage, with that loss alone, with factor 1 whatever ``shrinkage`` is. They are among its
+            ``max_steps`` and share its learning rate. "staged" only.
         weight: factor of the loss beside the Ambient loss ("joint"; and for data with less noise than ``sigma_n``).
         kick_in: first step at which it counts ("joint").
         ramp: steps from there until it counts in full ("joint").
@@ -96,11 +100,14 @@ class ConsistencyConfig:
             (self.margin, self.sigma_n),
         )
         require(self.shrinkage >= 0, name + "shrinkage", "a value >= 0", self.shrinkage)
-        least = self.max_steps is None or self.warm_start < self.max_steps
+        # Ended by the clock, a stage could be a warm start and nothing else.
+        limited = self.warm_start == 0 or (
+            self.max_minutes is None and self.max_steps is not None and self.warm_start < self.max_steps
+        )
         require(
-            self.warm_start >= 0 and least,
+            self.warm_start >= 0 and limited,
             name + "warm_start",
-            "0 <= warm_start < max_steps",
+            "0 <= warm_start < max_steps, and no max_minutes with it",
             (self.warm_start, self.max_steps),
         )
         for key, idle in {"replay": False, "margin": 1.0, "shrinkage": 0.0, "warm_start": 0}.items():

@@ -105,6 +105,12 @@ def draw(prior: Prior, num: int, sigma_min: float, settings: dict[str, Any], see
     return samples, counted.evaluations // num
 
 
+def shown_and_level(row: str, prior: Prior, sigma_n: float, settings: dict[str, Any]) -> tuple[Prior, float]:
+    """The prior that a row of the table samples from, and the level it stops at."""
+    shown = prior.anchor if isinstance(prior, StagedPrior) and row != "staged" else prior
+    return shown, sigma_n if row == "ambient truncated" else settings["sigma_min"]
+
+
 def rows(
     run: str,
     prior: Prior,
@@ -116,8 +122,7 @@ def rows(
     """Sample and score every row that a run gives."""
     found = {}
     for row in ROWS[run]:
-        shown = prior.anchor if isinstance(prior, StagedPrior) and row != "staged" else prior
-        low = sigma_n if row == "ambient truncated" else settings["sigma_min"]
+        shown, low = shown_and_level(row, prior, sigma_n, settings)
         samples, evaluations = draw(shown, settings["samples"], low, settings, seed)
         found[row] = {**score(shown, samples), "evaluations_per_sample": evaluations}
     return found

@@ -1,0 +1,61 @@
+"""How much of a difference between two rows of the digits' table is the luck of the draw?
+
+    python recipes/exactness/spread.py [--rows "ambient truncated" staged] [--repeats 3] [--out runs/exactness]
+
+Draws further sets of samples from the priors of the staged cells that are there and scores each: mean and standard deviation over sets for each
+row, and of the difference between the first two rows, whose sets start from the same noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import yaml
+from digit_scores import Scores
+from methods import draw, shown_and_level
+
+from ambient_sci import load_prior
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", nargs="+", default=["ambient truncated", "staged"])
+    parser.add_argument("--levels", nargs="+", type=float, help="only these noise levels")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--profile", default="two-core", choices=["two-core", "gpu"])
+    parser.add_argument("--out", type=Path, default=Path("runs/exactness"))
+    arguments = parser.parse_args()
+    folder = arguments.out / arguments.profile / "digits"
+    config = yaml.safe_load((Path(__file__).parent / "config.yaml").read_text())
+    settings, score = config[arguments.profile]["digits"], Scores(folder)
+    for path in sorted(folder.glob("staged-*.json")):
+        cell = json.loads(path.read_text())
+        if arguments.levels is not None and cell["level"] not in arguments.levels:
+            continue
+        prior = load_prior(path.with_suffix(""))
+        found: dict[str, list[float]] = {row: [] for row in arguments.rows}
+        for repeat in range(1, arguments.repeats + 1):
+            for row, scores in found.items():
+                shown, low = shown_and_level(row, prior, cell["level"], settings)
+                samples, _ = draw(shown, settings["samples"], low, settings, 100 * repeat + cell["seed"])
+                scores.append(score(samples)["frechet"])
+        for row, scores in found.items():
+            print(f"{path.stem}: {row}: Frechet {summary(scores)}", flush=True)
+        first, second = list(found.values())[:2]
+        gaps = [b - a for a, b in zip(first, second, strict=True)]
+        print(f"{path.stem}: {arguments.rows[1]} - {arguments.rows[0]}: {summary(gaps)}", flush=True)
+
+
+def summary(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f} ({len(values)} sets)"
+
+
+if __name__ == "__main__":
+    main()
