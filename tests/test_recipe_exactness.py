@@ -109,3 +109,13 @@ def test_the_scores_of_digits_see_noise_and_blur(recipe):
     assert clean.shape == (200, 6) and (noisy.mean(0) > clean.mean(0) + 0.02).all()
     blurred = torch.nn.functional.avg_pool2d(x, 3, 1, 1)
     assert texture(blurred).mean(0)[0] < 0.7 * clean.mean(0)[0]
+
+
+def test_features_that_never_vary_count_for_nothing(recipe):
+    """A unit that is silent on the reference and fires for one sample: with a small number in place of no deviation it would outweigh the rest."""
+    reference = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+    reference[:, 1] = 0.0
+    std = recipe("digit_scores").scale(reference)
+    sample = torch.tensor([1.0, 0.3, 1.0])
+    assert torch.equal((sample / std) == 0, torch.tensor([False, True, False]))
+    assert torch.allclose(std[[0, 2]], reference.std(0)[[0, 2]])

@@ -5,8 +5,8 @@ training part are held out: they are the reference of every distance, and the cl
 
 Features, 70 of them. Which digit it is: the 64 activations before the last layer of a convolutional network (two strided convolutions, two dense layers,
 104,000 weights), trained for two epochs with a fixed seed on the held-out images. How it is drawn: the mean absolute Haar coefficients in three
-orientations on two scales; the activations alone hardly see noise or blur, a blurred seven is still a seven. Each is standardised over the reference. Frechet
-distance and KID on these features compare with nothing but each other.
+orientations on two scales; the activations alone hardly see noise or blur, a blurred seven is still a seven. Each is standardised over the reference; units of the
+classifier that never fire there (about half) count for nothing. Frechet distance and KID on these features compare with nothing but each other.
 """
 
 from __future__ import annotations
@@ -105,6 +105,16 @@ def classifier(folder: Path) -> Classifier:
     return model
 
 
+def scale(reference: Tensor) -> Tensor:
+    """Standard deviation of every feature; infinite where the reference has none.
+
+    Some units of the classifier never fire on its reference. One sample that makes one fire would outweigh everything else; divided by infinity
+    they count for nothing.
+    """
+    std = reference.std(0)
+    return torch.where(std > 1e-3, std, torch.inf)
+
+
 class Scores:
     """Distances of samples to the 60,000 held-out digits."""
 
@@ -114,7 +124,7 @@ class Scores:
         if not path.exists():
             save_file({"features": self.features(images("train60k")[0])}, path)
         reference = load_file(path)["features"]
-        self.mean, self.std = reference.mean(0), reference.std(0).clamp(min=1e-3)
+        self.mean, self.std = reference.mean(0), scale(reference)
         self.reference = (reference - self.mean) / self.std
 
     def features(self, x: Tensor) -> Tensor:
