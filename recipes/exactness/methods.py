@@ -106,9 +106,11 @@ def draw(prior: Prior, num: int, sigma_min: float, settings: dict[str, Any], see
 
 
 def shown_and_level(row: str, prior: Prior, sigma_n: float, settings: dict[str, Any]) -> tuple[Prior, float]:
-    """The prior that a row of the table samples from, and the level it stops at."""
+    """The prior that a row of the table samples from, and the level it stops at; "staged@0.04" stops at .04."""
+    row, _, stop = row.partition("@")
     shown = prior.anchor if isinstance(prior, StagedPrior) and row != "staged" else prior
-    return shown, sigma_n if row == "ambient truncated" else settings["sigma_min"]
+    low = sigma_n if row == "ambient truncated" else settings["sigma_min"]
+    return shown, float(stop) if stop else low
 
 
 def rows(

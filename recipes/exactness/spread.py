@@ -1,9 +1,9 @@
 """How much of a difference between two rows of the digits' table is the luck of the draw?
 
-    python recipes/exactness/spread.py [--rows "ambient truncated" staged] [--repeats 3] [--out runs/exactness]
+    python recipes/exactness/spread.py [--rows "ambient truncated" staged staged@0.04] [--repeats 3] [--out runs/exactness]
 
 Draws further sets of samples from the priors of the staged cells that are there and scores each: mean and standard deviation over sets for each
-row, and of the difference between the first two rows, whose sets start from the same noise.
+row, and of the difference between every row and the first one, whose sets start from the same noise. "staged@0.04" stops at level .04.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def main() -> None:
                 scores.append(score(samples)["frechet"])
         for row, scores in found.items():
             print(f"{path.stem}: {row}: Frechet {summary(scores)}", flush=True)
-        first, second = list(found.values())[:2]
-        gaps = [b - a for a, b in zip(first, second, strict=True)]
-        print(f"{path.stem}: {arguments.rows[1]} - {arguments.rows[0]}: {summary(gaps)}", flush=True)
+        for row in arguments.rows[1:]:
+            gaps = [b - a for a, b in zip(found[arguments.rows[0]], found[row], strict=True)]
+            print(f"{path.stem}: {row} - {arguments.rows[0]}: {summary(gaps)}", flush=True)
 
 
 def summary(values: list[float]) -> str:
