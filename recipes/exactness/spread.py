@@ -9,13 +9,12 @@ row, and of the difference between every row and the first one, whose sets start
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 from pathlib import Path
 
 import yaml
 from digit_scores import Scores
 from methods import draw, shown_and_level
+from run import HERE, read, summary
 
 from ambient_sci import load_prior
 
@@ -32,10 +31,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/exactness"))
     arguments = parser.parse_args()
     folder = arguments.out / arguments.profile / "digits"
-    config = yaml.safe_load((Path(__file__).parent / "config.yaml").read_text())
+    config = yaml.safe_load((HERE / "config.yaml").read_text())
     settings, score = config[arguments.profile]["digits"], Scores(folder)
     for path in sorted(folder.glob("staged-*.json")):
-        cell = json.loads(path.read_text())
+        cell = read(path)
         if arguments.levels is not None and cell["level"] not in arguments.levels:
             continue
         prior = load_prior(path.with_suffix(""))
@@ -50,11 +49,6 @@ def main() -> None:
         for row in arguments.rows[1:]:
             gaps = [b - a for a, b in zip(found[arguments.rows[0]], found[row], strict=True)]
             print(f"{path.stem}: {row} - {arguments.rows[0]}: {summary(gaps)}", flush=True)
-
-
-def summary(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f} ({len(values)} sets)"
 
 
 if __name__ == "__main__":
