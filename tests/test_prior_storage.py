@@ -62,6 +62,16 @@ def test_saved_priors_come_back_bit_for_bit(kind, tmp_path):
         assert torch.equal(prior(x, sigma, mask, **gram), again(x, sigma, mask, **gram))
 
 
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_loaded_tensors_lie_where_new_ones_would(kind, tmp_path):
+    """Kernels choose their path by alignment, and paths round differently: safetensors' views lie anywhere in the file."""
+    KINDS[kind]().save(tmp_path / "p")
+    tensors = load_prior(tmp_path / "p").state_dict()
+    assert all(t.data_ptr() % 64 == 0 for t in tensors.values())
+    storages = {t.untyped_storage().data_ptr() for t in tensors.values()}
+    assert len(storages) == len(tensors)  # each its own, none a view into the file
+
+
 def test_descriptions_are_plain_json(tmp_path):
     KINDS["mask-conditional"]().save(tmp_path / "p")
     description = json.loads((tmp_path / "p" / "prior.json").read_text())

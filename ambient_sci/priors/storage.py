@@ -19,6 +19,7 @@ from ambient_sci.priors.network import NetworkPrior
 from ambient_sci.priors.pretrained import PREFIX, pretrained_folder
 from ambient_sci.priors.stationary import StationaryGaussianPrior
 from ambient_sci.priors.wrappers import StagedPrior
+from ambient_sci.whole_files import read_tensors
 
 FORMAT = 1
 FILES = {"prior.json", "weights.safetensors"}
@@ -124,7 +125,6 @@ def load_prior(path: str | Path, device: str | torch.device = "cpu") -> Prior:
         InputError: no prior there, or a file that is damaged or of another format.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     name = str(path)
     path = pretrained_folder(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else Path(path)
@@ -136,7 +136,7 @@ def load_prior(path: str | Path, device: str | torch.device = "cpu") -> Prior:
         description = json.loads((path / "prior.json").read_text())
         if not isinstance(description, dict) or description.pop("format", None) != FORMAT:
             raise InputError(f"{path / 'prior.json'}: expected a prior of format {FORMAT}")
-        tensors = load_file(str(path / "weights.safetensors"))
+        tensors, _ = read_tensors(path / "weights.safetensors")
         prior = _build(description, tensors)
     except InputError:
         raise

@@ -19,13 +19,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ambient_sci.errors import InputError
 from ambient_sci.training.config import TrainConfig, differences
-from ambient_sci.whole_files import write_json, write_text
+from ambient_sci.whole_files import read_tensors, write_json, write_text
 
 #: Settings that do not change what is learned; a run may be continued with others.
 FREE_ON_RESUME = (
@@ -133,9 +133,8 @@ class RunFolder:
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                values = json.loads(file.metadata()["state"])
-                return {key: file.get_tensor(key) for key in file.keys()}, values  # noqa: SIM118 (not a dict)
+            tensors, metadata = read_tensors(path)
+            return tensors, json.loads(metadata["state"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"checkpoint {path}: expected a training checkpoint, got a damaged file ({error})"
