@@ -32,19 +32,25 @@ Prediction = Literal["sample", "epsilon", "v"]
 
 
 def expand(level: float | Tensor, like: Tensor) -> Tensor:
-    """A noise level, float or (B,), as a tensor that broadcasts over the (B, ...) tensor ``like``.
+    """A noise level as a tensor that broadcasts over the (B, ...) tensor ``like``.
+
+    Args:
+        level: one value, (B,) one per sample, or as many axes as ``like`` that broadcast to it: noise that differs from entry to entry.
+        like: gives shape, type and device.
 
     Raises:
-        InputError: the level has neither one value nor one per sample.
+        InputError: a level of any other shape.
     """
     level = torch.as_tensor(level, dtype=like.dtype if like.is_floating_point() else None, device=like.device)
     if level.ndim == like.ndim and level.ndim > 1:
-        level = level.flatten() if level.numel() in (1, like.shape[0]) else level
-    if level.ndim > 1 or (level.ndim == 1 and level.shape[0] not in (1, like.shape[0])):
-        raise InputError(
-            f"noise level: expected one value or one per sample ({like.shape[0]}), got shape {tuple(level.shape)}"
-        )
-    return level.reshape(-1, *([1] * (like.ndim - 1)))
+        if all(a in (1, b) for a, b in zip(level.shape, like.shape, strict=True)):
+            return level
+    elif level.ndim < 2 and level.numel() in (1, like.shape[0]):
+        return level.reshape(-1, *([1] * (like.ndim - 1)))
+    raise InputError(
+        f"noise level: expected one value or one per sample ({like.shape[0]}), or one per entry {tuple(like.shape)}, "
+        f"got shape {tuple(level.shape)}"
+    )
 
 
 class ChainNoise:
@@ -79,8 +85,12 @@ def draw_noise(like: Tensor, generator: Randomness) -> Tensor:
 
 
 def vp_alpha(sigma: float | Tensor) -> Tensor:
-    """Signal scale alpha = sqrt(1 - sigma^2) of a variance-preserving state with noise scale sigma in [0, 1]."""
-    return (1 - torch.as_tensor(sigma) ** 2).clamp(min=0).sqrt()
+    """Signal scale alpha = sqrt(1 - sigma^2) of a variance-preserving state with noise scale sigma in [0, 1].
+
+    As (1 - sigma) (1 + sigma): where sigma is near 1, the first factor is exact and 1 - sigma^2 is mostly rounding.
+    """
+    sigma = torch.as_tensor(sigma)
+    return ((1 - sigma) * (1 + sigma)).clamp(min=0).sqrt()
 
 
 def vp_to_ve(x: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -117,6 +127,71 @@ def sample_from_prediction(prediction: Tensor, x: Tensor, sigma: float | Tensor,
     if kind == "v":
         return alpha * x - scale * prediction
     raise InputError(f"prediction: expected 'sample', 'epsilon' or 'v', got {kind!r}")
+
+
+def sample_from_ve_state(prediction: Tensor, x: Tensor, sigma: Tensor, kind: Prediction) -> Tensor:
+    """x_0 from what a VP network predicts, in terms of the VE state ``x`` = VP state / alpha at level ``sigma`` (broadcast over x).
+
+        epsilon    x_0 = x - sigma eps                        what rounds eps by r rounds x_0 by sigma r
+        v          x_0 = (x - sqrt(1 + sigma^2) sigma v) / (1 + sigma^2)      ... by sigma / sqrt(1 + sigma^2) r, at most r
+        sample     x_0 itself                                 ... by r
+
+    No power of a noise scale near 1 is subtracted from 1, so nothing is lost at high levels but what the network lost.
+    """
+    if kind == "sample":
+        return prediction
+    if kind == "epsilon":
+        return x - sigma * prediction
+    if kind == "v":
+        total = 1 + sigma**2
+        return x / total - sigma * total.rsqrt() * prediction
+    raise InputError(f"prediction: expected 'sample', 'epsilon' or 'v', got {kind!r}")
+
+
+@dataclass(frozen=True)
+class VPSchedule:
+    """The discrete times of a VP network trained on ``steps`` noise scales, as a function of the VE level.
+
+        beta_k evenly spaced (in its square root for "scaled-linear"),   alpha_k^2 = prod_{j <= k} (1 - beta_j),
+        sigma_k = sqrt(1 - alpha_k^2) / alpha_k                            the VE level of time k
+
+    Between two of them time is interpolated in log sigma, as is usual with Karras grids; beyond them it is that of the nearest.
+
+    Attributes:
+        kind: "scaled-linear" (Stable Diffusion, SDXL) or "linear" (Ho et al. 2020).
+        beta_start, beta_end, steps: defaults are those of Stable Diffusion and SDXL.
+    """
+
+    kind: Literal["scaled-linear", "linear"] = "scaled-linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("scaled-linear", "linear"):
+            raise InputError(f"VP schedule: expected scaled-linear or linear, got {self.kind!r}")
+        if not 0 < self.beta_start <= self.beta_end < 1 or not 2 <= self.steps <= 1_000_000:
+            raise InputError("VP schedule: expected 0 < beta_start <= beta_end < 1 and 2 to 1,000,000 steps")
+
+    def levels(self) -> Tensor:
+        """VE level of each time, (steps,) float64, increasing."""
+        low, high = torch.tensor([self.beta_start, self.beta_end], dtype=torch.float64)
+        if self.kind == "linear":
+            beta = torch.linspace(float(low), float(high), self.steps, dtype=torch.float64)
+        else:
+            beta = torch.linspace(float(low.sqrt()), float(high.sqrt()), self.steps, dtype=torch.float64) ** 2
+        log_signal = torch.log1p(-beta).cumsum(0)  # log alpha^2
+        return torch.expm1(-log_signal).sqrt()
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """Time in [0, steps - 1] of VE levels (B,), in their type (float32 at least)."""
+        levels = self.levels().log().to(sigma.device)
+        log = sigma.double().clamp(min=1e-12).log()
+        above = torch.searchsorted(levels, log).clamp(1, self.steps - 1)
+        low, high = levels[above - 1], levels[above]
+        return (above - 1 + ((log - low) / (high - low)).clamp(0, 1)).to(
+            torch.promote_types(sigma.dtype, torch.float32)
+        )
 
 
 def prediction_from_sample(x0: Tensor, x: Tensor, sigma: float | Tensor, kind: Prediction) -> Tensor:

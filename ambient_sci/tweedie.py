@@ -37,16 +37,18 @@ if TYPE_CHECKING:
 def contraction(sigma_t: float | Tensor, sigma_n: float | Tensor, like: Tensor) -> Tensor:
     """c = 1 - sigma_n^2 / sigma_t^2 in [0, 1], broadcast over ``like``; exactly 1 where sigma_n = 0.
 
+    Levels that are equal but for rounding (one part in a million: one of them may have come in a shorter type) count as equal, c = 0.
+
     Raises:
         InputError: a level sigma_t below sigma_n (or not positive), where no such mean exists.
     """
     t, n = expand(sigma_t, like), expand(sigma_n, like)
-    if not bool(((t >= n) & (t > 0) & (n >= 0)).all()):
+    if not bool(((t >= n * (1 - 1e-6)) & (t > 0) & (n >= 0)).all()):
         raise InputError(
             f"noise levels: expected 0 <= sigma_n <= sigma_t and sigma_t > 0, "
             f"got sigma_n = {n.flatten().tolist()[:4]}, sigma_t = {t.flatten().tolist()[:4]}"
         )
-    return 1 - (n / t) ** 2
+    return (1 - (n / t) ** 2).clamp(min=0)
 
 
 def _coefficients(

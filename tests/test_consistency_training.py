@@ -283,7 +283,7 @@ def test_pairs_below_leave_noise_in_and_only_the_anchor_objects():
     s = .2. 60,000 values; bounds at 4 standard errors."""
 
     class Idle(GaussianPrior):
-        def forward(self, x, sigma, mask=None):
+        def forward(self, x, sigma, given=None):
             return x
 
     law = torch.zeros(SHAPE), 0.36 * torch.eye(3)

@@ -32,7 +32,7 @@ from ambient_sci.operators import (
     Unknown,
     make_design,
 )
-from ambient_sci.priors import ConditionalMean, Prior
+from ambient_sci.priors import ConditionalMean, KeptRows, Prior
 
 SHAPE = (2, 4, 3)
 
@@ -84,7 +84,7 @@ def test_ambient_loss_by_hand(name, keep):
         )
         y_t = y[i] + (t**2 - n**2) ** 0.5 * noise[i]
         one = split.kept[i]
-        h = ConditionalMean(prior.prior, one)(one.A_adjoint(y_t[None]), t, one.network_mask)
+        h = ConditionalMean(prior.prior, one)(one.A_adjoint(y_t[None]), t, KeptRows(one))
         prediction = operator[i].transform(h)[0]
         on_kept = kept * (c * prediction + (1 - c) * y_t - y[i]).square() / c
         on_held = (full - kept) * weight * (prediction - y[i]).square()
@@ -189,12 +189,13 @@ def test_weight_of_kept_rows():
 
 
 class Preconditioned(ConditionalMean):
-    """The exact conditional mean, and a correction u(B) in proportion to what the loss is differentiated by, as a prior with ``gram``."""
+    """The exact conditional mean, and a correction u(B) in proportion to what the loss is differentiated by, as a prior that separates rows."""
 
-    uses_gram = True
+    separates_rows = True
 
-    def forward(self, x, sigma, mask=None, gram=None):  # type: ignore[override]
-        h = super().forward(x, sigma, mask)
+    def forward(self, x, sigma, given=None):  # type: ignore[override]
+        h = super().forward(x, sigma, given)
+        gram = given.gram
         self.directions = torch.stack([torch.ones_like(x), x, gram(torch.ones_like(x)), gram(x.abs())])
         self.step = torch.zeros(4, len(x), dtype=x.dtype, requires_grad=True)
         return h + torch.einsum("kb,kb...->b...", self.step, self.directions)

@@ -46,7 +46,16 @@ def test_levels_broadcast_over_samples_and_never_over_columns(level, shape):
     assert expand(level, torch.zeros(2, 3, 4, 2, dtype=F64)).dtype == F64
 
 
-@pytest.mark.parametrize("level", [torch.zeros(3), torch.zeros(2, 2), torch.zeros(2, 1, 1, 2)])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 2), (1, 3, 4, 2), (2, 1, 1, 2), (1, 3, 1, 1)])
+def test_levels_that_differ_by_entry_pass(shape):
+    """Noise of the shape of the image, of its channels, or of its columns: each entry gets its own."""
+    level = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(expand(level, torch.zeros(2, 3, 4, 2, dtype=torch.float64)), level)
+
+
+@pytest.mark.parametrize(
+    "level", [torch.zeros(3), torch.zeros(2, 2), torch.zeros(2, 1, 1, 3), torch.zeros(3, 3, 4, 2)]
+)
 def test_levels_of_another_batch_are_refused(level):
     with pytest.raises(InputError, match="one value or one per sample \\(2\\)"):
         expand(level, torch.zeros(2, 3, 4, 2))

@@ -297,7 +297,7 @@ def test_unfinished_solves_are_reported_with_their_residual():
 class Broken(GaussianPrior):
     """A prior whose Jacobian is anything but symmetric positive definite."""
 
-    def forward(self, x, sigma, mask=None):
+    def forward(self, x, sigma, given=None):
         return super().forward(x, sigma) + 0.5 * torch.roll(x, 1, -1) - 0.8 * torch.sin(3 * x.flip(-2))
 
 

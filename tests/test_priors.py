@@ -33,10 +33,13 @@ from ambient_sci.priors import (
     DeepinvPrior,
     GaussianMixturePrior,
     GaussianPrior,
+    KeptRows,
+    Labels,
     NetworkConfig,
     NetworkPrior,
     StagedPrior,
     VPPrior,
+    load_prior,
 )
 
 # -- exact priors ------------------------------------------------------------------------------------------------------------
@@ -98,7 +101,7 @@ def test_conditional_mean_is_the_posterior_mean(kind, name):
     )
     exact = ConditionalMean(prior, operator.with_mask(torch.ones_like(operator.mask)))
     assert exact.conditioning == "mask-conditional"
-    assert torch.allclose(exact(operator.A_adjoint(y), sigma, operator.network_mask), expected, atol=1e-9)
+    assert torch.allclose(exact(operator.A_adjoint(y), sigma, KeptRows(operator)), expected, atol=1e-9)
     x = normal(3, *operator.img_size)
     assert torch.allclose(exact(x, sigma), prior(x, sigma), atol=1e-9)  # no mask: everything is seen
 
@@ -158,7 +161,7 @@ def test_degenerate_gaussian():
         (lambda: NetworkPrior(SHAPE, 0.0, network=UNET), "positive data_std"),
         (lambda: NetworkPrior(SHAPE, 1.0, "conditional", UNET), "unconditional or mask-conditional"),
         (lambda: NetworkConfig(channels=(10, 20)), "divisible by norm_groups"),
-        (lambda: NetworkConfig(kind="transformer"), "kind unet or mlp"),
+        (lambda: NetworkConfig(kind="transformer"), "expected kind unet, mlp, ncsnpp"),
         (lambda: NetworkConfig(attention=(True,)), "attention for each of 3 levels"),
         (lambda: StagedPrior(gaussian_prior((1, 2, 2)), gaussian_prior((1, 2, 3)), 0.3), "one shape"),
         (lambda: StagedPrior(network(), network("mask-conditional"), 0.3), "one conditioning"),
@@ -189,7 +192,8 @@ def test_preconditioning(fraction):
     mask = torch.ones(1, 1, 8, 8)
     mask[:, :, : int(8 * (1 - fraction))] = 0
     x = normal(3, *SHAPE).float()
-    out = prior(x, sigma, mask, lambda u: mask * u) if fraction < 1 else prior(x, sigma)
+    rows = KeptRows(Masking(mask, SHAPE))
+    out = prior(x, sigma, rows) if fraction < 1 else prior(x, sigma)
     s = sigma.reshape(-1, 1, 1, 1)
     skip = d**2 / (d**2 + s**2)
     scale = torch.where(mask > 0, d * (1 - skip).sqrt(), d)  # missing rows: all of the prior's variance
@@ -218,7 +222,7 @@ def test_output_scale_keeps_its_precision_near_clean_data():
     """c_out -> sigma for complete data; as d sqrt(1 - c_skip) it would vanish in single precision."""
     prior = network("mask-conditional")
     prior.network = Constant()
-    out = prior(torch.zeros(1, *SHAPE), 1e-5, torch.ones(1, 1, 8, 8), torch.clone)
+    out = prior(torch.zeros(1, *SHAPE), 1e-5, KeptRows(Masking(torch.ones(1, 1, 8, 8), SHAPE)))
     assert torch.allclose(out, torch.full_like(out, 1e-5), rtol=1e-3, atol=0)
 
 
@@ -257,18 +261,44 @@ def test_samples_of_a_batch_and_their_levels_do_not_mix(config):
 def test_masks_reach_the_network():
     """One mask for all equals the same mask for each; another mask, another answer; wrong kinds are refused."""
     prior, x, mask = network("mask-conditional"), normal(3, *SHAPE).float(), random_mask(1, 1, 8, 8).float()
+
+    def rows(mask: Tensor) -> KeptRows:
+        return KeptRows(Masking(mask, SHAPE))
+
     with torch.no_grad():
-        one = prior(x, 0.3, mask, torch.clone)
-        assert torch.allclose(one, prior(x, 0.3, mask.expand(3, -1, -1, -1), torch.clone), atol=1e-6)
-        assert (one - prior(x, 0.3, torch.ones_like(mask), torch.clone)).abs().max() > 1e-3
-    with pytest.raises(ConditioningError, match="expected gram"):
-        prior(x, 0.3, mask)
-    with pytest.raises(ConditioningError, match="expected the mask"):
+        one = prior(x, 0.3, rows(mask))
+        assert torch.allclose(one, prior(x, 0.3, rows(mask.expand(3, -1, -1, -1))), atol=1e-6)
+        assert (one - prior(x, 0.3, rows(torch.ones_like(mask)))).abs().max() > 1e-3
+    with pytest.raises(ConditioningError, match="expected the kept rows"):
         prior(x, 0.3)
-    with pytest.raises(ConditioningError, match="a mask needs a mask-conditional prior"):
-        network()(x, 0.3, mask)
+    with pytest.raises(ConditioningError, match="expected given = KeptRows, got Tensor"):
+        prior(x, 0.3, mask)
+    for given in (mask, rows(mask)):
+        with pytest.raises(ConditioningError, match="a mask needs a mask-conditional prior"):
+            network()(x, 0.3, given)
+    with pytest.raises(ConditioningError, match="expected given = nothing, got Labels"):
+        network()(x, 0.3, Labels(torch.zeros(3, dtype=torch.long)))
     with pytest.raises(InputError, match="expected a mask \\(1 or B, 1, H, W\\), got \\(3, 2, 8, 8\\)"):
-        prior(x, 0.3, torch.ones(3, 2, 8, 8), torch.clone)
+        prior(x, 0.3, rows(torch.ones(3, 2, 8, 8)))
+
+
+def test_settings_of_a_prior_are_what_is_saved(tmp_path):
+    """What a person sets is what comes back: there is one copy of it."""
+    prior = network()
+    prior.sigma_min, prior.data_std, prior.sigma_max = 0.5, 2.0, 9.0
+    assert (prior.config.sigma_min, prior.config.data_std, prior.config.sigma_max) == (0.5, 2.0, 9.0)
+    prior.save(tmp_path / "p")
+    again = load_prior(tmp_path / "p")
+    assert (again.sigma_min, again.data_std, again.sigma_max) == (0.5, 2.0, 9.0)
+    with pytest.raises(InputError, match="positive data_std"):
+        prior.data_std = -1.0
+
+
+def test_a_denoiser_takes_one_level_a_sample():
+    x = normal(2, *SHAPE).float()
+    for prior in (network(), gaussian_prior(SHAPE)):
+        with pytest.raises(InputError, match="one value or one per sample"):
+            prior(x, torch.full(x.shape, 0.5))
 
 
 # -- priors made of others ---------------------------------------------------------------------------------------------------
@@ -289,20 +319,19 @@ def test_staged_prior_answers_by_level():
     parts = [ConditionalMean(gaussian_prior((2, 2, 3), s), MRI(torch.ones(2, 3)).to(F64)) for s in (1, 7)]
     staged, z = StagedPrior(*parts, 0.3), normal(4, 2, 2, 3)
     assert staged.conditioning == "mask-conditional"
-    found = staged(z, sigma, operator.network_mask)
+    found = staged(z, sigma, KeptRows(operator))
     for i in range(4):
-        expected = parts[0 if sigma[i] >= 0.3 else 1](
-            z[i : i + 1], sigma[i : i + 1], operator.network_mask[i : i + 1]
-        )
+        part = parts[0 if sigma[i] >= 0.3 else 1]
+        expected = part(z[i : i + 1], sigma[i : i + 1], KeptRows(operator[i]))
         assert torch.allclose(found[i], expected[0], atol=1e-12)
 
 
 def test_a_mixed_batch_of_staged_networks_meets_the_operators_of_its_samples():
-    """``gram`` belongs to the whole batch: on both sides of sigma_n each sample's answer is that under its own mask."""
+    """Kept rows are cut where the batch is: on both sides of sigma_n each sample's answer is that under its own mask."""
     operator, sigma = MRI(random_mask(4, 8, 8).float()), torch.tensor([0.3, 0.29, 5.0, 0.01])
     parts = [network("mask-conditional", seed=s) for s in (1, 2)]
     staged, y = StagedPrior(*parts, 0.3), operator.A(normal(4, *SHAPE).float())
-    assert staged.uses_gram
+    assert staged.separates_rows
     with torch.no_grad():
         found = estimate(staged, operator, y, sigma)
         for i in range(4):

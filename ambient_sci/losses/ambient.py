@@ -16,7 +16,7 @@ default omega = 1/c weights each kept row by the inverse variance of its target 
 lambda is the inverse of the error that the best scaling leaves (`Prior.loss_weight`). Where it is one number for all rows and most are missing, it does
 not grow as sigma falls, and nearly nothing teaches the network to denoise what it is shown. Where T is square and the same for every sample
 (masks, one coil without a map), rows can be weighed apart without moving the minimiser: kept rows by 1/sigma^2 + 1/d^2, held-out rows by 1/d^2. This is done
-for networks whose preconditioning tells the two apart (``uses_gram``). With coil maps, which vary and which the network is not shown, it would
+for networks whose preconditioning tells the two apart (``Prior.separates_rows``). With coil maps, which vary and which the network is not shown, it would
 not be exact, and lambda stays one number.
 
 Special cases, exactly: B = A = I is the ambient denoising score matching of Daras et al., "Consistent Diffusion Meets Tweedie"
@@ -36,6 +36,7 @@ from ambient_sci.noise import draw_noise, expand
 from ambient_sci.operators.base import RowMaskedOperator, Split
 from ambient_sci.operators.designs import FixedBudget, Independent
 from ambient_sci.priors.base import Prior, require_unconditional
+from ambient_sci.priors.given import KeptRows
 from ambient_sci.tweedie import contraction
 
 Weighting = Literal["inverse-variance", "unbiased", "unit"]
@@ -112,8 +113,8 @@ def estimate(prior: Prior, kept: RowMaskedOperator, y_t: Tensor, sigma: float | 
         ConditioningError: an unconditional prior, and rows missing from B or A^H A != I.
     """
     x = kept.A_adjoint(y_t)
-    if prior.conditioning == "mask-conditional":
-        return prior.conditional(x, sigma, kept.network_mask, kept.A_adjoint_A)
+    if prior.takes is KeptRows:
+        return prior(x, sigma, KeptRows(kept))
     if not kept.complete:
         raise ConditioningError(
             "expected a mask-conditional prior for incomplete measurements (rows missing or held out), got an unconditional one: "
@@ -170,7 +171,7 @@ def ambient_step(
     level = expand(sigma, h).flatten()
     # Coil maps, which are a measurement's axis more, may differ from sample to sample even where they are square (one coil's phase).
     one_transform = operator.square and operator.measurement_size == operator.img_size
-    apart = keep < 1 and prior.uses_gram and one_transform
+    apart = keep < 1 and prior.separates_rows and one_transform
     weight = prior.loss_weight(level, 1.0 if apart else split.kept.kept_fraction.to(h))
     if keep < 1:
         # Both terms share the rows' weights: 1 on kept, 1 / P on held out, 0 where nothing was measured.

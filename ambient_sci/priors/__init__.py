@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+from ambient_sci.priors import backbones
+from ambient_sci.priors.adapters import LoraPrior
 from ambient_sci.priors.analytic import ConditionalMean, GaussianMixturePrior, GaussianPrior, operator_matrix
 from ambient_sci.priors.base import Prior, require_mask_conditional, require_unconditional
 from ambient_sci.priors.config import NetworkConfig, PriorConfig
+from ambient_sci.priors.given import Given, KeptRows, Labels, Prompt
 from ambient_sci.priors.network import NetworkPrior
 from ambient_sci.priors.pretrained import pretrained_folder, pretrained_names
 from ambient_sci.priors.stationary import StationaryGaussianPrior
 from ambient_sci.priors.storage import load_prior, save_prior
-from ambient_sci.priors.wrappers import DeepinvPrior, StagedPrior, VPPrior
+from ambient_sci.priors.wrappers import DeepinvPrior, Guided, StagedPrior, VPPrior
 
 __all__ = [
     "ConditionalMean",
     "DeepinvPrior",
     "GaussianMixturePrior",
     "GaussianPrior",
+    "Given",
+    "Guided",
+    "KeptRows",
+    "Labels",
+    "LoraPrior",
     "NetworkConfig",
     "NetworkPrior",
     "Prior",
     "PriorConfig",
+    "Prompt",
     "StagedPrior",
     "StationaryGaussianPrior",
     "VPPrior",
+    "backbones",
     "load_prior",
     "operator_matrix",
     "pretrained_folder",

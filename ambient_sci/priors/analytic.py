@@ -14,14 +14,16 @@ mask-conditional network should learn (`ConditionalMean`).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ambient_sci.errors import InputError
-from ambient_sci.noise import draw_noise, expand
+from ambient_sci.noise import draw_noise
 from ambient_sci.operators.base import RowMaskedOperator
-from ambient_sci.priors.base import Prior, match_dtype, require_mask_conditional
+from ambient_sci.priors.base import Prior, Tensors, match_dtype, per_sample
+from ambient_sci.priors.given import Given, KeptRows
 
 
 def operator_matrix(
@@ -45,6 +47,8 @@ class GaussianPrior(Prior):
         InputError: shapes that do not fit, or a covariance that is not symmetric positive semi-definite.
     """
 
+    kind = "gaussian"
+
     def __init__(self, mean: Tensor, cov: Tensor) -> None:
         super().__init__()
         n = mean.numel()
@@ -67,18 +71,28 @@ class GaussianPrior(Prior):
         # In the memory layout a file gives back: products of another layout round differently.
         self.register_buffer("vectors", vectors.contiguous())
 
-    def forward(self, x: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, sigma: float | Tensor, given: Given | None = None) -> Tensor:  # type: ignore[override]
         """mu + Sigma (Sigma + sigma^2 I)^-1 (x - mu), by the eigendecomposition of Sigma."""
-        if mask is not None:
-            require_mask_conditional(self, "a mask")
+        self.check_given(given)
         z = match_dtype(self, x)
         flat = (z - self.mean).flatten(1)
-        variance = expand(sigma, z).flatten(1) ** 2
+        variance = per_sample(sigma, z)[:, None] ** 2
         gain = self.values / (self.values + variance)
         gain = torch.where(
             self.values + variance > 0, gain, torch.ones_like(gain)
         )  # sigma = 0 on a null mode: x itself
         return (self.mean + ((flat @ self.vectors) * gain @ self.vectors.T).reshape(x.shape)).to(x.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """Its tensors say everything."""
+        return {"kind": self.kind}
+
+    @classmethod
+    def rebuild(cls, description: dict[str, Any], tensors: Tensors) -> Prior:
+        """Inverse of `describe`."""
+        prior = cls(tensors["mean"], tensors["cov"])
+        prior.load_state_dict(tensors, strict=True, assign=True)
+        return prior
 
     def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         """``num`` draws, (num, *shape)."""
@@ -118,6 +132,8 @@ class GaussianMixturePrior(Prior):
         InputError: shapes that do not fit, or values out of range.
     """
 
+    kind = "mixture"
+
     def __init__(self, means: Tensor, std: float | Tensor, weights: Tensor | None = None) -> None:
         super().__init__()
         k = means.shape[0]
@@ -143,21 +159,31 @@ class GaussianMixturePrior(Prior):
         """Posterior probabilities of the components, (B, K)."""
         z = match_dtype(self, x)
         flat, means = z.flatten(1), self.means.flatten(1)
-        variance = self.std**2 + expand(sigma, z).flatten(1) ** 2
+        variance = self.std**2 + per_sample(sigma, z)[:, None] ** 2
         distance = torch.cdist(flat, means, compute_mode="donot_use_mm_for_euclid_dist").square()
         log = self.weights.log() - distance / (2 * variance) - flat.shape[1] / 2 * variance.log()
         return log.softmax(1)
 
-    def forward(self, x: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, sigma: float | Tensor, given: Given | None = None) -> Tensor:  # type: ignore[override]
         """Responsibility-weighted mean of the components' posterior means."""
-        if mask is not None:
-            require_mask_conditional(self, "a mask")
+        self.check_given(given)
         z = match_dtype(self, x)
         flat, means = z.flatten(1), self.means.flatten(1)
-        gain = self.std**2 / (self.std**2 + expand(sigma, z).flatten(1) ** 2)
+        gain = self.std**2 / (self.std**2 + per_sample(sigma, z)[:, None] ** 2)
         r = self.responsibilities(z, sigma)
         mean = (r * (1 - gain)) @ means + (r * gain).sum(1, keepdim=True) * flat
         return mean.reshape(x.shape).to(x.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """Its tensors say everything."""
+        return {"kind": self.kind}
+
+    @classmethod
+    def rebuild(cls, description: dict[str, Any], tensors: Tensors) -> Prior:
+        """Inverse of `describe`."""
+        prior = cls(tensors["means"], tensors["std"], tensors["weights"])
+        prior.load_state_dict(tensors, strict=True, assign=True)
+        return prior
 
     def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         """``num`` draws, (num, *shape)."""
@@ -204,21 +230,23 @@ class ConditionalMean(Prior):
             not matter.
     """
 
-    conditioning = "mask-conditional"
+    takes = KeptRows
 
     def __init__(self, prior: GaussianPrior | GaussianMixturePrior, operator: RowMaskedOperator) -> None:
         super().__init__()
         self.prior, self.operator = prior, operator
         self.shape, self.data_std = prior.shape, prior.data_std
 
-    def forward(self, x: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """E[x_0 | y~, B] from x = A_B^H y~ and the rows ``mask`` (1|B, m, H, W); without a mask B is complete."""
-        if mask is None:
-            mask = torch.ones_like(self.operator.network_mask[:1])
+    def forward(self, x: Tensor, sigma: float | Tensor, given: Given | None = None) -> Tensor:  # type: ignore[override]
+        """E[x_0 | y~, B] from x = A_B^H y~ and ``given`` = the rows B; without them B is complete."""
+        mask = torch.ones_like(self.operator.network_mask[:1])
+        if given is not None:
+            self.check_given(given)
+            mask = given.mask  # type: ignore[attr-defined]
         kept = self.operator.with_mask(self.operator._rows_from_network_mask(mask.to(x.dtype)))
         a = operator_matrix(kept, self.shape, x.dtype)
         normal, z = a.mT @ a, x.flatten(1)
-        variance = expand(sigma, z)[..., None] ** 2
+        variance = per_sample(sigma, z)[:, None, None] ** 2
         if isinstance(self.prior, GaussianPrior):
             return self._component(z, normal, variance, self.prior.mean, self.prior.cov)[0].reshape(x.shape)
         identity = torch.eye(z.shape[1], dtype=x.dtype, device=x.device)

@@ -1,9 +1,10 @@
 r"""What a prior is: a denoiser, D(x, sigma) = E[x_0 | x_0 + sigma z = x].
 
-An *unconditional* prior answers for fully observed noisy images and nothing else; any posterior sampler can use it. A
-*mask-conditional* one answers E[x_0 | y~, B] from the zero-filled image A_B^H y~ and the mask B, for masks like those it was
-trained with. The second is **not** a prior in the sense of the first: asked for B = I it was never trained, and measured in a posterior
-sampler it is worse than zero filling. So every prior says which kind it is and what needs the other kind refuses.
+An *unconditional* prior answers for fully observed noisy images; any posterior sampler can use it. Class labels or a prompt may narrow
+it (`Labels`, `Prompt`), and without them it is what it is. A *mask-conditional* one answers E[x_0 | y~, B] from the zero-filled image
+A_B^H y~ and the rows B (`KeptRows`), for masks like those it was trained with. It is **not** a prior in the sense of the first: asked for
+B = I it answers what it was never trained for, and measured in a posterior sampler it is worse than zero filling. So every prior says
+what it takes, and whatever needs another kind refuses it with the reason.
 """
 
 from __future__ import annotations
@@ -11,49 +12,75 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from deepinv.models import Denoiser
 from torch import Tensor
 
-from ambient_sci.errors import ConditioningError
+from ambient_sci.errors import ConditioningError, InputError
+from ambient_sci.noise import expand
+from ambient_sci.priors.given import Given, KeptRows
 
 Conditioning = Literal["unconditional", "mask-conditional"]
+Tensors = dict[str, Tensor]
 
 
 class Prior(Denoiser):
     """Base of all priors. A deepinv ``Denoiser``, so it plugs into deepinv's samplers and plug-and-play algorithms.
 
+    A subclass with a ``kind`` can be saved: `describe` says in JSON types what rebuilds it, `rebuild` does so from that description and
+    the tensors of its state. Subclasses of users take part in this like those of the library.
+
     Attributes:
         shape: of one image, (C, H, W).
         data_std: standard deviation of the data per entry; scales losses and preconditioning.
-        conditioning: "unconditional" or "mask-conditional".
+        takes: what it is told besides x and sigma, a type of `Given`; None: nothing.
         sigma_min: lowest noise level at which the denoiser is meaningful; 0 if all are.
         sigma_max: highest trained noise level, None if there is no limit.
-        uses_gram: whether a mask-conditional prior wants A_B^H A_B beside the mask (``gram`` of `forward`).
+        separates_rows: its output scale tells kept rows from missing ones, so that losses may weigh them apart.
     """
+
+    kind: ClassVar[str] = ""
+    kinds: ClassVar[dict[str, type[Prior]]] = {}
 
     shape: tuple[int, ...]
     data_std: float
-    conditioning: Conditioning = "unconditional"
+    takes: type[Given] | None = None
     sigma_min: float = 0.0
     sigma_max: float | None = None
-    uses_gram: bool = False
+    separates_rows: bool = False
 
-    def forward(self, x: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """E[x_0 | x]: ``x`` (B, C, H, W) at noise level ``sigma`` (float or (B,)).
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__dict__.get("kind"):
+            Prior.kinds[cls.kind] = cls
 
-        Mask-conditional priors: ``x`` = A_B^H y~ and ``mask`` (1|B, m, H, W). Those that use it take a further argument ``gram``, the
-        function A_B^H A_B of images; `conditional` hands over what each takes.
+    @property
+    def conditioning(self) -> Conditioning:
+        """ "mask-conditional" if it takes `KeptRows`, else "unconditional" (labels and prompts may be left out)."""
+        return "mask-conditional" if self.takes is KeptRows else "unconditional"
+
+    def forward(self, x: Tensor, sigma: float | Tensor, given: Given | None = None) -> Tensor:  # type: ignore[override]
+        """E[x_0 | x, given]: ``x`` (B, C, H, W) at noise level ``sigma`` (float or (B,)).
+
+        Mask-conditional priors: ``x`` = A_B^H y~ and ``given`` = `KeptRows` of B.
         """
         raise TypeError(f"{type(self).__name__} does not say how it denoises")
 
-    def conditional(
-        self, x: Tensor, sigma: float | Tensor, mask: Tensor | None, gram: Callable[[Tensor], Tensor] | None
-    ) -> Tensor:
-        """`forward` with ``mask``, and with ``gram`` if this prior uses it."""
-        return self(x, sigma, mask, gram) if self.uses_gram else self(x, sigma, mask)
+    def check_given(self, given: Any) -> None:
+        """Raise ConditioningError unless ``given`` is what this prior takes, in kind."""
+        if given is None:
+            if self.takes is KeptRows:
+                raise ConditioningError("mask-conditional prior: expected the kept rows (KeptRows), got none")
+            return
+        if type(given) in (Tensor, KeptRows):
+            require_mask_conditional(self, "a mask")
+        if self.takes is None or type(given) is not self.takes:
+            expected = "nothing" if self.takes is None else self.takes.__name__
+            raise ConditioningError(
+                f"{type(self).__name__}: expected given = {expected}, got {type(given).__name__}"
+            )
 
     def loss_weight(self, sigma: Tensor, fraction: float | Tensor = 1.0) -> Tensor:
         r"""lambda(sigma) = (d^2 + sigma^2) / (d^2 (sigma^2 + (1 - f) d^2)), the inverse of the error a best linear denoiser leaves per entry.
@@ -65,11 +92,96 @@ class Prior(Denoiser):
         variance = self.data_std**2
         return (variance + sigma**2) / (variance * (sigma**2 + (1 - fraction) * variance))
 
+    # -- files -------------------------------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """What rebuilds this prior besides its tensors, in JSON types, "kind" among it.
+
+        Raises:
+            InputError: a prior that cannot be saved; the message says why.
+        """
+        raise InputError(
+            f"saving a prior: expected one of kind {', '.join(sorted(Prior.kinds))}, got {type(self).__name__}, which does not "
+            "describe itself"
+        )
+
+    @classmethod
+    def rebuild(cls, description: dict[str, Any], tensors: Tensors) -> Prior:
+        """Inverse of `describe`, with exactly these tensors, in their own types: bit for bit what was saved."""
+        raise TypeError(f"{cls.__name__} does not say how it is rebuilt")
+
+    def saved_tensors(self) -> Tensors:
+        """The tensors that belong in the file; default: all of the state."""
+        return self.state_dict()
+
     def save(self, path: str | Path) -> None:
         """Write to a folder (prior.json and weights.safetensors), whole or not at all; `load_prior` reads it back."""
         from ambient_sci.priors.storage import save_prior
 
         save_prior(self, path)
+
+
+def description_of(prior: Prior) -> dict[str, Any]:
+    """`Prior.describe`, checked to describe this very class: a subclass that only inherits it would come back as its parent.
+
+    Raises:
+        InputError: a prior that cannot be saved.
+    """
+    description = prior.describe()
+    known = Prior.kinds.get(description["kind"])
+    if known is not type(prior):
+        raise InputError(
+            f"saving a prior: expected a class with a kind of its own, got {type(prior).__name__}, which would be loaded as "
+            f"{known.__name__ if known else 'nothing'}"
+        )
+    return description
+
+
+def rebuild_prior(description: dict[str, Any], tensors: Tensors) -> Prior:
+    """The prior that `Prior.describe` described.
+
+    Raises:
+        InputError: a kind that nobody has registered.
+    """
+    values = dict(description)
+    kind = values.pop("kind", None)
+    if kind not in Prior.kinds:
+        raise InputError(f"prior: expected kind {', '.join(sorted(Prior.kinds))}, got {kind!r}")
+    return Prior.kinds[kind].rebuild(values, tensors)
+
+
+def filled(build: Callable[[], Prior], tensors: Tensors) -> Prior:
+    """The prior that ``build`` makes, with exactly these tensors.
+
+    It is first made without memory (torch's meta device), so that a description can claim no more than the file holds; a prior with
+    tensors that are no part of its state is then made for good.
+
+    Raises:
+        InputError: tensors of other names or shapes than the prior has.
+    """
+    with torch.device("meta"):
+        prior = build()
+    missing, surplus = prior.state_dict().keys() - tensors.keys(), tensors.keys() - prior.state_dict().keys()
+    wrong = [k for k, t in prior.state_dict().items() if k in tensors and t.shape != tensors[k].shape]
+    if missing or surplus or wrong:
+        raise InputError(
+            f"prior: expected the tensors that its description asks for, got {len(missing)} missing, {len(surplus)} surplus and "
+            f"{len(wrong)} of another shape, first {next(iter([*sorted(missing), *sorted(surplus), *wrong]))!r}"
+        )
+    state = {id(t) for t in prior.state_dict(keep_vars=True).values()}
+    if any(id(t) not in state for t in chain(prior.parameters(), prior.buffers())):
+        prior = build()
+    prior.load_state_dict(tensors, strict=True, assign=True)
+    return prior
+
+
+def below(tensors: Tensors, prefix: str) -> Tensors:
+    """The tensors under ``prefix.``, by the rest of their names."""
+    start = f"{prefix}."
+    return {name[len(start) :]: t for name, t in tensors.items() if name.startswith(start)}
+
+
+# -- what needs which kind -----------------------------------------------------------------------------------------------------
 
 
 def require_unconditional(prior: Prior, what: str) -> None:
@@ -90,8 +202,30 @@ def require_mask_conditional(prior: Prior, what: str) -> None:
         )
 
 
+# -- types and levels ----------------------------------------------------------------------------------------------------------
+
+
 def match_dtype(prior: torch.nn.Module, x: Tensor) -> Tensor:
-    """``x`` in the floating type of the prior's tensors; networks are float32 even where a sampler works in float64."""
+    """``x`` in the floating type of the prior's tensors: closed forms compute in the type that their parameters have."""
     tensors = (t for t in chain(prior.parameters(), prior.buffers()) if t.is_floating_point())
     first = next(tensors, None)
     return x if first is None else x.to(first.dtype)
+
+
+def at_least_single(x: Tensor) -> Tensor:
+    """``x``, in float32 if it is of a shorter type: what surrounds a network is never computed in half precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def per_sample(sigma: float | Tensor, x: Tensor) -> Tensor:
+    """Levels (B,) in the type of ``x``, from one level or one for each sample.
+
+    Raises:
+        InputError: levels that differ within an image; a denoiser answers for one level of the whole image.
+    """
+    level = expand(sigma, x)
+    if level.numel() not in (1, x.shape[0]) or level.numel() != level.shape[0]:
+        raise InputError(
+            f"noise level: expected one value or one per sample ({x.shape[0]}) for a denoiser, got {tuple(level.shape)}"
+        )
+    return level.flatten().expand(x.shape[0])

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from ambient_sci.errors import InputError
 
+#: Names of the library's own backbones; see `ambient_sci.priors.backbones`.
+OWN = ("unet", "mlp")
+BUILT_IN = (*OWN, "ncsnpp", "adm", "diffusers-unet", "diffusers-conditional-unet")
+#: Bounds of what a description may ask for: far above any network in use, far below what would fill a machine before it is refused.
+LARGEST = {"channels": 16_384, "levels": 16, "blocks": 64, "patch": 64, "embedding": 4_096}
+
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """A MONAI ``DiffusionModelUNet`` or a small multilayer perceptron.
+    """A backbone by name, with its options.
 
     Attributes:
-        kind: "unet" for images, "mlp" for vectors and tiny images (every entry sees every other).
+        kind: "unet" (MONAI's ``DiffusionModelUNet``) for images, "mlp" for vectors and tiny images (every entry sees every other); or the
+            name of another backbone, see `ambient_sci.priors.backbones`, which the next fields do not concern.
         channels: width at each resolution (U-Net; each level halves the size) or of each hidden layer (MLP).
         blocks: residual blocks per resolution.
         attention: self-attention at each resolution; the U-Net's bottleneck has it in any case. Default: nowhere else.
@@ -21,9 +29,10 @@ class NetworkConfig:
         head_channels: channels of one attention head; must divide the width of every level with attention.
         norm_groups: group-norm groups; must divide every width.
         embedding: dimensions of the noise-level embedding (MLP).
+        options: of the other backbones: keyword arguments of their constructors, JSON types.
     """
 
-    kind: Literal["unet", "mlp"] = "unet"
+    kind: str = "unet"
     channels: tuple[int, ...] = (32, 64, 64)
     blocks: int = 1
     attention: tuple[bool, ...] | None = None
@@ -31,31 +40,64 @@ class NetworkConfig:
     head_channels: int = 16
     norm_groups: int = 8
     embedding: int = 32
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(int(c) for c in self.channels))
         if self.attention is not None:
             object.__setattr__(self, "attention", tuple(bool(a) for a in self.attention))
-        if self.kind not in ("unet", "mlp") or not self.channels or min(self.channels) < 1:
-            raise InputError(
-                f"network: expected kind unet or mlp and positive channels, got {self.kind!r}, {self.channels}"
-            )
+        self._check_fields_in_use()
+        self._check_ranges()
         if self.kind == "unet":
-            wrong = [c for c in self.channels if c % self.norm_groups]
-            if wrong or self.channels[-1] % self.head_channels:
+            self._check_unet()
+
+    def _check_fields_in_use(self) -> None:
+        from ambient_sci.priors.backbones import names
+
+        if self.kind not in names():
+            raise InputError(f"network: expected kind {', '.join(names())}, got {self.kind!r}")
+        if not isinstance(self.options, dict):
+            raise InputError(f"network.options: expected a table, got {self.options!r}")
+        if self.kind in OWN and self.options:
+            raise InputError(
+                f"network.options: expected none for kind {self.kind}, got {', '.join(self.options)}"
+            )
+        idle = [f.name for f in fields(self) if f.name not in ("kind", "options") and _changed(self, f)]
+        if self.kind not in OWN and idle:
+            raise InputError(
+                f"network: expected the settings of kind {self.kind} under options, got {', '.join(idle)} of unet and mlp"
+            )
+
+    def _check_ranges(self) -> None:
+        values = {
+            "levels": len(self.channels),
+            **{k: getattr(self, k) for k in ("blocks", "patch", "embedding")},
+        }
+        values |= {"channels": max(self.channels, default=0)}
+        small = not self.channels or min((*self.channels, self.norm_groups, self.head_channels)) < 1
+        for name, value in values.items():
+            if small or not 1 <= value <= LARGEST[name]:
                 raise InputError(
-                    f"network: expected channels divisible by norm_groups = {self.norm_groups} (and the last one by head_channels = "
-                    f"{self.head_channels}), got {self.channels}"
+                    f"network: expected channels, norm_groups and head_channels of at least 1 and {name} from 1 to "
+                    f"{LARGEST[name]}, got channels {self.channels[:8]}, {name} {value}"
                 )
-            if self.attention is not None and len(self.attention) != len(self.channels):
-                raise InputError(
-                    f"network: expected attention for each of {len(self.channels)} levels, got {len(self.attention)} entries"
-                )
+
+    def _check_unet(self) -> None:
+        wrong = [c for c in self.channels if c % self.norm_groups]
+        if wrong or self.channels[-1] % self.head_channels:
+            raise InputError(
+                f"network: expected channels divisible by norm_groups = {self.norm_groups} (and the last one by head_channels = "
+                f"{self.head_channels}), got {self.channels}"
+            )
+        if self.attention is not None and len(self.attention) != len(self.channels):
+            raise InputError(
+                f"network: expected attention for each of {len(self.channels)} levels, got {len(self.attention)} entries"
+            )
 
     @property
     def size_factor(self) -> int:
-        """Height and width must be multiples of this."""
-        return 1 if self.kind == "mlp" else self.patch * 2 ** (len(self.channels) - 1)
+        """Height and width must be multiples of this (1 where only the backbone itself knows)."""
+        return 1 if self.kind != "unet" else self.patch * 2 ** (len(self.channels) - 1)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise InputError unless the network can divide an image of this size."""
@@ -64,6 +106,12 @@ class NetworkConfig:
                 f"image size: expected height and width divisible by {self.size_factor} for this network "
                 f"(patch {self.patch}, {len(self.channels)} levels), got {height} x {width}"
             )
+
+
+def _changed(config: Any, f: Field[Any]) -> bool:
+    """Whether a field differs from its default."""
+    default = f.default if f.default_factory is MISSING else f.default_factory()
+    return getattr(config, f.name) != default
 
 
 @dataclass(frozen=True)
@@ -96,8 +144,17 @@ class PriorConfig:
             raise InputError(
                 f"prior: expected conditioning unconditional or mask-conditional, got {self.conditioning!r}"
             )
-        if not self.data_std > 0:
+        if not self.shape or min(self.shape) < 1:
+            raise InputError(f"prior: expected a shape of positive sizes, got {self.shape}")
+        if not (self.data_std > 0 and math.isfinite(self.data_std)):
             raise InputError(f"prior: expected a positive data_std, got {self.data_std}")
+        high = math.inf if self.sigma_max is None else self.sigma_max
+        if not 0 <= self.sigma_min <= high or math.isinf(self.sigma_min):
+            raise InputError(
+                f"prior: expected 0 <= sigma_min <= sigma_max, got {self.sigma_min} and {self.sigma_max}"
+            )
+        if self.mask_channels < 1:
+            raise InputError(f"prior: expected mask_channels >= 1, got {self.mask_channels}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""

@@ -3,102 +3,61 @@ r"""The learned prior: a network in EDM preconditioning.
     D(x, sigma) = c_skip x + c_out F(c_in x, sigma)
     c_skip = d^2 / (d^2 + sigma^2),     c_in = 1 / sqrt(d^2 + sigma^2),     c_out = d sigma / sqrt(d^2 + sigma^2)
 
-with d the standard deviation of the clean data [Karras et al. 2022]. A mask-conditional prior is shown x = A_B^H y~ and the mask. What is left to
-learn after the best scaling has standard deviation c_out on kept rows and d on missing ones, which nothing was seen of; with
+with d the standard deviation of the clean data [Karras et al. 2022]. A mask-conditional prior is shown x = A_B^H y~ and the mask. What is
+left to learn after the best scaling has standard deviation c_out on kept rows and d on missing ones, which nothing was seen of; with
 G = A_B^H A_B, the projection on kept rows (masks, one coil) or nearly one (several coils),
 
     h(x, sigma, B) = c_skip x + d u + (c_out - d) G u,     u = F(c_in x / sqrt(f), sigma, B),
 
-f the fraction of rows kept, to which the power of x is proportional. For B = I it is the same as above. As sigma -> 0 the estimate agrees with what was
-measured whatever the network says, where G is a projection.
+f the fraction of rows kept, to which the power of x is proportional. For B = I it is the same as above. As sigma -> 0 the estimate agrees
+with what was measured whatever the network says, where G is a projection.
+
+F alone runs in the type of its weights: everything around it is computed in the type of x, float32 at least.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ambient_sci.errors import ConditioningError, InputError
+from ambient_sci.errors import InputError
 from ambient_sci.noise import expand
-from ambient_sci.priors.base import Prior, match_dtype, require_mask_conditional
+from ambient_sci.priors.backbones import build
+from ambient_sci.priors.base import Prior, Tensors, at_least_single, filled, per_sample
 from ambient_sci.priors.config import NetworkConfig, PriorConfig
+from ambient_sci.priors.given import Given, KeptRows
+from ambient_sci.priors.networks import Backbone
 
 
-class UNet(nn.Module):
-    """MONAI's ``DiffusionModelUNet`` with folded patches and a noise-level input."""
+def call_network(
+    network: nn.Module | Any, x: Tensor, level: Tensor, given: Given | None = None, *, at: bool = False
+) -> Tensor:
+    """network(x, level[, given]) in the type of its first floating parameter, answered in the type of ``x``.
 
-    def __init__(self, config: NetworkConfig, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        from monai.networks.nets import DiffusionModelUNet
-
-        fold = config.patch**2
-        self.patch = config.patch
-        self.body = DiffusionModelUNet(
-            spatial_dims=2,
-            in_channels=in_channels * fold,
-            out_channels=out_channels * fold,
-            channels=config.channels,
-            num_res_blocks=config.blocks,
-            attention_levels=config.attention or (False,) * len(config.channels),
-            num_head_channels=config.head_channels,
-            norm_num_groups=config.norm_groups,
-        )
-
-    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """``x`` (B, in, H, W), ``sigma`` (B,) to (B, out, H, W)."""
-        if self.patch > 1:
-            x = nn.functional.pixel_unshuffle(x, self.patch)
-        # Sinusoidal embeddings resolve steps of order one: log sigma spans about ten, so it is stretched to hundreds.
-        x = self.body(x, timesteps=250 * sigma.log())
-        return nn.functional.pixel_shuffle(x, self.patch) if self.patch > 1 else x
+    This is the one door through which numbers enter half precision and leave it. Levels stay in float32 at least. ``at``: the level is a
+    time in the units of a backbone's embedding.
+    """
+    parameters = network.parameters() if isinstance(network, nn.Module) else ()
+    own = next((p.dtype for p in parameters if p.is_floating_point()), x.dtype)
+    level = level.to(torch.promote_types(own, torch.float32))
+    told = () if given is None else (given,)
+    function = network.at if at and isinstance(network, Backbone) else network
+    return function(x.to(own), level, *told).to(x.dtype)
 
 
-class MLP(nn.Module):
-    """Fully connected network on flattened inputs with a Fourier embedding of log sigma: for vectors and tiny images."""
+def _setting(name: str) -> Any:
+    """A field of ``self.config`` as an attribute that can be read and set."""
 
-    def __init__(self, config: NetworkConfig, in_size: int, out_shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.out_shape = out_shape
-        half = config.embedding // 2
-        self.register_buffer(
-            "frequencies", torch.exp(torch.linspace(math.log(0.25), math.log(8.0), half)), persistent=False
-        )
-        widths = (in_size + 2 * half, *config.channels)
-        layers: list[nn.Module] = []
-        for a, b in zip(widths[:-1], widths[1:], strict=True):
-            layer = nn.Linear(a, b)
-            # torch's default shrinks the signal at every layer: what is not linear in x then stays too weak to be learned from.
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
-            layers += [layer, nn.SiLU()]
-        last = nn.Linear(widths[-1], math.prod(out_shape))
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.body = nn.Sequential(*layers, last)
+    def read(self: NetworkPrior) -> Any:
+        return getattr(self.config, name)
 
-    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """``x`` (B, ...), ``sigma`` (B,) to (B, *out_shape)."""
-        phase = sigma.log()[:, None] * self.frequencies
-        return self.body(torch.cat([x.flatten(1), phase.sin(), phase.cos()], 1)).reshape(-1, *self.out_shape)
+    def write(self: NetworkPrior, value: Any) -> None:
+        self.config = dataclasses.replace(self.config, **{name: value})
 
-
-def _build(config: PriorConfig, generator: torch.Generator | None) -> nn.Module:
-    extra = config.mask_channels if config.conditioning == "mask-conditional" else 0
-    # Layers initialise from torch's global generator; fork it so that a seed decides and nobody else's stream moves.
-    with torch.random.fork_rng(devices=[]):
-        seed = torch.randint(2**31 - 1, (), generator=generator) if generator is not None else torch.tensor(0)
-        torch.default_generator.manual_seed(int(seed))
-        if config.network.kind == "mlp":
-            size = math.prod(config.shape) + extra * math.prod(config.shape[1:])
-            return MLP(config.network, size, config.shape)
-        if len(config.shape) != 3:
-            raise InputError(f"U-Net prior: expected images (C, H, W), got shape {config.shape}")
-        config.network.check_size(*config.shape[1:])
-        return UNet(config.network, config.shape[0] + extra, config.shape[0])
+    return property(read, write)
 
 
 class NetworkPrior(Prior):
@@ -108,7 +67,7 @@ class NetworkPrior(Prior):
         shape: (C, H, W) of one image.
         data_std: standard deviation d of the clean data per entry.
         conditioning: "unconditional" or "mask-conditional".
-        network: architecture, a `NetworkConfig`.
+        network: the backbone, a `NetworkConfig`.
         sigma_min: lowest noise level trained; samplers stop there.
         sigma_max: highest noise level trained.
         mask_channels: channels of the mask that a mask-conditional network is shown.
@@ -116,8 +75,10 @@ class NetworkPrior(Prior):
         generator: source of the initial weights; default: a fixed seed.
 
     Raises:
-        InputError: a size the network cannot divide, a wrong conditioning, a data_std that is not positive.
+        InputError: a size the network cannot divide, options it does not take, a wrong conditioning, a data_std that is not positive.
     """
+
+    kind = "network"
 
     def __init__(
         self,
@@ -142,57 +103,62 @@ class NetworkPrior(Prior):
             network=network or NetworkConfig(),
             about=about or {},
         )
-        self.shape, self.data_std = self.config.shape, self.config.data_std
-        self.conditioning = self.config.conditioning
-        self.sigma_min, self.sigma_max = self.config.sigma_min, self.config.sigma_max
-        self.uses_gram = self.conditioning == "mask-conditional"
-        self.network = _build(self.config, generator)
+        masked = self.config.conditioning == "mask-conditional"
+        self.network = build(
+            self.config.network, self.config.shape, mask_channels if masked else 0, generator
+        )
+        self.takes = KeptRows if masked else getattr(self.network, "takes", None)
+        self.separates_rows = masked
+
+    # Settings live in `config` alone: what is seen is what is saved.
+    shape = _setting("shape")
+    data_std = _setting("data_std")
+    sigma_min = _setting("sigma_min")
+    sigma_max = _setting("sigma_max")
 
     @classmethod
     def from_config(cls, config: PriorConfig) -> NetworkPrior:
         """A prior of this description, with initial weights."""
         return cls(**{k: getattr(config, k) for k in config.__dataclass_fields__})
 
-    def forward(  # type: ignore[override]
-        self,
-        x: Tensor,
-        sigma: float | Tensor,
-        mask: Tensor | None = None,
-        gram: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """The equations above, in the type of ``x``; ``mask`` and ``gram`` (G as a function of images) for mask-conditional priors.
+    def describe(self) -> dict[str, Any]:
+        """The configuration."""
+        return {"kind": self.kind, **self.config.to_dict()}
+
+    @classmethod
+    def rebuild(cls, description: dict[str, Any], tensors: Tensors) -> Prior:
+        """Inverse of `describe`."""
+        config = PriorConfig.from_dict(description)
+        return filled(lambda: cls.from_config(config), tensors)
+
+    def forward(self, x: Tensor, sigma: float | Tensor, given: Given | None = None) -> Tensor:  # type: ignore[override]
+        """The equations above, in the type of ``x``; ``given`` = `KeptRows` for mask-conditional priors.
 
         Raises:
-            ConditioningError: a mask for an unconditional prior, or mask or ``gram`` missing for a mask-conditional one.
+            ConditioningError: rows, labels or a prompt that this prior does not take, or rows missing that it needs.
         """
-        if mask is not None:
-            require_mask_conditional(self, "a mask")
-        z = match_dtype(self, x)
-        level = expand(sigma, z)
+        self.check_given(given)
+        z = at_least_single(x)
+        levels = per_sample(sigma, z)
+        level = expand(levels, z)
         variance = self.data_std**2 + level**2
         skip, scale = self.data_std**2 / variance, variance.rsqrt()
         kept = level * scale  # c_out / d
-        levels = level.flatten().expand(z.shape[0]).clamp(min=1e-6)
-        if self.conditioning == "unconditional":
-            rest = kept * self.network(z * scale, levels).to(z.dtype)
-        else:
-            mask = self._expanded_mask(mask, z)
-            if gram is None:
-                raise ConditioningError(
-                    "mask-conditional prior: expected gram, the function A^H A of the kept rows, got none (losses.estimate hands it over)"
-                )
+        levels = levels.clamp(min=1e-6)
+        if isinstance(given, KeptRows):
+            mask = self._expanded_mask(given.mask, z)
             fraction = expand(mask.flatten(1).mean(1).clamp(min=1e-3), z)
             inputs = torch.cat([z * scale * fraction.rsqrt(), mask], 1)
-            rest = self.network(inputs, levels).to(z.dtype)
-            seen = gram(rest)
+            rest = call_network(self.network, inputs, levels)
+            seen = given.gram(rest)
             rest = (
                 rest - seen
             ) + kept * seen  # in this order: on kept rows nothing is left of the first term to round
+        else:
+            rest = kept * call_network(self.network, z * scale, levels, given)
         return (skip * z + self.data_std * rest).to(x.dtype)
 
-    def _expanded_mask(self, mask: Tensor | None, x: Tensor) -> Tensor:
-        if mask is None:
-            raise ConditioningError("mask-conditional prior: expected the mask of kept rows, got none")
+    def _expanded_mask(self, mask: Tensor, x: Tensor) -> Tensor:
         if mask.ndim != x.ndim or mask.shape[1] != self.config.mask_channels:
             raise InputError(
                 f"mask-conditional prior: expected a mask (1 or B, {self.config.mask_channels}, H, W), got {tuple(mask.shape)}"

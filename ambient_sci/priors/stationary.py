@@ -7,12 +7,15 @@ F is the orthonormal Fourier transform of each channel, S >= 0 the spectrum. The
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ambient_sci.errors import InputError
 from ambient_sci.noise import draw_noise, expand
-from ambient_sci.priors.base import Prior, require_mask_conditional
+from ambient_sci.priors.base import Prior, Tensors, match_dtype, per_sample
+from ambient_sci.priors.given import Given
 
 
 class StationaryGaussianPrior(Prior):
@@ -25,6 +28,8 @@ class StationaryGaussianPrior(Prior):
     Raises:
         InputError: shapes that differ, or a spectrum that is negative or zero everywhere.
     """
+
+    kind = "stationary"
 
     def __init__(self, mean: Tensor, spectrum: Tensor) -> None:
         super().__init__()
@@ -42,15 +47,26 @@ class StationaryGaussianPrior(Prior):
     def _filtered(self, x: Tensor, gain: Tensor) -> Tensor:
         return torch.fft.ifft2(gain * torch.fft.fft2(x, norm="ortho"), norm="ortho").real
 
-    def forward(self, x: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, sigma: float | Tensor, given: Given | None = None) -> Tensor:  # type: ignore[override]
         """The Wiener filter mu + F^H [S / (S + sigma^2)] F (x - mu)."""
-        if mask is not None:
-            require_mask_conditional(self, "a mask")
-        total = self.spectrum + expand(sigma, x) ** 2
+        self.check_given(given)
+        z = match_dtype(self, x)
+        total = self.spectrum + expand(per_sample(sigma, z), z) ** 2
         gain = torch.where(
             total > 0, self.spectrum / total, torch.ones_like(total)
         )  # sigma = 0 on a null mode: x itself
-        return self.mean + self._filtered(x - self.mean, gain).to(x.dtype)
+        return (self.mean + self._filtered(z - self.mean, gain)).to(x.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """Its tensors say everything."""
+        return {"kind": self.kind}
+
+    @classmethod
+    def rebuild(cls, description: dict[str, Any], tensors: Tensors) -> Prior:
+        """Inverse of `describe`."""
+        prior = cls(tensors["mean"], tensors["spectrum"])
+        prior.load_state_dict(tensors, strict=True, assign=True)
+        return prior
 
     def covariance(self, x: Tensor) -> Tensor:
         """Sigma x = F^H S F x."""

@@ -7,72 +7,16 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ambient_sci.errors import InputError
-from ambient_sci.priors.analytic import GaussianMixturePrior, GaussianPrior
-from ambient_sci.priors.base import Prior
-from ambient_sci.priors.config import PriorConfig
-from ambient_sci.priors.network import NetworkPrior
+from ambient_sci.priors.base import Prior, description_of, rebuild_prior
 from ambient_sci.priors.pretrained import PREFIX, pretrained_folder
-from ambient_sci.priors.stationary import StationaryGaussianPrior
-from ambient_sci.priors.wrappers import StagedPrior
 from ambient_sci.whole_files import read_tensors
 
 FORMAT = 1
 FILES = {"prior.json", "weights.safetensors"}
-
-
-def _describe(prior: Prior) -> dict[str, Any]:
-    if isinstance(prior, NetworkPrior):
-        return {"kind": "network", **prior.config.to_dict()}
-    if isinstance(prior, StagedPrior):
-        return {
-            "kind": "staged",
-            "sigma_n": prior.sigma_n,
-            "anchor": _describe(prior.anchor),
-            "below": _describe(prior.below),
-        }
-    if isinstance(prior, GaussianPrior):
-        return {"kind": "gaussian"}
-    if isinstance(prior, GaussianMixturePrior):
-        return {"kind": "mixture"}
-    if isinstance(prior, StationaryGaussianPrior):
-        return {"kind": "stationary"}
-    raise InputError(
-        f"saving a prior: expected a network, staged, Gaussian or mixture prior, got {type(prior).__name__}"
-    )
-
-
-def _build(description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Prior:
-    values = dict(description)
-    kind = values.pop("kind", None)
-    if kind == "gaussian":
-        return _filled(GaussianPrior(tensors["mean"], tensors["cov"]), tensors)
-    if kind == "stationary":
-        return _filled(StationaryGaussianPrior(tensors["mean"], tensors["spectrum"]), tensors)
-    if kind == "mixture":
-        return _filled(GaussianMixturePrior(tensors["means"], tensors["std"], tensors["weights"]), tensors)
-    if kind == "staged":
-        parts = {
-            name: _build(
-                values[name],
-                {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")},
-            )
-            for name in ("anchor", "below")
-        }
-        return StagedPrior(parts["anchor"], parts["below"], values["sigma_n"])
-    if kind == "network":
-        return _filled(NetworkPrior.from_config(PriorConfig.from_dict(values)), tensors)
-    raise InputError(f"prior: expected kind network, staged, gaussian, stationary or mixture, got {kind!r}")
-
-
-def _filled(prior: Prior, tensors: dict[str, torch.Tensor]) -> Prior:
-    """``prior`` with exactly these tensors, in their own type: bit for bit what was saved."""
-    prior.load_state_dict(tensors, strict=True, assign=True)
-    return prior
 
 
 def save_prior(prior: Prior, path: str | Path) -> None:
@@ -88,11 +32,11 @@ def save_prior(prior: Prior, path: str | Path) -> None:
         path.is_dir() and {p.name for p in path.iterdir() if p.name[0] != "."} <= FILES
     ):
         raise InputError(f"{path}: expected a new folder or one with a prior to replace, got something else")
-    description = {"format": FORMAT, **_describe(prior)}
+    description = {"format": FORMAT, **description_of(prior)}
     # Copies: safetensors refuses tensors that share memory, as the two halves of a staged prior may.
     tensors = {
         k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for k, v in prior.state_dict().items()
+        for k, v in prior.saved_tensors().items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -137,7 +81,7 @@ def load_prior(path: str | Path, device: str | torch.device = "cpu") -> Prior:
         if not isinstance(description, dict) or description.pop("format", None) != FORMAT:
             raise InputError(f"{path / 'prior.json'}: expected a prior of format {FORMAT}")
         tensors, _ = read_tensors(path / "weights.safetensors")
-        prior = _build(description, tensors)
+        prior = rebuild_prior(description, tensors)
     except InputError:
         raise
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:

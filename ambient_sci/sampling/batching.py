@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ambient_sci.operators.elementary import Masking
 from ambient_sci.priors.base import Prior
+from ambient_sci.priors.given import KeptRows
 
 #: Chains at a time on a CPU: beyond it memory traffic eats what larger matrices gain.
 CPU_CHAINS = 16
@@ -68,13 +70,14 @@ def chain_memory(prior: Prior, like: Tensor) -> int:
         return saved
 
     x = torch.zeros(1, *prior.shape, dtype=like.dtype, device=like.device, requires_grad=True)
-    mask = None
-    if prior.conditioning == "mask-conditional":
+    given = None
+    if prior.takes is KeptRows:
         channels = getattr(getattr(prior, "config", None), "mask_channels", 1)
-        mask = torch.ones(1, channels, *prior.shape[1:], dtype=like.dtype, device=like.device)
+        ones = torch.ones(1, channels, *prior.shape[1:], dtype=like.dtype, device=like.device)
+        given = KeptRows(Masking(ones, img_size=prior.shape))
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         level = torch.ones(1, dtype=like.dtype, device=like.device)
-        out = prior.conditional(x, level, mask, torch.clone)
+        out = prior(x, level, given)
     weights = {p.untyped_storage().data_ptr() for p in [*prior.parameters(), *prior.buffers()]}
     saved = sum(n for address, n in sizes.items() if address not in weights)
     return 2 * saved + 16 * out.numel() * out.element_size()

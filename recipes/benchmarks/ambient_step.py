@@ -21,7 +21,7 @@ from torch import Tensor
 from ambient_sci.losses import ambient
 from ambient_sci.noise import expand
 from ambient_sci.operators import MRI, Identity, Masking, RowMaskedOperator, birdcage_maps, make_design
-from ambient_sci.priors import NetworkConfig, NetworkPrior
+from ambient_sci.priors import KeptRows, NetworkConfig, NetworkPrior
 
 LIMITS = {"identity": 1.05, "masking": 1.05, "mri, 8 coils": 1.2}
 
@@ -43,10 +43,9 @@ def cases(
 def plain_denoising(prior: NetworkPrior, x0: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
     """lambda ||D(x0 + sigma z) - x0||^2, with a mask of ones where the network takes one."""
     noisy = x0 + expand(sigma, x0) * torch.randn(x0.shape, generator=generator)
-    mask = torch.ones(1, 1, *x0.shape[2:]) if prior.conditioning == "mask-conditional" else None
-    return prior.loss_weight(sigma) * (
-        prior.conditional(noisy, sigma, mask, torch.clone) - x0
-    ).square().flatten(1).mean(1)
+    everything = Masking(torch.ones(1, 1, *x0.shape[2:]), img_size=tuple(x0.shape[1:]))
+    given = KeptRows(everything) if prior.takes is KeptRows else None
+    return prior.loss_weight(sigma) * (prior(noisy, sigma, given) - x0).square().flatten(1).mean(1)
 
 
 def step_time(prior: NetworkPrior, optimiser: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> float:

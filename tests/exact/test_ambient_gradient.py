@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ambient_sci import losses
 from ambient_sci.operators import MRI, Identity, Masking, RowMaskedOperator, design_from_dict, make_design
-from ambient_sci.priors import ConditionalMean, Prior
+from ambient_sci.priors import ConditionalMean, KeptRows, Prior
 
 LEVELS = {"sigma_y": (0.2, 0.5), "sigma": (0.5, 1.2)}
 
@@ -26,10 +26,10 @@ class Shifted(Prior):
     def __init__(self, exact: Prior, step: float) -> None:
         super().__init__()
         self.exact, self.step = exact, step
-        self.shape, self.data_std, self.conditioning = exact.shape, exact.data_std, exact.conditioning
+        self.shape, self.data_std, self.takes = exact.shape, exact.data_std, exact.takes
 
-    def forward(self, x: Tensor, sigma, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        h = self.exact(x, sigma, mask)
+    def forward(self, x: Tensor, sigma, given=None) -> Tensor:  # type: ignore[override]
+        h = self.exact(x, sigma, given)
         return h + self.step * (x - h - 0.25)
 
 
@@ -39,11 +39,11 @@ class Once(Prior):
     def __init__(self, exact: Prior) -> None:
         super().__init__()
         self.exact, self.known = exact, None
-        self.shape, self.data_std, self.conditioning = exact.shape, exact.data_std, exact.conditioning
+        self.shape, self.data_std, self.takes = exact.shape, exact.data_std, exact.takes
 
-    def forward(self, x: Tensor, sigma, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, sigma, given=None) -> Tensor:  # type: ignore[override]
         if self.known is None:
-            self.known = x, self.exact(x, sigma, mask)
+            self.known = x, self.exact(x, sigma, given)
         assert torch.equal(x, self.known[0])
         return self.known[1]
 
@@ -166,7 +166,7 @@ def test_gaussian_prior_and_matrix_levels():
 class Rival(Prior):
     """Some function of (z, B), weighted as 1: neither exact nor linear, and not zero where nothing was kept."""
 
-    conditioning = "mask-conditional"
+    takes = KeptRows
     data_std = 1.0
 
     def __init__(self, gain: float, offset: float) -> None:
@@ -176,7 +176,8 @@ class Rival(Prior):
     def loss_weight(self, sigma: Tensor, fraction=1.0) -> Tensor:
         return torch.ones_like(sigma)
 
-    def forward(self, x: Tensor, sigma, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, sigma, given=None) -> Tensor:  # type: ignore[override]
+        mask = given.mask.expand(len(x), -1, -1, -1)
         return torch.tanh(
             self.gain * x * (1 + mask.flatten(1).mean(1).reshape(-1, 1, 1, 1))
         ) + self.offset * (mask - 0.5)

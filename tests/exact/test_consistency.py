@@ -16,7 +16,7 @@ from ambient_sci.errors import ConditioningError, InputError
 from ambient_sci.losses import squared_expectation_gap
 from ambient_sci.noise import ancestral_step, karras_grid
 from ambient_sci.operators import MRI, Masking
-from ambient_sci.priors import ConditionalMean, GaussianMixturePrior, Prior
+from ambient_sci.priors import ConditionalMean, GaussianMixturePrior, KeptRows, Prior
 
 SHAPE = (1, 2, 3)
 
@@ -27,11 +27,11 @@ class Distorted(Prior):
     def __init__(self, exact: Prior, direction: Tensor, below: float) -> None:
         super().__init__()
         self.exact, self.direction, self.below = exact, direction, below
-        self.shape, self.data_std, self.conditioning = exact.shape, exact.data_std, exact.conditioning
+        self.shape, self.data_std, self.takes = exact.shape, exact.data_std, exact.takes
 
-    def forward(self, x: Tensor, sigma, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, sigma, given=None) -> Tensor:  # type: ignore[override]
         low = (torch.as_tensor(sigma) < self.below).to(x).reshape(-1, *[1] * (x.ndim - 1))
-        return self.exact(x, sigma, mask) + low * self.direction
+        return self.exact(x, sigma, given) + low * self.direction
 
 
 # -- the kernel --------------------------------------------------------------------------------------------------------------
@@ -167,9 +167,9 @@ def test_kept_rows_are_walked_and_the_whole_image_is_judged(name):
     hidden = hidden - operator.A_dagger(operator.A(hidden)) if operator.square else hidden
 
     class Blind(Distorted):
-        def forward(self, x: Tensor, sigma, mask: Tensor | None = None) -> Tensor:
+        def forward(self, x: Tensor, sigma, given=None) -> Tensor:
             self.direction = hidden.repeat(x.shape[0] // num, 1, 1, 1)
-            return super().forward(x, sigma, mask)
+            return super().forward(x, sigma, given)
 
     wrong = Blind(exact, hidden, below=0.5)
     found = losses.consistency(wrong, y_t, t, s, operator=operator, generator=seeded(3))
@@ -230,16 +230,16 @@ def test_batched_draws_equal_separate_ones(name, monkeypatch):
 class Repeating(Prior):
     """`ConditionalMean` for a batch that is repeated as a whole, maps and all."""
 
-    conditioning = "mask-conditional"
+    takes = KeptRows
 
     def __init__(self, exact: ConditionalMean) -> None:
         super().__init__()
         self.exact, self.shape, self.data_std = exact, exact.shape, exact.data_std
 
-    def forward(self, x: Tensor, sigma, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, sigma, given=None) -> Tensor:  # type: ignore[override]
         b = self.exact.operator.batch_size
         parts = [slice(i, i + b) for i in range(0, len(x), b)]
-        return torch.cat([self.exact(x[p], sigma[p], mask[p]) for p in parts])
+        return torch.cat([self.exact(x[p], sigma[p], given[p]) for p in parts])
 
 
 def test_a_denoised_image_that_is_known_is_not_computed_again():
@@ -248,9 +248,9 @@ def test_a_denoised_image_that_is_known_is_not_computed_again():
     class Counting(Distorted):
         calls = 0
 
-        def forward(self, x: Tensor, sigma, mask: Tensor | None = None) -> Tensor:
+        def forward(self, x: Tensor, sigma, given=None) -> Tensor:
             Counting.calls += 1
-            return super().forward(x, sigma, mask)
+            return super().forward(x, sigma, given)
 
     prior = Counting(gaussian_prior(SHAPE), torch.zeros(SHAPE, dtype=F64), below=0.5)
     x_t = normal(4, *SHAPE)
@@ -280,7 +280,7 @@ def test_gradients_reach_both_sides_unless_asked_not_to():
             super().__init__()
             self.gain = torch.nn.Parameter(torch.tensor([0.9, 0.6], dtype=F64))
 
-        def forward(self, x: Tensor, sigma, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        def forward(self, x: Tensor, sigma, given=None) -> Tensor:  # type: ignore[override]
             below = (torch.as_tensor(sigma) < 0.5).long()
             return self.gain[below].reshape(-1, 1, 1, 1) * x
 

@@ -40,7 +40,7 @@ class Counted(Prior):
     def __init__(self, prior: Prior) -> None:
         super().__init__()
         self.prior, self.forwards, self.backwards = prior, 0, 0
-        for name in ("shape", "data_std", "conditioning", "sigma_min", "sigma_max"):
+        for name in ("shape", "data_std", "takes", "sigma_min", "sigma_max"):
             setattr(self, name, getattr(prior, name))
 
     def forward(self, x: Tensor, sigma: Any, mask: Tensor | None = None) -> Tensor:
