@@ -26,7 +26,7 @@ from ambient_sci.operators import (
     birdcage_maps,
     make_design,
 )
-from ambient_sci.priors import GaussianPrior, NetworkConfig, NetworkPrior, load_prior
+from ambient_sci.priors import GaussianPrior, KeptRows, NetworkConfig, NetworkPrior, load_prior
 from ambient_sci.training import (
     LevelConfig,
     LossConfig,
@@ -423,7 +423,7 @@ def test_masked_data_teach_the_conditional_mean():
         gain = cov[:, b] @ torch.linalg.inv(cov[b][:, b] + sigma**2 * torch.eye(int(b.sum())))
         truth = mean + (inputs[:, b] - mean[b]) @ gain.T
         seen = b.float().reshape(1, 1, 1, 3)
-        h = prior(inputs.reshape(-1, 1, 1, 3), sigma, mask=seen, gram=lambda u: seen * u).detach()
+        h = prior(inputs.reshape(-1, 1, 1, 3), sigma, KeptRows(Masking(seen, (1, 1, 3)))).detach()
         return float((h.reshape(-1, 3) - truth).square().mean().sqrt())
 
     masks = ([1, 1, 0], [0, 1, 1], [0, 1, 0])

@@ -57,6 +57,9 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         return value
     if origin is tuple:
         return _parse_tuple(arguments, value, where)
+    if origin is dict:
+        require(isinstance(value, dict) and all(isinstance(k, str) for k in value), where, "a table", value)
+        return value
     if kind is float and isinstance(value, str):
         # YAML 1.1 reads 1e-3 (without a decimal point) as text.
         try:
