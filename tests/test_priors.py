@@ -406,3 +406,13 @@ def test_our_priors_drive_deepinvs_diffusion_samplers():
     mean, cov = prior.posterior(operator, y, 0.1)
     error = (samples.mean(0) - mean[0]).flatten() / (cov[0].diagonal() / 64).sqrt()
     assert float(error.square().mean().sqrt()) < 4
+
+
+def test_a_prior_says_in_one_line_what_it_is():
+    """Not two hundred lines of layers: kind, image, levels, size."""
+    assert repr(gaussian_prior((1, 2, 3))) == "GaussianPrior(unconditional, 1 x 2 x 3)"
+    said = repr(network("mask-conditional", sigma_min=0.05, sigma_max=12.0))
+    assert (
+        said.startswith("NetworkPrior(mask-conditional, 2 x 8 x 8, sigma 0.05 to 12, ")
+        and "M parameters" in said
+    )

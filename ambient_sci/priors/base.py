@@ -92,6 +92,15 @@ class Prior(Denoiser):
         variance = self.data_std**2
         return (variance + sigma**2) / (variance * (sigma**2 + (1 - fraction) * variance))
 
+    def __repr__(self) -> str:
+        low, high = self.sigma_min, self.sigma_max
+        told = "" if self.takes in (None, KeptRows) else f", takes {self.takes.__name__}"
+        levels = f", sigma {low:.3g} to {'any' if high is None else f'{high:.3g}'}" if low or high else ""
+        count = sum(p.numel() for p in self.parameters())
+        size = f", {count / 1e6:.2f} M parameters" if count else ""
+        shape = " x ".join(map(str, self.shape)) if hasattr(self, "shape") else "no shape"
+        return f"{type(self).__name__}({self.conditioning}, {shape}{told}{levels}{size})"
+
     # -- files -------------------------------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:

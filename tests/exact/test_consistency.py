@@ -346,7 +346,9 @@ def test_fixed_mask_sampling_is_rank_deficient():
     mask = torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=F64).reshape(1, 1, 1, 4)
 
     def fixed(x: Tensor, sigma) -> Tensor:
-        return exact(x.reshape(-1, 1, 1, 4) * mask, float(sigma), KeptRows(Masking(mask, (1, 1, 4)))).flatten(1)
+        return exact(x.reshape(-1, 1, 1, 4) * mask, float(sigma), KeptRows(Masking(mask, (1, 1, 4)))).flatten(
+            1
+        )
 
     values = torch.linalg.eigvalsh(sampled_covariance(fixed, karras_grid(60, 1e-2, 80.0), 4))
     assert values[0].abs() < 1e-12 * values[-1]
