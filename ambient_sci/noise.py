@@ -32,12 +32,14 @@ Prediction = Literal["sample", "epsilon", "v"]
 
 
 def expand(level: float | Tensor, like: Tensor) -> Tensor:
-    """A noise level, float or (B,), as a tensor that broadcasts over the (B, ...) tensor ``like``.
+    """A noise level, float, (B,) or of the shape of ``like``, as a tensor that broadcasts over the (B, ...) ``like``.
 
     Raises:
-        InputError: the level has neither one value nor one per sample.
+        InputError: the level has neither one value, nor one per sample, nor one per entry.
     """
     level = torch.as_tensor(level, dtype=like.dtype if like.is_floating_point() else None, device=like.device)
+    if level.ndim > 1 and level.shape == like.shape:
+        return level  # noise that differs by entry
     if level.ndim == like.ndim and level.ndim > 1:
         level = level.flatten() if level.numel() in (1, like.shape[0]) else level
     if level.ndim > 1 or (level.ndim == 1 and level.shape[0] not in (1, like.shape[0])):

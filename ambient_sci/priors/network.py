@@ -179,7 +179,7 @@ class NetworkPrior(Prior):
             mask = self._expanded_mask(mask, z)
             if gram is None:
                 raise ConditioningError(
-                    "mask-conditional prior: expected gram, the function A^H A of the kept rows, got none (losses.estimate hands it over)"
+                    "mask-conditional prior: expected gram, the function A^H A of the kept rows, got none (losses.denoise_measurement hands it over)"
                 )
             fraction = expand(mask.flatten(1).mean(1).clamp(min=1e-3), z)
             inputs = torch.cat([z * scale * fraction.rsqrt(), mask], 1)
