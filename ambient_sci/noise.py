@@ -41,9 +41,8 @@ def expand(level: float | Tensor, like: Tensor) -> Tensor:
     Raises:
         InputError: a level of any other shape.
     """
-    if isinstance(
-        level, (int, float)
-    ):  # filled where it is needed: copying a number to a device would wait for it
+    if isinstance(level, (int, float)):
+        # Filled where it is needed: copying a number to a device would wait for it.
         kind = like.dtype if like.is_floating_point() else torch.get_default_dtype()
         return torch.full([1] * like.ndim, level, dtype=kind, device=like.device)
     level = torch.as_tensor(level, dtype=like.dtype if like.is_floating_point() else None, device=like.device)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ambient_sci import losses
+from ambient_sci.noise import expand
 from ambient_sci.operators import MRI, Identity, Masking, RowMaskedOperator, normalise_maps
 from ambient_sci.priors import GaussianMixturePrior, GaussianPrior, NetworkConfig, NetworkPrior
 
@@ -64,6 +66,24 @@ def operator_zoo(batch: int = 3, size: tuple[int, int] = (4, 3)) -> dict[str, Ro
         "mri, coils of each scan": MRI(mask, coil_maps(3, *size, batch=batch, seed=5)),
     }
     return {name: operator.to(F64) for name, operator in zoo.items()}
+
+
+def ambient_step(
+    prior, operator, y, sigma_y, sigma, *, keep=1.0, generator=None, keep_calibration=False, **options
+) -> losses.AmbientStep:
+    """`losses.ambient` with what it computed on the way: draws the split, then takes the step."""
+    split = operator.split(keep=keep, generator=generator, num=len(y), keep_calibration=keep_calibration)
+    return losses.ambient_step(prior, split, y, sigma_y, sigma, generator=generator, **options)
+
+
+def uncorrected(prior, operator, y, sigma_y, sigma, *, keep=1.0, generator=None, **options) -> Tensor:
+    """The ambient loss without Tweedie's correction, c = 1: kept rows are fitted noise and all."""
+    split = operator.split(keep=keep, generator=generator, num=len(y))
+    step = losses.ambient_step(prior, split, y, sigma_y, sigma, generator=generator, **options)
+    error = (operator.transform(step.denoised) - y).square()
+    return losses.weighted_error(
+        prior, split, step.denoised, expand(sigma, y), error, error if split.holds_out else None
+    )
 
 
 def z_score(values: Tensor) -> float:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from ambient_sci.losses.ambient import AmbientStep, ambient, ambient_step, denoising, estimate, kept_weight
-from ambient_sci.losses.consistency import consistency, squared_expectation_gap
+from ambient_sci.losses.consistency_loss import consistency, consistency_step, squared_expectation_gap
+from ambient_sci.losses.tweedie_loss import (
+    AmbientStep,
+    ambient,
+    ambient_step,
+    denoise_measurement,
+    denoising,
+    kept_weight,
+    weighted_error,
+)
+
+#: The short name of `denoise_measurement`.
+estimate = denoise_measurement
 
 __all__ = [
     "AmbientStep",
     "ambient",
     "ambient_step",
     "consistency",
+    "consistency_step",
+    "denoise_measurement",
     "denoising",
     "estimate",
     "kept_weight",
     "squared_expectation_gap",
+    "weighted_error",
 ]

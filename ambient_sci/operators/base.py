@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from operator import index as as_index
 from typing import TYPE_CHECKING, Any
 
@@ -32,14 +33,35 @@ if TYPE_CHECKING:
 class Split:
     """A measurement's rows divided into ``kept`` (B) and ``held_out`` (A without B), operators over the same T.
 
-    ``weights`` (measurement space, broadcastable): 1 on kept rows, 1 / P(A_i = 1 | B) on held-out rows, 0 elsewhere: the
-    inverse-probability weights that make the split loss an unbiased squared error of the whole image. They are 1 on held-out
-    rows if the design of the mask is unknown.
+    Attributes:
+        operator: A, what was divided; one mask per sample where rows are held out.
+        kept: B; A itself if nothing is held out.
+        weights: measurement space, broadcastable: 1 on kept rows, 1 / P(A_i = 1 | B) on held-out rows, 0 elsewhere: the
+            inverse-probability weights that make the split loss an unbiased squared error of the whole image. They are 1
+            on held-out rows if the design of the mask is unknown.
     """
 
+    operator: RowMaskedOperator
     kept: RowMaskedOperator
-    held_out: RowMaskedOperator
     weights: Tensor
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether any row may be held out; said without reading a mask."""
+        return self.kept is not self.operator
+
+    @cached_property
+    def held_out(self) -> RowMaskedOperator:
+        """A without B; made when it is first asked for."""
+        if not self.holds_out:
+            return self.operator.with_mask(torch.zeros_like(self.operator.mask))
+        return self.operator.with_mask(self.operator.mask - self.kept.mask, design=self.kept.design)
+
+    def __getitem__(self, index: Any) -> Split:
+        """The split of some samples of the batch."""
+        operator = self.operator[index]
+        kept = self.kept[index] if self.holds_out else operator
+        return Split(operator, kept, self.weights if len(self.weights) == 1 else self.weights[index])
 
 
 class RowMaskedOperator(LinearPhysics):
@@ -221,18 +243,26 @@ class RowMaskedOperator(LinearPhysics):
         *,
         keep: float,
         generator: torch.Generator | None = None,
+        num: int | None = None,
+        keep_calibration: bool = False,
+        mask: Tensor | None = None,
     ) -> Split:
         """Divide the measured rows at random: keep a fraction ``keep`` of them, hold out the rest.
 
         Args:
-            design: how the mask was drawn (default: this operator's own). It decides how rows are grouped (pixels, k-space
-                lines), how they are thinned, and the exact weights. If unknown, rows are grouped as the mask suggests, each
-                kept independently, and held-out weights are 1.
+            design: how the mask was drawn (default: this operator's own). It decides how rows are grouped (pixels,
+                k-space lines), how they are thinned, and the exact weights. If unknown, rows are grouped as the mask
+                suggests, each kept independently, and held-out weights are 1.
             keep: fraction of measured rows to keep, in (0, 1]; 1 keeps everything.
-            generator: source of randomness.
+            generator: source of randomness, on the CPU.
+            num: number of measurements; one mask for all of them is then divided anew for each.
+            keep_calibration: keep the rows that every mask of the design measures. Where estimates are made at the
+                noise level of the data, nothing then supervises those rows.
+            mask: `network_mask` on the CPU, if the caller has it there: saves waiting for an accelerator.
 
         Raises:
-            InputError: keep outside (0, 1], or masks that this design cannot have drawn.
+            InputError: keep outside (0, 1], masks that this design cannot have drawn, or no rows that are always measured
+                where ``keep_calibration`` asks for some.
             IdentifiabilityError: the design has no probabilities (Poisson disc).
         """
         from ambient_sci.operators.make_design import unknown_design
@@ -241,20 +271,21 @@ class RowMaskedOperator(LinearPhysics):
             raise InputError(f"split: expected keep in (0, 1], got {keep}")
         if keep == 1:
             # Without a row held out there is no inverse probability to speak of: B = A, and nothing outside is supervised.
-            zero = torch.zeros_like(self.mask)
-            return Split(self, self.with_mask(zero), self.mask)
-        mask = self.network_mask
-        design = design or self.design or unknown_design(self.name, mask)
-        kept = design.thin(mask, keep, generator=generator)
-        probability = design.probability(mask, kept, keep)
-        held = mask * (1 - kept)
+            return Split(self, self, self.mask)
+        whole = self
+        if num is not None and len(self.mask) != num:
+            whole = self.with_mask(self.mask.expand(num, *self.mask.shape[1:]), design=self.design)
+        rows = whole.network_mask.cpu() if mask is None else mask.expand(len(whole.mask), *mask.shape[1:])
+        design = design or self.design or unknown_design(self.name, rows)
+        kept = design.thin(rows, keep, generator=generator)
+        held = rows * (1 - kept)
+        probability = design.probability(rows, kept, keep)
         weights = kept + torch.where(held > 0, held / probability.clamp(min=1e-12), held)
-        as_rows = self._rows_from_network_mask
-        return Split(
-            self.with_mask(as_rows(kept), design=design),
-            self.with_mask(as_rows(held), design=design),
-            as_rows(weights),
-        )
+        if keep_calibration:
+            kept = kept + held * _always_measured(design).to(kept)
+        place = {"device": self.mask.device, "dtype": self.mask.dtype, "non_blocking": True}
+        kept, weights = (self._rows_from_network_mask(part.to(**place)) for part in (kept, weights))
+        return Split(whole, whole.with_mask(kept, design=design), weights)
 
     def _rows_from_network_mask(self, mask: Tensor) -> Tensor:
         """Inverse of `network_mask`: image channels back to measurement space."""
@@ -294,6 +325,22 @@ class RowMaskedOperator(LinearPhysics):
                 f"{self.name}: expected measurements (B, {', '.join(map(str, self.measurement_size))}) with B = "
                 f"{self.mask.shape[0] if self.mask.shape[0] > 1 else 'any'}, got {tuple(y.shape)}"
             )
+
+
+def _always_measured(design: MaskDesign) -> Tensor:
+    """1 on the rows that every mask of ``design`` measures (calibration lines), 0 elsewhere, (1, m, H, W)."""
+    from ambient_sci.operators.designs import FixedBudget, Independent
+
+    always = None
+    if isinstance(design, FixedBudget):
+        always = design.always
+    elif isinstance(design, Independent):
+        always = design.p == 1
+    if always is None or not bool(always.any()):
+        raise InputError(
+            f"keep_calibration: expected a mask design with rows that are always measured, got {design.name!r}"
+        )
+    return design.to_mask(always[None])
 
 
 def _rebuild(kind: type[RowMaskedOperator], mask: Tensor, state: dict[str, Any]) -> RowMaskedOperator:

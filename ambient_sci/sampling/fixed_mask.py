@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ambient_sci.errors import InputError
-from ambient_sci.losses import estimate
+from ambient_sci.losses import denoise_measurement
 from ambient_sci.noise import ChainNoise, draw_noise, karras_grid
 from ambient_sci.operators.base import RowMaskedOperator
 from ambient_sci.priors.base import Prior, require_mask_conditional
@@ -66,7 +66,7 @@ def generate_fixed_mask(
         like = torch.empty(len(chains), *prior.shape, dtype=reference.dtype, device=reference.device)
 
         def denoiser(x: Tensor, sigma: Tensor, rows: RowMaskedOperator = rows) -> Tensor:
-            return estimate(prior, rows, rows.A(x), sigma)
+            return denoise_measurement(prior, rows, rows.A(x), sigma)
 
         images.append(SAMPLERS[sampler](denoiser, draw_noise(like, noise) * float(grid[0]), grid, noise))
     return torch.cat(images)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ambient_sci.errors import InputError
-from ambient_sci.losses import estimate
+from ambient_sci.losses import denoise_measurement
 from ambient_sci.operators.base import RowMaskedOperator
 from ambient_sci.priors.base import Prior, require_mask_conditional
 from ambient_sci.sampling.conditioning import measured
@@ -109,7 +109,7 @@ def sample_one_step(problem: Problem) -> Tensor:
     """E[x_0 | y, A] of a mask-conditional prior in one evaluation, at the noise level of the measurements: no samples, no spread."""
     operator = require_own_operator(problem, "the one-step estimate")
     problem.report.update(network_evaluations=1)
-    return estimate(problem.prior, operator, problem.y, problem.sigma_y)
+    return denoise_measurement(problem.prior, operator, problem.y, problem.sigma_y)
 
 
 def sample_a_dps(problem: Problem, *, step: float = 1.0, precision: Precision = "fp32") -> Tensor:
@@ -148,4 +148,6 @@ def _conditional(
 ) -> Tensor:
     """h(A^H A x, sigma, A)."""
     with precision_context(precision, x.device):
-        return estimate(problem.prior, operator, operator.A(x), torch.full_like(problem.sigma_y, sigma))
+        return denoise_measurement(
+            problem.prior, operator, operator.A(x), torch.full_like(problem.sigma_y, sigma)
+        )

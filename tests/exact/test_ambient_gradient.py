@@ -10,7 +10,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from closed_forms import F64, coil_maps, gaussian_prior, mixture_prior, normal, seeded, z_score
+from closed_forms import (
+    F64,
+    ambient_step,
+    coil_maps,
+    gaussian_prior,
+    mixture_prior,
+    normal,
+    seeded,
+    uncorrected,
+    z_score,
+)
 from torch import Tensor
 
 from ambient_sci import losses
@@ -48,12 +58,12 @@ class Once(Prior):
         return self.known[1]
 
 
-def derivative(exact: Prior, operator: RowMaskedOperator, y, sigma_y, sigma, **options) -> Tensor:
+def derivative(
+    exact: Prior, operator: RowMaskedOperator, y, sigma_y, sigma, loss=losses.ambient, **options
+) -> Tensor:
     """d/de of each sample's loss at h."""
     up, down = (
-        losses.ambient(
-            Shifted(exact, step), operator, y, sigma_y, sigma, generator=seeded(11), c_min=1e-6, **options
-        )
+        loss(Shifted(exact, step), operator, y, sigma_y, sigma, generator=seeded(11), c_min=1e-6, **options)
         for step in (1.0, -1.0)
     )
     return (up - down) / 2
@@ -136,7 +146,7 @@ def test_expected_gradient_is_zero_at_the_conditional_mean(case, weighting):
 def test_expected_gradient_is_not_zero_without_the_tweedie_correction(case):
     """Kept rows are fitted noise and all: the slope towards the data is negative, far from zero."""
     exact, operator, y, sigma_y, sigma, options = case
-    slope = derivative(exact, operator, y, sigma_y, sigma, tweedie=False, **options)
+    slope = derivative(exact, operator, y, sigma_y, sigma, loss=uncorrected, **options)
     assert z_score(slope) < -10
 
 
@@ -155,7 +165,7 @@ def test_gaussian_prior_and_matrix_levels():
     y = (clean + 0.4 * normal(*clean.shape, seed=4)) * operator.mask
     exact = Once(ConditionalMean(prior, operator))
     assert abs(z_score(derivative(exact, operator, y, 0.4, 0.8, keep=0.6))) < 4.5
-    assert z_score(derivative(exact, operator, y, 0.4, 0.8, keep=0.6, tweedie=False)) < -10
+    assert z_score(derivative(exact, operator, y, 0.4, 0.8, keep=0.6, loss=uncorrected)) < -10
     # A wrong noise level of the data is a wrong correction.
     exact = Once(ConditionalMean(prior, operator))
     assert z_score(derivative(exact, operator, y, 0.6, 0.8, keep=1.0)) > 10
@@ -213,9 +223,7 @@ def test_exact_weights_make_the_loss_an_unbiased_squared_error(name):
         ("held-out rows equally", "unbiased", undesigned),
     ):
         a, b = (
-            losses.ambient_step(
-                h, op, y, 0.3, 0.5, keep=0.6, generator=seeded(5), weighting=weighting, c_min=0.0
-            )
+            ambient_step(h, op, y, 0.3, 0.5, keep=0.6, generator=seeded(5), weighting=weighting, c_min=0.0)
             for h in (Rival(0.4, 0.0), Rival(0.9, 2.0))
         )
         truth = [(s.denoised - x0).square().flatten(1).mean(1) for s in (a, b)]
