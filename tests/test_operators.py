@@ -27,6 +27,7 @@ from ambient_sci.operators import (
     identifiability,
     normalise_maps,
 )
+from ambient_sci.training.augment import flip
 
 SIZES = [(4, 6), (5, 7), (6, 5), (1, 8), (10, 2)]
 SQUARE = ["identity", "masking", "masking of entries", "mri"]
@@ -233,6 +234,106 @@ def test_indexing(operator, index):
     assert torch.equal(operator[index].A(x[rows]), operator.A(x)[rows])
     assert torch.allclose(operator[index].A_adjoint(y[rows]), operator.A_adjoint(y)[rows], atol=1e-14)
     assert operator[index].design is operator.design
+
+
+NOISY = {
+    "identity": lambda mask: Identity((2, 4, 3), noise_std=0.3),
+    "masking": lambda mask: Masking(mask, (2, 4, 3), noise_std=0.3),
+    "masking, any channels": lambda mask: Masking(mask, noise_std=0.3),
+    "mri": lambda mask: MRI(mask, noise_std=0.3),
+    "mri, coils": lambda mask: MRI(mask, coil_maps(3, 4, 3), noise_std=0.3),
+    "mri, coils of each scan": lambda mask: MRI(mask[:1], coil_maps(3, 4, 3, batch=3), noise_std=0.3),
+}
+
+
+@pytest.mark.parametrize("kind", NOISY)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    "taken",
+    [
+        lambda op: op[:],
+        lambda op: op[1],
+        lambda op: op[torch.tensor([2, 0])],
+        lambda op: op.with_mask(op.mask.expand(3, *op.measurement_size)),
+        lambda op: op.split(keep=1.0).kept[:],
+        lambda op: op.split(keep=1.0).held_out,
+    ],
+)
+def test_what_is_taken_from_an_operator_moves_alone(kind, shared, taken):
+    """A copy has buffers, noise model and hooks of its own, so that moving it leaves the caller's where it is."""
+    mask = random_mask(3, 1, 4, 3)
+    operator = NOISY[kind](mask[:1] if shared else mask)
+    before = {name: (buffer.dtype, buffer.clone()) for name, buffer in operator.named_buffers()}
+    copied = taken(operator)
+    assert copied is not operator and copied.noise_model is not operator.noise_model
+    copied.to(F64).register_forward_hook(lambda *_: None)
+    assert all(buffer.dtype == F64 for buffer in copied.buffers())
+    copied.noise_model.update_parameters(sigma=7.0)
+    after = dict(operator.named_buffers())
+    assert after.keys() == before.keys() and len(operator._forward_hooks) == 0
+    assert all(
+        after[name].dtype == dtype and torch.equal(after[name], t) for name, (dtype, t) in before.items()
+    )
+
+
+@pytest.mark.parametrize("size", [(4, 3), (4, 6)])
+def test_operators_of_checked_parts_are_the_operators_of_the_constructor(size):
+    """The unchecked way in: same maps, same answers, same pickles; ``own`` folds the shift in where the maps lie."""
+    mask, design = random_mask(2, 1, *size).float(), Independent((2, *size), "pixels", 0.5)
+    maps = coil_maps(3, *size, batch=2).to(torch.complex64)
+    pairs = [
+        (Masking(mask, (2, *size), design), Masking._trusted(mask, (2, *size), design)),
+        (MRI(mask, design=design), MRI._trusted(mask, design=design)),
+        (MRI(mask, maps, design), MRI._trusted(mask[:, :, None], maps, design)),
+        (MRI(mask, 2 * maps), MRI._trusted(mask[:, :, None], (2 * maps), isometry=False, own=True)),
+    ]
+    for built, trusted in pairs:
+        for other in (trusted, pickle.loads(pickle.dumps(trusted)), copy.deepcopy(trusted), trusted[:]):
+            assert type(other) is type(built) and other.isometry == built.isometry
+            assert other.img_size == built.img_size and other.measurement_size == built.measurement_size
+            assert (other.design is None) == (built.design is None) and other.square == built.square
+            assert {n: b.shape for n, b in other.named_buffers()} == {
+                n: b.shape for n, b in built.named_buffers()
+            }
+            x = normal(2, 2, *size).float()
+            assert torch.equal(built.A(x), other.A(x)) and torch.equal(
+                built.A_adjoint_A(x), other.A_adjoint_A(x)
+            )
+    assert torch.equal(pairs[2][1].coil_maps, pairs[2][0].coil_maps)  # the caller's maps were not touched
+    assert (
+        Masking._trusted(mask, (2, *size)).noise_model is not Masking._trusted(mask, (2, *size)).noise_model
+    )
+
+
+def test_what_is_derived_inside_is_not_looked_at_again(operator, monkeypatch):
+    """Indexing, splitting, another mask, a mirrored copy: no value of a mask or a map is read."""
+
+    def derive() -> None:
+        operator[1:], operator[[0, 2]], operator.with_mask(torch.zeros_like(operator.mask))
+        operator.split(keep=1.0), operator.split(keep=0.5, generator=seeded())
+        for axis in (-1, -2):
+            flip(operator, normal(3, *operator.measurement_size), axis)
+        copy.deepcopy(operator)
+
+    derive()  # what is built once a process is there now
+    monkeypatch.setattr(RowMaskedOperator, "_checked", lambda *_: pytest.fail("mask checked inside"))
+    monkeypatch.setattr(MRI, "_checked_maps", lambda *_: pytest.fail("maps checked inside"))
+    monkeypatch.setattr(deepinv.physics.LinearPhysics, "__init__", lambda *_: pytest.fail("built anew"))
+    derive()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e25])
+def test_impossible_maps_are_found_at_every_scale(scale):
+    """Squares of maps vanish or overflow in float32; their values are what is judged."""
+    maps = (scale * coil_maps(2, 4, 4)).to(torch.complex64)
+    assert MRI(torch.ones(4, 4), maps).isometry == (scale == 1.0)
+    for value in (math.nan, math.inf):
+        spoilt = maps.clone()
+        spoilt[0, 1, 2, 3] = value
+        with pytest.raises(InputError, match="finite values"):
+            MRI(torch.ones(4, 4), spoilt)
+    with pytest.raises(InputError, match="not all zero"):
+        MRI(torch.ones(2, 1, 4, 4), torch.cat([maps, 0 * maps]))
 
 
 def test_indexing_ends():
@@ -459,6 +560,20 @@ def test_normalised_maps():
     assert torch.allclose(power[..., 2:, :], torch.ones_like(power[..., 2:, :])) and bool(
         (power[..., :2, :] == 0).all()
     )
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-15, 1e15])
+def test_normalisation_does_not_depend_on_the_scale(scale):
+    """The support is where sensitivity is within 1e-3 of the largest, whatever unit the maps came in."""
+    maps = coil_maps(4, 6, 6, batch=2).to(torch.complex64)
+    maps[0, :, :2] *= 1e-4
+    maps[1] *= 1e-6  # each sample has a scale of its own
+    found = normalise_maps(maps * scale)
+    assert torch.allclose(found, normalise_maps(maps), atol=1e-5)
+    power = found.abs().square().sum(1)
+    assert bool((power[0, :2] == 0).all()) and torch.allclose(power[0, 2:], torch.ones(4, 6))
+    assert torch.allclose(power[1], torch.ones(6, 6))
+    assert bool((normalise_maps(0 * maps) == 0).all())
 
 
 def test_birdcage_maps():

@@ -5,9 +5,12 @@ r"""Row-masked linear operators: A = M T, a transform T followed by a 0/1 mask M
 T is the identity (noise, masking) or coil maps followed by the centred orthonormal Fourier transform (MRI). Keeping rows, holding
 rows out and asking what a network sees change M alone, so one loss and one sampler serve every operator.
 
-Operators are `deepinv.physics.LinearPhysics`: they work in deepinv's algorithms unchanged. Unlike deepinv's, masks are fixed at
-construction (a mask passed to ``A`` is an error, not a silent update), an operator holds one mask per sample or one for all, and it
-can be indexed, split and pickled.
+Operators are `deepinv.physics.LinearPhysics`: they work in deepinv's algorithms unchanged. Unlike deepinv's, masks are
+fixed at construction (a mask passed to ``A`` is an error, not a silent update), an operator holds one mask per sample or
+one for all, and it can be indexed, split and pickled.
+
+Constructors check every value of what a caller hands in. What the library derives from an operator or reads from a checked
+file is built by ``_trusted``, which looks at no value: a batch's operator costs what its memory costs.
 """
 
 from __future__ import annotations
@@ -15,18 +18,40 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from operator import index as as_index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from deepinv.physics import GaussianNoise, LinearPhysics, ZeroNoise
-from torch import Tensor
+from torch import Tensor, nn
 
 from ambient_sci.errors import InputError
 
 if TYPE_CHECKING:
     from ambient_sci.operators.designs import MaskDesign
+
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def copied(module: _Module) -> _Module:
+    """A module of its own over the same tensors: moving it, or giving it others, leaves ``module`` as it is."""
+    new = object.__new__(type(module))
+    # Every container a module keeps (buffers, submodules, hooks) is the copy's own; tensors are shared until replaced.
+    new.__dict__ = {k: v.copy() if isinstance(v, (dict, set)) else v for k, v in module.__dict__.items()}
+    children = {name: child if child is None else copied(child) for name, child in module._modules.items()}
+    new.__dict__["_modules"] = children
+    return new
+
+
+@lru_cache(maxsize=16)
+def _prototype(kind: type[RowMaskedOperator]) -> RowMaskedOperator:
+    """An operator to copy: deepinv's constructor is a tenth of a millisecond that a batch need not pay."""
+    with torch.inference_mode(False):  # it outlives its caller
+        prototype = kind.__new__(kind)
+        RowMaskedOperator.__init__(prototype, torch.ones(1, 1, 1, 1), (1, 1, 1), (1, 1, 1))
+    return prototype
 
 
 @dataclass(frozen=True)
@@ -110,6 +135,18 @@ class RowMaskedOperator(LinearPhysics):
             raise InputError(f"{self.name} mask: sample {int(empty.nonzero()[0])} selects nothing (all zero)")
         return mask
 
+    @classmethod
+    def _from_parts(cls, buffers: dict[str, Tensor | None], **fields: Any) -> Self:
+        """An operator of checked parts: its buffers ("mask" among them) and its attributes, none of them looked at."""
+        new = copied(_prototype(cls))
+        assert isinstance(new, cls)
+        new._buffers.update(buffers)
+        device = new.mask.device
+        if device.type != "cpu":
+            new._buffers["_device_holder"] = torch.zeros((), device=device)
+        new.__dict__.update(fields)
+        return new
+
     def _check_mask_shape(self, mask: Tensor) -> None:
         fits = mask.ndim == len(self.measurement_size) + 1 and all(
             m in (1, s) for m, s in zip(mask.shape[1:], self.measurement_size, strict=True)
@@ -130,9 +167,14 @@ class RowMaskedOperator(LinearPhysics):
         """T^H z, ignoring the mask."""
         return z
 
-    def _state(self) -> dict[str, Any]:
-        """Constructor arguments besides the mask and the design, for `with_mask` and indexing."""
-        return {"img_size": self.img_size}
+    def _fields(self) -> dict[str, Any]:
+        """The attributes that, with the buffers, make an operator: what is pickled."""
+        return {
+            "img_size": self.img_size,
+            "measurement_size": self.measurement_size,
+            "design": self.design,
+            "isometry": self.isometry,
+        }
 
     # -- the operator --------------------------------------------------------------------------------------------------------
 
@@ -188,25 +230,36 @@ class RowMaskedOperator(LinearPhysics):
     # -- masks ---------------------------------------------------------------------------------------------------------------
 
     def with_mask(self, mask: Tensor, *, design: MaskDesign | None = None) -> RowMaskedOperator:
-        """The same T under another mask in measurement space (in the same memory: nothing but the mask is new)."""
+        """The same T under another mask in measurement space (in the same memory: nothing but the mask is new).
+
+        Args:
+            mask: 0/1, of a shape that fits. Values are trusted, and it may be empty: the held-out part of a split can be.
+            design: how it was drawn, if known.
+
+        Raises:
+            InputError: a shape that does not broadcast to a measurement.
+        """
         self._check_mask_shape(mask)
-        new = object.__new__(type(self))
-        new.__dict__ = {**self.__dict__}
-        for part in ("_buffers", "_modules", "_parameters", "_non_persistent_buffers_set"):
-            new.__dict__[part] = self.__dict__[part].copy()
+        new = copied(self)
         new._buffers["mask"] = mask
         new.design = design
         return new
 
     def __getitem__(self, index: Any) -> RowMaskedOperator:
-        """The operator of some samples of the batch: ``op[3]``, ``op[2:5]``, ``op[tensor]``; shared parts stay shared."""
+        """The operator of some samples of the batch: ``op[3]``, ``op[2:5]``, ``op[tensor]``.
+
+        It is a copy, also where one mask serves all samples: moving it to a device leaves this operator where it is.
+        Tensors that serve all samples are the same memory in both.
+        """
         with suppress(TypeError):
             index = as_index(index)
         if isinstance(index, int):
             if not -self.batch_size <= index < self.batch_size and self.batch_size > 1:
                 raise IndexError(f"{self.name}: expected an index below {self.batch_size}, got {index}")
             index = slice(index, index + 1 if index != -1 else None)
-        new = self.with_mask(self.mask if self.mask.shape[0] == 1 else self.mask[index], design=self.design)
+        new = copied(self)
+        if self.mask.shape[0] > 1:
+            new._buffers["mask"] = self.mask[index]
         new._index_shared(index)
         return new
 
@@ -292,13 +345,10 @@ class RowMaskedOperator(LinearPhysics):
         return mask
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # deepinv's base class holds lambdas, which do not pickle: rebuild from the constructor's arguments instead.
-        state = {
-            **self._state(),
-            "design": self.design,
-            "noise_std": float(getattr(self.noise_model, "sigma", 0.0)),
-        }
-        return _rebuild, (type(self), self.mask, state)
+        # deepinv's base class holds lambdas, which do not pickle: the parts do.
+        buffers = {name: buffer for name, buffer in self._buffers.items() if name != "_device_holder"}
+        noise_std = float(getattr(self.noise_model, "sigma", 0.0))
+        return _rebuild, (type(self), buffers, self._fields(), noise_std)
 
     # -- checks --------------------------------------------------------------------------------------------------------------
 
@@ -343,7 +393,10 @@ def _always_measured(design: MaskDesign) -> Tensor:
     return design.to_mask(always[None])
 
 
-def _rebuild(kind: type[RowMaskedOperator], mask: Tensor, state: dict[str, Any]) -> RowMaskedOperator:
-    operator = kind(mask=torch.ones_like(mask), **state)
-    operator._buffers["mask"] = mask  # already checked, and the held-out part of a split may be empty
+def _rebuild(
+    kind: type[RowMaskedOperator], buffers: dict[str, Tensor | None], fields: dict[str, Any], noise_std: float
+) -> RowMaskedOperator:
+    operator = kind._from_parts(buffers, **fields)
+    if noise_std:
+        operator.noise_model = GaussianNoise(noise_std)
     return operator

@@ -7,9 +7,21 @@ from torch import Tensor
 
 
 def normalise_maps(maps: Tensor, threshold: float = 1e-6) -> Tensor:
-    """Maps (..., N, H, W) scaled so that sum_c |s_c|^2 = 1 wherever they are not zero; zero (outside the support) stays zero."""
+    """Maps scaled to sum_c |s_c|^2 = 1 on their support; they are zero outside it.
+
+    Args:
+        maps: (..., N, H, W), of any scale.
+        threshold: the support is where sum_c |s_c|^2 is above this fraction of its largest value of a sample.
+
+    Returns:
+        Maps of the same shape and type.
+    """
+    largest = maps.abs().amax((-3, -2, -1), keepdim=True)
+    # A power of two of the maps' size: division by it is exact, and squares neither vanish nor overflow.
+    maps = maps / torch.where(largest > 0, torch.exp2(torch.frexp(largest).exponent.to(largest)), 1.0)
     power = maps.abs().square().sum(-3, keepdim=True)
-    return torch.where(power > threshold, maps / power.clamp(min=threshold).sqrt(), torch.zeros_like(maps))
+    inside = power > threshold * power.amax((-2, -1), keepdim=True)
+    return torch.where(inside, maps / torch.where(inside, power, 1.0).sqrt(), torch.zeros_like(maps))
 
 
 def birdcage_maps(

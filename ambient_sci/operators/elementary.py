@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ambient_sci.errors import InputError
-from ambient_sci.operators.base import RowMaskedOperator
+from ambient_sci.operators.base import RowMaskedOperator, copied
 from ambient_sci.operators.designs import MaskDesign
 
 
@@ -51,6 +51,18 @@ class Masking(RowMaskedOperator):
         size = tuple(img_size) if img_size is not None else tuple(mask.shape[1:])
         super().__init__(mask, size, size, design=design, noise_std=noise_std)
 
+    @classmethod
+    def _trusted(cls, mask: Tensor, img_size: tuple[int, ...], design: MaskDesign | None = None) -> Masking:
+        """The operator of a mask (1|B, 1|C, H, W) that was checked before."""
+        return Masking._from_parts(
+            {"mask": mask},
+            img_size=tuple(img_size),
+            measurement_size=tuple(img_size),
+            design=design,
+            isometry=True,
+            _any_channels=False,
+        )
+
     def _fits(self, x: Tensor, size: tuple[int, ...]) -> bool:
         skip = 2 if self._any_channels else 1
         return (
@@ -59,8 +71,8 @@ class Masking(RowMaskedOperator):
             and self.mask.shape[0] in (1, x.shape[0])
         )
 
-    def _state(self) -> dict[str, Any]:
-        return {"img_size": None if self._any_channels else self.img_size}
+    def _fields(self) -> dict[str, Any]:
+        return {**super()._fields(), "_any_channels": self._any_channels}
 
     @property
     def network_mask(self) -> Tensor:
@@ -92,9 +104,6 @@ class Identity(Masking):
             raise InputError(f"identity: expected a shape (C, H, W) of positive sizes, got {img_size}")
         super().__init__(torch.ones(1, 1, 1, 1), img_size=img_size, noise_std=noise_std)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.img_size, float(getattr(self.noise_model, "sigma", 0.0)))
-
     @property
     def complete(self) -> bool:
         """Always: nothing is missing (said without reading the mask, which may be on another device)."""
@@ -102,12 +111,7 @@ class Identity(Masking):
 
     def with_mask(self, mask: Tensor, *, design: MaskDesign | None = None) -> RowMaskedOperator:
         """A `Masking` operator: the identity with rows missing is no identity."""
-        new = Masking(torch.ones_like(mask[:1]), img_size=self.img_size, design=design)
-        new.noise_model = self.noise_model
-        # The held-out part of a split may be empty, which the constructor refuses.
-        new._buffers["mask"] = mask
+        self._check_mask_shape(mask)
+        new = Masking._trusted(mask, self.img_size, design)
+        new.noise_model = copied(self.noise_model)
         return new
-
-    def __getitem__(self, index: Any) -> Identity:
-        """Itself: the same for every sample."""
-        return self

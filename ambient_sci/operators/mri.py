@@ -71,6 +71,32 @@ def _fold(height: int, width: int, dtype: torch.dtype, device: torch.device) -> 
         return image.to(device, dtype), kspace.to(device, dtype)
 
 
+def coil_power(maps: Tensor) -> Tensor:
+    """sum_c |s_c|^2 of maps (B, N, H, W), (B, H, W): sample by sample, in the cache."""
+    power = torch.empty_like(maps.real[:, 0])
+    for sample, out in zip(torch.view_as_real(maps), power, strict=True):
+        squares = sample.square().unbind(0)
+        total = squares[0]
+        for coil in squares[1:]:
+            total = total.add_(coil)
+        torch.add(total[..., 0], total[..., 1], out=out)
+    return power
+
+
+def is_isometric(low: Tensor, high: Tensor) -> bool:
+    """T^H T = I, from the least and the largest sum_c |s_c|^2; False for NaN."""
+    return bool((low > 1 - 1e-3) & (high < 1 + 1e-3))
+
+
+def _folded(maps: Tensor, own: bool = False) -> Tensor:
+    """Maps times u as an operator keeps them; ``own`` writes into ``maps``.
+
+    (re, im) pairs, because Module.to(float64) would drop the imaginary part of a complex buffer.
+    """
+    image, _ = _fold(*maps.shape[-2:], maps.dtype, maps.device)
+    return torch.view_as_real(_weigh(maps, image, maps if own else None))
+
+
 def _rows(shared: Tensor, rows: slice) -> Tensor:
     """``rows`` of what there is for each sample; what serves all samples as it is."""
     return shared if len(shared) == 1 else shared[rows]
@@ -148,19 +174,45 @@ class MRI(RowMaskedOperator):
             super().__init__(mask, (2, height, width), (2, height, width), design=design, noise_std=noise_std)
             self.register_buffer("_maps", None)
             return
-        maps = self._checked_maps(torch.as_tensor(coil_maps), mask)
-        power = maps.abs().square().sum(1)
+        maps, isometry = self._checked_maps(torch.as_tensor(coil_maps), mask)
         super().__init__(
             mask[:, :, None],
             (2, height, width),
             (2, maps.shape[1], height, width),
             design=design,
-            isometry=bool(((power - 1).abs() < 1e-3).all()),
+            isometry=isometry,
             noise_std=noise_std,
         )
-        image, _ = _fold(height, width, maps.dtype, maps.device)
-        # Kept as (re, im) pairs: Module.to(float64) would drop the imaginary part of a complex buffer.
-        self.register_buffer("_maps", torch.view_as_real(maps * image))
+        self.register_buffer("_maps", _folded(maps))
+
+    @classmethod
+    def _trusted(
+        cls,
+        mask: Tensor,
+        coil_maps: Tensor | None = None,
+        design: MaskDesign | None = None,
+        *,
+        isometry: bool = True,
+        own: bool = False,
+    ) -> MRI:
+        """The operator of a mask and maps that were checked before.
+
+        Args:
+            mask: (1|B, 1, H, W), or (1|B, 1, 1, H, W) with maps: measurement space.
+            coil_maps: complex (1|B, N, H, W), or None for a single coil.
+            design: how the mask was drawn, if known.
+            isometry: sum_c |s_c|^2 = 1 everywhere.
+            own: nobody else needs ``coil_maps``, so that the shift is folded in where they lie.
+        """
+        size = (2, *mask.shape[-2:])
+        coils = () if coil_maps is None else (coil_maps.shape[1],)
+        return cls._from_parts(
+            {"mask": mask, "_maps": None if coil_maps is None else _folded(coil_maps, own)},
+            img_size=size,
+            measurement_size=(2, *coils, *size[1:]),
+            design=design,
+            isometry=isometry,
+        )
 
     @staticmethod
     def _plane_mask(mask: Tensor, coil_maps: Tensor | None) -> Tensor:
@@ -184,7 +236,8 @@ class MRI(RowMaskedOperator):
         return mask
 
     @staticmethod
-    def _checked_maps(maps: Tensor, mask: Tensor) -> Tensor:
+    def _checked_maps(maps: Tensor, mask: Tensor) -> tuple[Tensor, bool]:
+        """Maps as (1|B, N, H, W), and whether sum_c |s_c|^2 = 1."""
         if maps.ndim == 3:
             maps = maps[None]
         batches = {maps.shape[0], mask.shape[0]} - {1}
@@ -195,11 +248,13 @@ class MRI(RowMaskedOperator):
             )
         if maps.requires_grad:
             raise InputError("coil maps: expected constants, got maps that require a gradient")
-        if not bool(torch.isfinite(torch.view_as_real(maps)).all()) or not bool(
-            maps.abs().sum((1, 2, 3)).gt(0).all()
-        ):
+        power = coil_power(maps)
+        low, high = power.aminmax()
+        # Squares of finite values may overflow or vanish: only then are the values themselves asked.
+        finite = bool(torch.isfinite(high)) or bool(torch.isfinite(torch.view_as_real(maps)).all())
+        if not finite or not bool(((power > 0).flatten(1).any(1) | (maps != 0).flatten(1).any(1)).all()):
             raise InputError("coil maps: expected finite values, not all zero")
-        return maps
+        return maps, is_isometric(low, high)
 
     @property
     def coil_maps(self) -> Tensor | None:
@@ -317,9 +372,6 @@ class MRI(RowMaskedOperator):
         return self._mapped("encode_decode", x)
 
     # -- masks and batches ---------------------------------------------------------------------------------------------------
-
-    def _state(self) -> dict[str, Any]:
-        return {"coil_maps": self.coil_maps}
 
     def _index_shared(self, index: Any) -> None:
         if self._maps is not None and self._maps.shape[0] > 1:

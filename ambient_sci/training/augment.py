@@ -155,12 +155,14 @@ def flip(operator: RowMaskedOperator, y: Tensor, axis: int) -> tuple[RowMaskedOp
         )
     if isinstance(operator, MRI):
         maps = operator.coil_maps
-        mirrored = MRI(
+        mirrored = MRI._trusted(
             reflect(operator.mask, axis, True),
-            coil_maps=None if maps is None else reflect(maps, axis, True),
-            design=operator.design,
+            None if maps is None else reflect(maps, axis, True),
+            operator.design,
+            isometry=operator.isometry,
+            own=True,
         )
-        return mirrored.to(y.device), reflect(y, axis, True)
+        return mirrored, reflect(y, axis, True)
     raise InputError(
         f"augmentation: expected an Identity, Masking or MRI operator, got {type(operator).__name__}"
     )
