@@ -64,7 +64,8 @@ class ChainNoise:
     def draw(self, like: Tensor) -> Tensor:
         """Standard normal noise like ``like`` (chains, ...), each chain from its own stream."""
         rows = [
-            torch.randn(like.shape[1:], generator=g, dtype=like.dtype, device=g.device) for g in self.generators
+            torch.randn(like.shape[1:], generator=g, dtype=like.dtype, device=g.device)
+            for g in self.generators
         ]
         return torch.stack(rows).to(like.device)
 

@@ -114,9 +114,7 @@ class MMPS:
         scale = expand(sigma, x) ** 2
         return mean, lambda v: scale * transposed_jacobian(v)
 
-    def _correction(
-        self, covariance: Callable[[Tensor], Tensor], residual: Tensor, sigma: Tensor
-    ) -> Tensor:
+    def _correction(self, covariance: Callable[[Tensor], Tensor], residual: Tensor, sigma: Tensor) -> Tensor:
         """V A^H (sigma_y^2 I + A V A^H)^-1 residual."""
         noise = self.sigma_y**2
         scale = row_scale(noise, expand(prior_spread(sigma, self.prior.data_std), residual) ** 2)

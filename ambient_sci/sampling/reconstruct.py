@@ -284,9 +284,7 @@ def sampler_options(name: str) -> list[str]:
     ]
 
 
-def check_measurements(
-    prior: Prior, operator: Any, y: Any, sigma_y: Any, name: str
-) -> tuple[Tensor, Tensor]:
+def check_measurements(prior: Prior, operator: Any, y: Any, sigma_y: Any, name: str) -> tuple[Tensor, Tensor]:
     """Measurements, in float32 or better, and their noise levels, if measurements, operator and prior fit each other."""
     if not isinstance(operator, LinearPhysics):
         raise InputError(

@@ -99,7 +99,9 @@ def level_grid(steps: int, sigma_min: float, sigma_max: float, rho: float = math
     if math.isfinite(rho):
         return karras_grid(steps, sigma_min, sigma_max, rho=rho)
     grid = karras_grid(steps, sigma_min, sigma_max)  # checks the numbers, and has the ends
-    grid[1:-1] = torch.linspace(math.log(sigma_max), math.log(sigma_min), steps, dtype=torch.float64).exp()[1:-1]
+    grid[1:-1] = torch.linspace(math.log(sigma_max), math.log(sigma_min), steps, dtype=torch.float64).exp()[
+        1:-1
+    ]
     return grid
 
 
@@ -235,5 +237,7 @@ def chains(
         images.append(SAMPLERS[sampler](denoiser, x, grid, noise).to(state.dtype))
     found = torch.cat(images)
     if not bool(torch.isfinite(found).all()):
-        raise InputError("images: expected finite values, got NaN or infinity: the prior's weights are damaged or diverged")
+        raise InputError(
+            "images: expected finite values, got NaN or infinity: the prior's weights are damaged or diverged"
+        )
     return found
