@@ -62,14 +62,19 @@ class ChainNoise:
 
     Args:
         seeds: one integer for each chain.
+        device: where the streams live: that of what they are added to, so that nothing waits for the host. A seed
+            means other numbers on another kind of device.
     """
 
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self.generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.generators = [torch.Generator(device).manual_seed(int(s)) for s in seeds]
 
     def draw(self, like: Tensor) -> Tensor:
         """Standard normal noise like ``like`` (chains, ...), each chain from its own stream."""
-        rows = [torch.randn(like.shape[1:], generator=g, dtype=like.dtype) for g in self.generators]
+        rows = [
+            torch.randn(like.shape[1:], generator=g, dtype=like.dtype, device=g.device)
+            for g in self.generators
+        ]
         return torch.stack(rows).to(like.device)
 
 
@@ -342,8 +347,12 @@ def ancestral_step(
     the exact conditional q(x_s | x_t, x_0) of the VE process with x_0 replaced by D = E[x_0 | x_t] (Ho et al. 2020 in VE
     form). Give ``noise`` to fix z, else it is drawn from ``generator``.
     """
-    s, t = expand(sigma_s, x), expand(sigma_t, x)
-    ratio = (s / t) ** 2
     if noise is None:
         noise = draw_noise(x, generator)
+    if isinstance(sigma_t, (int, float)) and isinstance(sigma_s, (int, float)):
+        # Numbers stay numbers: to carry them to an accelerator is a copy that waits.
+        ratio = (sigma_s / sigma_t) ** 2
+        return denoised + ratio * (x - denoised) + sigma_s * math.sqrt(max(1 - ratio, 0.0)) * noise
+    s, t = expand(sigma_s, x), expand(sigma_t, x)
+    ratio = (s / t) ** 2
     return denoised + ratio * (x - denoised) + s * (1 - ratio).clamp(min=0).sqrt() * noise

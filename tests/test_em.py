@@ -216,6 +216,59 @@ def test_two_processes_share_both_steps(tmp_path):
     assert torch.allclose(one.cov, two.cov, atol=1e-5) and torch.allclose(one.mean, two.mean, atol=1e-5)
 
 
+@pytest.mark.parametrize("start", ["gaussian", "ambient"])
+@pytest.mark.parametrize("kind", ["masking", "coils of each scan"])
+def test_measurements_without_noise(tmp_path, kind, start):
+    """The published setting: pixels or lines missing, nothing noisy, fewer images than pixels. Draws meet the data, and laps are scored."""
+    x = 3 * torch.nn.functional.avg_pool2d(torch.randn(24, 2, 12, 12, generator=rng()), 5, 1)
+    design = Independent((2, 8, 8), "pixels", 0.6)
+    operator = Masking(design.sample(24, rng(1)), img_size=(2, 8, 8), design=design)
+    if kind != "masking":
+        lines = make_design("lines-variable", image_shape=(2, 8, 8), acceleration=2, acs=2)
+        maps = birdcage_maps(2, 8, 8)
+        operator = MRI(lines.sample(24, rng(1)), maps.expand(24, *maps.shape[-3:]).clone(), lines)
+    settings = config(laps=1, steps=3, start=start, held_out=6, held_out_draws=2, initial_iterations=20)
+    prior = fit_em((operator, operator.A(x), 0.0), settings, tmp_path / "run", progress=False)
+    assert prior.conditioning == "unconditional"
+    reports = em_report(tmp_path / "run")
+    assert [r["lap"] for r in reports] == [0, 1] and all(r["crps"] > 0 for r in reports)
+    assert all(r["crps"] < 2 * float(x.std()) for r in reports)
+    assert ("noise_floor" in reports[0]) == (start == "gaussian")
+
+
+DISAGREE = """
+import sys, torch
+from accelerate import Accelerator
+from ambient_sci.training import TrainConfig, em, fit
+rank = Accelerator(cpu=True).process_index
+scores = iter([[1.0, 0.9, 0.8, 0.7], [1.0, 1.1, 0.5, 0.7]][rank])  # alone, the second process would stop after its second lap
+em.Laps.held_out_score = lambda laps, prior: next(scores)
+plain = em.Laps.m_step
+em.Laps.m_step = lambda laps, lap, images, prior, steps: nudged(plain(laps, lap, images, prior, steps))
+def nudged(prior):
+    prior.network.body[0].bias.data += 1e-3 * rank  # a device that rounds otherwise
+    return prior
+prior = fit(sys.argv[1], TrainConfig.load(sys.argv[2]), out=sys.argv[3], progress=False)
+accelerator = Accelerator(cpu=True)
+flat = torch.cat([p.flatten() for p in prior.state_dict().values()])
+both = accelerator.gather(flat).reshape(accelerator.num_processes, -1)
+assert accelerator.num_processes == 2 and torch.equal(both[0], both[1])
+"""
+
+
+def test_processes_that_disagree_do_as_the_main_one_says(tmp_path):
+    """Scores that fall on one process and not on the other, priors that differ between them: neither waits for the other for ever, and
+    all end with the prior of the main one's best lap.
+    """
+    (tmp_path / "multi.py").write_text(DISAGREE)
+    config(laps=3, steps=2, patience=1).save(tmp_path / "c.json")
+    path = masked_file(tmp_path / "m.h5", 60)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = [str(tmp_path / "multi.py"), str(path), str(tmp_path / "c.json"), str(tmp_path / "two")]
+    subprocess.run([*launch, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=120)
+    assert [r["crps"] for r in em_report(tmp_path / "two")] == [1.0, 0.9, 0.8, 0.7]
+
+
 def masked_file(path, num: int):
     operator, y, sigma = masked(num)
     return write_measurements(
@@ -336,13 +389,13 @@ def test_stationary_prior_agrees_with_its_covariance(tmp_path):
 def test_starting_from_the_ambient_network_its_estimates_are_the_first_draws(tmp_path, monkeypatch):
     """Rows missing: lap 0 is a mask-conditional network, lap 1 learns from its one-step estimates, lap 2 from posterior draws; killed in
     lap 1 and continued, the bits are the same."""
-    seen, m_step = {}, em_module._Laps._m_step
+    seen, m_step = {}, em_module.Laps.m_step
 
     def watched(self, lap, images, prior, steps):
         seen[lap] = (images.clone(), prior)
         return m_step(self, lap, images, prior, steps)
 
-    monkeypatch.setattr(em_module._Laps, "_m_step", watched)
+    monkeypatch.setattr(em_module.Laps, "m_step", watched)
     settings = config(start="ambient", start_steps=30, patience=5)
     settings = replace(settings, augmentations=("flip-horizontal", "gain"))
     prior = fit_em(masked(), settings, tmp_path / "run", progress=False)
@@ -358,10 +411,10 @@ def test_starting_from_the_ambient_network_its_estimates_are_the_first_draws(tmp
     def killed(self, lap, images, prior, steps):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(em_module._Laps, "_m_step", killed)
+    monkeypatch.setattr(em_module.Laps, "m_step", killed)
     with pytest.raises(KeyboardInterrupt):
         fit_em(masked(), settings, tmp_path / "again", progress=False)
-    monkeypatch.setattr(em_module._Laps, "_m_step", m_step)
+    monkeypatch.setattr(em_module.Laps, "m_step", m_step)
     assert same(fit_em(masked(), settings, tmp_path / "again", resume=True, progress=False), prior)
 
 
@@ -391,7 +444,7 @@ def test_complete_data_start_from_posterior_draws_under_the_ambient_prior(tmp_pa
 def test_a_mask_conditional_start_is_never_the_best_lap(tmp_path, monkeypatch):
     """EM promises an unconditional prior: a start that scores better than all laps neither stands in for one nor ends the run early."""
     scores = iter([0.1, 0.9, 0.8, 0.7])
-    monkeypatch.setattr(em_module._Laps, "_held_out_score", lambda self, prior: next(scores))
+    monkeypatch.setattr(em_module.Laps, "held_out_score", lambda self, prior: next(scores))
     settings = config(start="ambient", start_steps=2, steps=2, laps=3, patience=1, sampler_steps=2)
     prior = fit_em(masked(40), settings, tmp_path / "run", progress=False)
     assert prior.conditioning == load_prior(tmp_path / "run").conditioning == "unconditional"

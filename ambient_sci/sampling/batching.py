@@ -27,6 +27,11 @@ class Chunk:
     images: range
     samples: range
 
+    @property
+    def chains(self) -> int:
+        """How many there are."""
+        return len(self.images) * len(self.samples)
+
 
 def chunks(
     images: int, samples: int, size: int, *, all_images: bool = False, all_samples: bool = False

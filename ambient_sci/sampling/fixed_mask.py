@@ -14,13 +14,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ambient_sci.errors import InputError
 from ambient_sci.losses import denoise_measurement
-from ambient_sci.noise import ChainNoise, draw_noise, karras_grid
 from ambient_sci.operators.base import RowMaskedOperator
 from ambient_sci.priors.base import Prior, require_mask_conditional
-from ambient_sci.progress import track
-from ambient_sci.sampling.unconditional import SAMPLERS, chain_seeds, level_range
+from ambient_sci.sampling.unconditional import (
+    Denoise,
+    chain_seeds,
+    chains,
+    check_generation,
+    generation_grid,
+)
 
 
 @torch.no_grad()
@@ -50,23 +53,13 @@ def generate_fixed_mask(
         InputError: an operator for images of another shape, an unknown sampler or impossible numbers.
     """
     require_mask_conditional(prior, "fixed-mask sampling")
-    if sampler not in SAMPLERS:
-        raise InputError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    if num < 1 or batch_size < 1:
-        raise InputError(
-            f"fixed-mask sampling: expected num >= 1 and batch_size >= 1, got {num} and {batch_size}"
-        )
-    grid = karras_grid(steps, *level_range(prior, sigma_min, sigma_max), rho=rho)
-    reference = next(iter(prior.state_dict().values()), torch.zeros(()))
-    seeds, images = chain_seeds(num, generator), []
-    for start in track(range(0, num, batch_size), "fixed-mask sampling", enabled=progress):
-        chains = torch.arange(start, min(start + batch_size, num))
-        rows = operator[chains % operator.batch_size] if operator.batch_size > 1 else operator
-        noise = ChainNoise(seeds[start : start + batch_size])
-        like = torch.empty(len(chains), *prior.shape, dtype=reference.dtype, device=reference.device)
+    check_generation("fixed-mask sampling", num, sampler, batch_size)
+    grid = generation_grid(prior, steps, sigma_min, sigma_max, rho)
 
-        def denoiser(x: Tensor, sigma: Tensor, rows: RowMaskedOperator = rows) -> Tensor:
-            return denoise_measurement(prior, rows, rows.A(x), sigma)
+    def denoiser_of(some: slice) -> Denoise:
+        index = torch.arange(some.start, some.stop) % operator.batch_size
+        rows = operator[index] if operator.batch_size > 1 else operator
+        return lambda x, sigma: denoise_measurement(prior, rows, rows.A(x), sigma)
 
-        images.append(SAMPLERS[sampler](denoiser, draw_noise(like, noise) * float(grid[0]), grid, noise))
-    return torch.cat(images)
+    seeds = chain_seeds(num, generator)
+    return chains(prior, seeds, grid, sampler, batch_size, denoiser_of=denoiser_of, progress=progress)

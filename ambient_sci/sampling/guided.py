@@ -108,6 +108,11 @@ def require_own_operator(problem: Problem, what: str) -> RowMaskedOperator:
 def sample_one_step(problem: Problem) -> Tensor:
     """E[x_0 | y, A] of a mask-conditional prior in one evaluation, at the noise level of the measurements: no samples, no spread."""
     operator = require_own_operator(problem, "the one-step estimate")
+    if problem.sigma_y.ndim > 1:
+        raise InputError(
+            "the one-step estimate: expected one noise level for each image, which is what a mask-conditional prior is told, "
+            "got levels that differ by entry"
+        )
     problem.report.update(network_evaluations=1)
     return denoise_measurement(problem.prior, operator, problem.y, problem.sigma_y)
 
@@ -148,6 +153,4 @@ def _conditional(
 ) -> Tensor:
     """h(A^H A x, sigma, A)."""
     with precision_context(precision, x.device):
-        return denoise_measurement(
-            problem.prior, operator, operator.A(x), torch.full_like(problem.sigma_y, sigma)
-        )
+        return denoise_measurement(problem.prior, operator, operator.A(x), problem.level(sigma))

@@ -16,6 +16,8 @@ Only MMPS is exact for Gaussian priors. It needs no derivative beyond J, since s
 
     E[x_0 | x_t, y] = D + V A^H (sigma_y^2 I + A V A^H)^-1 (y - A D).                                   (*)
 
+Where noise differs from entry to entry of y, sigma_y^2 I is the diagonal matrix of the squared levels.
+
 Sources: Rozet et al., "Learning Diffusion Priors from Observations by Expectation Maximization" (2024); Song et al.,
 "Pseudoinverse-Guided Diffusion Models for Inverse Problems" (2023); Chung et al., "Diffusion Posterior Sampling" (2023).
 """
@@ -30,7 +32,7 @@ from torch import Tensor
 
 from ambient_sci.noise import Randomness, draw_noise, expand
 from ambient_sci.priors.base import Prior, require_unconditional
-from ambient_sci.sampling.conditioning import Likelihood, SolverReport, measured, prior_spread
+from ambient_sci.sampling.conditioning import Likelihood, SolverReport, measured, prior_spread, row_scale
 from ambient_sci.sampling.precision import Precision, precision_context
 from ambient_sci.sampling.solvers import gaussian_draw, minimal_residual
 
@@ -41,7 +43,7 @@ def linearise(
     """D(x, sigma) and v -> J^T v, every product through the one forward graph that is built here."""
     with torch.enable_grad(), precision_context(precision, x.device):
         x = x.detach().requires_grad_()
-        denoised = prior(x, sigma)
+        denoised = prior(x, sigma).to(x.dtype)
     report.evaluations += 1
 
     def transposed_jacobian(v: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ class MMPS:
         prior: unconditional.
         operator: A, any deepinv ``LinearPhysics`` that treats the B chains independently.
         y: measurements, (B, ...), one for each chain.
-        sigma_y: noise level, float or (B,), >= 0.
+        sigma_y: noise level, float, (B,) or of the shape of y, >= 0.
         tolerance: relative residual at which a solve stops.
         max_iterations: Jacobian products per solve at most.
         root_iterations: Jacobian products for the square root of V in `draw`.
@@ -93,7 +95,7 @@ class MMPS:
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """E[x_0 | x_t = x, y] at level ``sigma`` (B,), under the Gaussian of matched moments."""
         mean, covariance = self._moments(x, sigma)
-        return mean + self._correction(covariance, self.y - self.operator.A(mean))
+        return mean + self._correction(covariance, self.y - self.operator.A(mean), sigma)
 
     def draw(self, x: Tensor, sigma: Tensor, noise: Randomness) -> Tensor:
         """A draw from p(x_0 | x_t = x, y) = N(E[x_0 | x_t, y], V - V A^H (sigma_y^2 I + A V A^H)^-1 A V), by Matheron's rule.
@@ -105,23 +107,26 @@ class MMPS:
         z = draw_noise(mean, noise)
         simulated = mean + gaussian_draw(covariance, z, iterations=self.root_iterations)
         noisy = self.operator.A(simulated) + self.sigma_y * draw_noise(self.y, noise)
-        return simulated + self._correction(covariance, self.y - noisy)
+        return simulated + self._correction(covariance, self.y - noisy, sigma)
 
     def _moments(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         mean, transposed_jacobian = linearise(self.prior, x, sigma, self.report, self.precision)
         scale = expand(sigma, x) ** 2
         return mean, lambda v: scale * transposed_jacobian(v)
 
-    def _correction(self, covariance: Callable[[Tensor], Tensor], residual: Tensor) -> Tensor:
+    def _correction(self, covariance: Callable[[Tensor], Tensor], residual: Tensor, sigma: Tensor) -> Tensor:
         """V A^H (sigma_y^2 I + A V A^H)^-1 residual."""
+        noise = self.sigma_y**2
+        scale = row_scale(noise, expand(prior_spread(sigma, self.prior.data_std), residual) ** 2)
 
-        def system(u: Tensor) -> tuple[Tensor, Tensor]:
+        def system(v: Tensor) -> tuple[Tensor, Tensor]:
+            u = scale * v
             image = covariance(self.operator.A_adjoint(u))
-            return self.sigma_y**2 * u + self.operator.A(image), image
+            return scale * (noise * u + self.operator.A(image)), image
 
         solution = minimal_residual(
             system,
-            measured(self.operator, residual),
+            scale * measured(self.operator, residual),
             tolerance=self.tolerance,
             max_iterations=self.max_iterations,
         )
@@ -167,11 +172,12 @@ class PiGDM:
 class DPS:
     """Diffusion posterior sampling: (*) with V = 0 inside the inverse, that is p(y | x_t) = N(y; A D, sigma_y^2 I).
 
-        m = D + kappa J^T A^H (y - A D),        kappa = min(sigma_t^2 / sigma_y^2, limit / c)
+        m = D + J^T A^H kappa (y - A D),        kappa = min(sigma_t^2 / sigma_y^2, limit / c)
 
     The first is the definition; it is stiff, 1 / sigma_y^2 being far too confident at high levels. The second keeps a step of a sampler from
     overshooting the data: with ``limit`` = 1 / (1 - s^2 / t^2) for an ancestral step from t to s, and c = |A A^H r|^2 / |A^H r|^2 of each sample
-    the squared norm of A along its residual, the step at most meets the measurements. It vanishes as the steps get fine.
+    the squared norm of A along its residual, the step at most meets the measurements. It vanishes as the steps get fine. Each entry of y has
+    the kappa of its own noise.
 
     Known deviation, in the reverse SDE on 1-D Gaussian priors: s^2 = .25, sigma_y^2 = .04 gives .58 times the variance and 1.16 times
     the gain; s^2 = 4, sigma_y^2 = 1 gives .62 and 1.23. Over-confident: spread from DPS is not an error bar.
@@ -197,11 +203,14 @@ class DPS:
         self.report = self.likelihood.report
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """D + kappa J^T A^H (y - A D)."""
+        """D + J^T A^H kappa (y - A D)."""
         mean, transposed_jacobian = linearise(self.prior, x, sigma, self.report, self.precision)
-        back = self.likelihood.operator.A_adjoint(self.likelihood.residual(mean))
-        ahead = self.likelihood.operator.A(back)
-        norm = ahead.flatten(1).square().sum(1) / back.flatten(1).square().sum(1).clamp(min=1e-30)
-        steepest = expand(self.limit / norm.clamp(min=1e-30), x)
-        kappa = torch.minimum(expand(sigma, x) ** 2 / expand(self.likelihood.sigma_y, x) ** 2, steepest)
-        return mean + kappa * transposed_jacobian(back)
+        operator, residual = self.likelihood.operator, self.likelihood.residual(mean)
+        back = operator.A_adjoint(residual)
+        ahead, length = operator.A(back).flatten(1).square().sum(1), back.flatten(1).square().sum(1)
+        # Where A^H r is nothing there is nowhere to step to, and any norm will do.
+        norm = torch.where((ahead > 0) & (length > 0), ahead / length, 1.0)
+        kappa = torch.minimum(
+            expand(sigma, residual) ** 2 / self.likelihood.sigma_y**2, expand(self.limit / norm, residual)
+        )
+        return mean + transposed_jacobian(operator.A_adjoint(kappa * residual))

@@ -48,7 +48,7 @@ class Problem:
         prior: the prior.
         image_operator: A for the images.
         image_y: measurements of the images, (images, ...).
-        image_sigma_y: their noise levels, (images,).
+        image_sigma_y: their noise levels, (images,), or (images, ...) where noise differs by entry.
         sigmas: decreasing noise levels.
         seeds: one for each chain.
         report: numbers a sampler adds.
@@ -68,9 +68,13 @@ class Problem:
         self.images = len(self.image_y)
         self.samples = len(self.seeds) // self.images
         self.operator = repeat_operator(self.image_operator, self.images, self.samples)
-        self.y = self.image_y.repeat(self.samples, *([1] * (self.image_y.ndim - 1)))
-        self.sigma_y = self.image_sigma_y.repeat(self.samples)
-        self.noise = ChainNoise(self.seeds)
+        self.y = self._repeated(self.image_y)
+        self.sigma_y = self._repeated(self.image_sigma_y)
+        self.noise = ChainNoise(self.seeds, self.y.device)
+
+    def _repeated(self, each: Tensor) -> Tensor:
+        """(images, ...) as (chains, ...)."""
+        return each.repeat(self.samples, *([1] * (each.ndim - 1)))
 
     def start(self) -> Tensor:
         """Pure noise at the highest level, one image for each chain."""
@@ -80,10 +84,14 @@ class Problem:
         """An empty batch of images, (chains, C, H, W), in the type and on the device of the measurements."""
         return torch.empty(len(self.y), *self.prior.shape, dtype=self.y.dtype, device=self.y.device)
 
+    def level(self, sigma: float) -> Tensor:
+        """The level ``sigma`` for each chain, (chains,)."""
+        return torch.full((len(self.y),), sigma, dtype=self.y.dtype, device=self.y.device)
+
     def denoise(self, x: Tensor, sigma: float, precision: Precision) -> Tensor:
         """D(x, sigma) for every chain, in the type of ``x``."""
         with precision_context(precision, x.device):
-            return self.prior(x, torch.full_like(self.sigma_y, sigma)).to(x.dtype)
+            return self.prior(x, self.level(sigma)).to(x.dtype)
 
     def with_samples(self, samples: int) -> Problem:
         """The same images with ``samples`` new chains each; seeds derive from those of each image's first chain."""

@@ -3,11 +3,13 @@ r"""Posterior reconstruction: p(x_0 | y) for y = A x_0 + sigma_y n, any prior, a
 from __future__ import annotations
 
 import inspect
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from deepinv.physics import LinearPhysics
 from torch import Tensor
@@ -50,7 +52,7 @@ def reconstruct(
         prior: see the samplers for the kind they need.
         operator: A, an operator of this library or any deepinv ``LinearPhysics``.
         y: measurements, (B, ...).
-        sigma_y: their noise level per real channel, float or (B,), >= 0.
+        sigma_y: their noise level per real channel, >= 0: float, (B,), or of the shape of ``y`` where noise differs by entry.
         samples: number S of posterior samples for each image.
         sampler: a name in `POSTERIOR_SAMPLERS`: for unconditional priors "mmps" (moment matching, the default), "daps",
             "smc" (exact in the limit), "pnp-dm", "pigdm", "dps"; for mask-conditional ones "a-dps" and "one-step" (a point estimate).
@@ -63,10 +65,11 @@ def reconstruct(
         **options: settings of the sampler: the keyword arguments of its function, e.g. ``tolerance`` and ``max_iterations`` of `MMPS`.
 
     Returns:
-        mean, std, samples (S, B, C, H, W) and a report, in the type of ``y`` and on its device.
+        mean, std, samples (S, B, C, H, W) and a report, in the type of ``y`` (float32 where that is shorter) and on its device.
 
     Raises:
-        InputError: non-linear physics, shapes that do not match, sigma_y missing or negative, non-finite measurements, unknown options.
+        InputError: non-linear physics, shapes that do not match, sigma_y missing or negative, non-finite measurements, unknown options;
+            samples that are not finite.
         ConditioningError: a prior of the other kind.
     """
     run = Run.prepare(
@@ -82,7 +85,7 @@ def reconstruct(
         generator,
         options,
     )
-    images = torch.empty(run.samples, len(y), *prior.shape, dtype=y.dtype, device=y.device)
+    images = torch.empty(run.samples, len(y), *prior.shape, dtype=run.y.dtype, device=y.device)
     for chunk, x in run.parts(progress=progress):
         images[chunk.samples.start : chunk.samples.stop, chunk.images.start : chunk.images.stop] = x
     return Reconstruction.from_samples(images, run.report())
@@ -92,7 +95,8 @@ def reconstruct(
 class Run:
     """A checked request for samples of a few images, worked off in rectangular chunks of chains.
 
-    What a chain becomes depends on its seed alone, not on the chunk it is in.
+    What a chain becomes depends on its seed alone, not on the chunk it is in. ``batch_size`` is the number of chains to try at a time; it
+    falls to what has fitted where that was too many.
     """
 
     prior: Prior
@@ -124,7 +128,8 @@ class Run:
     ) -> Run:
         """Check everything that a user gave, and say what is wrong with it."""
         sampler = check_sampler(name, samples, batch_size, options)
-        levels = check_measurements(prior, operator, y, sigma_y, name)
+        steps = sampler.steps if steps is None else steps
+        y, levels = check_measurements(prior, operator, y, sigma_y, name)
         needs = require_unconditional if sampler.conditioning == "unconditional" else require_mask_conditional
         needs(prior, name)
         low, high = level_range(prior, *grid[:2])
@@ -133,8 +138,8 @@ class Run:
             prior,
             operator,
             y,
-            levels.to(y.device),
-            level_grid(steps or sampler.steps, low, high, grid[2] or sampler.rho),
+            levels,
+            level_grid(steps, low, high, sampler.rho if grid[2] is None else grid[2]),
             name,
             samples,
             torch.tensor(chain_seeds(samples * len(y), generator)).reshape(samples, len(y)),
@@ -143,7 +148,7 @@ class Run:
         )
 
     def parts(self, *, progress: bool = False) -> Iterator[tuple[Chunk, Tensor]]:
-        """(chunk, samples (s, n, C, H, W)) for every chunk. A chunk that does not fit on the device is halved and tried again."""
+        """(chunk, samples (s, n, C, H, W)) for every chunk. One that does not fit on the device is halved, and so are all that follow."""
         sampler = POSTERIOR_SAMPLERS[self.name]
         rules = {
             "all_images": len(self.y) > 1 and not isinstance(self.operator, RowMaskedOperator),
@@ -154,13 +159,17 @@ class Run:
             waiting = deque([whole])
             while waiting:
                 chunk = waiting.popleft()
+                halves = halve(chunk, **rules)
+                if chunk.chains > self.batch_size and halves:
+                    waiting.extendleft(reversed(halves))
+                    continue
                 try:
                     x = self._sample(sampler, chunk)
                 except torch.OutOfMemoryError:
-                    halves = halve(chunk, **rules)
                     if not halves:
                         raise
-                    waiting.extendleft(reversed(halves))
+                    self.batch_size = halves[-1].chains
+                    waiting.appendleft(chunk)
                     continue
                 yield chunk, x
 
@@ -171,6 +180,7 @@ class Run:
         seeds = self.seeds[chunk.samples.start : chunk.samples.stop, images].flatten().tolist()
         problem = Problem(self.prior, operator, self.y[images], self.sigma_y[images], self.sigmas, seeds)
         x = sampler.run(problem, **self.options)
+        check_numbers(x, problem.report, self.name)
         self.totals = merge(self.totals, problem.report)
         return x.detach().unflatten(0, (len(chunk.samples), len(chunk.images)))
 
@@ -234,6 +244,9 @@ def notes(prior: Prior, low: float, totals: dict[str, Any]) -> dict[str, Any]:
 
 # -- the border --------------------------------------------------------------------------------------------------------------
 
+COUNTS = frozenset({"max_iterations", "root_iterations", "particles", "inner_steps"})
+POSITIVE = frozenset({"tolerance", "data_std", "coupling", "resample_below"})
+
 
 def check_sampler(
     name: str, samples: int, batch_size: int | None, options: dict[str, Any]
@@ -251,6 +264,11 @@ def check_sampler(
         raise InputError(
             f"sampler {name}: expected options among {', '.join(known) or 'none'}, got {', '.join(unknown)}"
         )
+    for option, value in options.items():
+        if option in COUNTS and not (isinstance(value, int) and value >= 1):
+            raise InputError(f"{name}: expected {option} to be an integer >= 1, got {value}")
+        if option in POSITIVE and value is not None and not 0 < value < math.inf:
+            raise InputError(f"{name}: expected {option} to be a number > 0, got {value}")
     return POSTERIOR_SAMPLERS[name]
 
 
@@ -266,8 +284,8 @@ def sampler_options(name: str) -> list[str]:
     ]
 
 
-def check_measurements(prior: Prior, operator: Any, y: Any, sigma_y: Any, name: str) -> Tensor:
-    """Noise levels (B,), if measurements, operator and prior fit each other."""
+def check_measurements(prior: Prior, operator: Any, y: Any, sigma_y: Any, name: str) -> tuple[Tensor, Tensor]:
+    """Measurements, in float32 or better, and their noise levels, if measurements, operator and prior fit each other."""
     if not isinstance(operator, LinearPhysics):
         raise InputError(
             f"{name}: expected a linear operator (deepinv LinearPhysics), got {type(operator).__name__}: "
@@ -275,13 +293,12 @@ def check_measurements(prior: Prior, operator: Any, y: Any, sigma_y: Any, name: 
         )
     if not isinstance(y, Tensor) or not y.is_floating_point():
         raise InputError(f"measurements: expected one real floating-point tensor, got {type(y).__name__}")
+    if y.ndim < 1 or len(y) == 0:
+        raise InputError(f"measurements: expected (B, ...) of at least one image, got {tuple(y.shape)}")
     if not bool(torch.isfinite(y).all()):
         raise InputError("measurements: expected finite values, got NaN or infinity")
-    if sigma_y is None:
-        raise InputError("sigma_y: expected the noise level of the measurements, got None")
-    levels = torch.as_tensor(sigma_y, dtype=y.dtype)
-    if levels.numel() not in (1, len(y)) or not bool((torch.isfinite(levels) & (levels >= 0)).all()):
-        raise InputError(f"sigma_y: expected one value >= 0, or one per image ({len(y)}), got {sigma_y}")
+    y = y.to(torch.promote_types(y.dtype, torch.float32))
+    levels = check_noise(sigma_y, y)
     try:
         shape = tuple(operator.A_adjoint(y).shape)
     except InputError:
@@ -294,4 +311,35 @@ def check_measurements(prior: Prior, operator: Any, y: Any, sigma_y: Any, name: 
         raise InputError(
             f"operator: expected images of the prior's shape {tuple(prior.shape)}, got {shape[1:]}"
         )
-    return levels.flatten().expand(len(y)).contiguous()
+    return y, levels
+
+
+def check_noise(sigma_y: Any, y: Tensor) -> Tensor:
+    """Noise levels of ``y``, (B,) or of its shape, in its type and on its device.
+
+    Raises:
+        InputError: no level, or not one value, one per image or one per entry, finite and >= 0.
+    """
+    if sigma_y is None:
+        raise InputError("sigma_y: expected the noise level of the measurements, got None")
+    levels = sigma_y if isinstance(sigma_y, Tensor) else torch.from_numpy(np.array(sigma_y))
+    what = f"{levels.flatten()[:4].tolist()}{' ...' if levels.numel() > 4 else ''} of shape {tuple(levels.shape)}"
+    fits = levels.shape == y.shape or levels.numel() in (1, len(y))
+    if levels.is_complex() or not fits or not bool((torch.isfinite(levels) & (levels >= 0)).all()):
+        raise InputError(
+            f"sigma_y: expected real values >= 0, one, one per image ({len(y)}) or one per entry {tuple(y.shape)}, got {what}"
+        )
+    levels = levels.to(y)
+    return levels.flatten().expand(len(y)).contiguous() if levels.numel() in (1, len(y)) else levels
+
+
+def check_numbers(x: Tensor, report: dict[str, Any], name: str) -> None:
+    """Raise InputError for samples that are no numbers, or that came about without the measurements because these overflowed."""
+    if not bool(torch.isfinite(x).all()):
+        raise InputError(
+            f"{name}: expected finite samples, got NaN or infinity: the prior's weights are damaged or diverged, or the levels overflow"
+        )
+    if report.get("worst_relative_residual") == math.inf:
+        raise InputError(
+            f"{name}: expected measurements and a denoiser whose squares are finite in {x.dtype}, got a solve that overflowed; scale the data"
+        )

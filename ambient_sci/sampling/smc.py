@@ -58,16 +58,17 @@ def sample_smc(
     population = problem.with_samples(particles)
     spread = problem.prior.data_std if data_std is None else data_std
     likelihood = Likelihood(population.operator, population.y, population.sigma_y)
-    streams = ChainNoise(problem.seeds[: problem.images])
+    streams = ChainNoise(problem.seeds[: problem.images], problem.y.device)
     levels = [float(s) for s in problem.sigmas]
 
     x = population.start()
     denoised = population.denoise(x, levels[0], precision)
     twist = likelihood.log_evidence(denoised, prior_spread(levels[0], spread)).double()
-    weights, smallest = twist.reshape(particles, problem.images), float(particles)
+    weights = twist.reshape(particles, problem.images)
+    smallest = effective_size(weights)
     for t, s in zip(levels[:-1], levels[1:], strict=True):
         effective = effective_size(weights)
-        smallest = min(smallest, float(effective.min()))
+        smallest = torch.minimum(smallest, effective)
         weights, index = resample(weights, effective < resample_below * particles, particles, streams)
         x, denoised, twist = x[index], denoised[index], twist[index]
 
@@ -83,7 +84,7 @@ def sample_smc(
         weights = weights + (proposal + ahead - twist).reshape(weights.shape)
         twist = ahead
 
-    smallest = min(smallest, float(effective_size(weights).min()))
+    smallest = float(torch.minimum(smallest, effective_size(weights)).min())
     everyone = torch.ones(problem.images, dtype=torch.bool, device=x.device)
     _, index = resample(weights, everyone, problem.samples, streams)
     likelihood.report.evaluations += len(levels)
@@ -109,8 +110,9 @@ def resample(weights: Tensor, which: Tensor, draws: int, streams: ChainNoise) ->
         log-weights (draws, images), zero where resampled, and the flat index of the particles kept, sample-major.
     """
     particles, images = weights.shape
-    start = torch.stack([torch.rand((), generator=g, dtype=weights.dtype) for g in streams.generators])
-    points = (torch.arange(draws, dtype=weights.dtype)[:, None] + start).to(weights.device) / draws
+    uniform = [torch.rand((), generator=g, dtype=weights.dtype, device=g.device) for g in streams.generators]
+    start = torch.stack(uniform).to(weights.device)
+    points = (torch.arange(draws, dtype=weights.dtype, device=weights.device)[:, None] + start) / draws
     cumulative = weights.softmax(0).cumsum(0)
     chosen = torch.searchsorted(cumulative.T.contiguous(), points.T.contiguous()).T.clamp(max=particles - 1)
     if draws == particles:

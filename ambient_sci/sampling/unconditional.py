@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -88,6 +89,8 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {"multistep": multistep, "heun": he
 def level_grid(steps: int, sigma_min: float, sigma_max: float, rho: float = math.inf) -> Tensor:
     """``steps`` decreasing levels from sigma_max to sigma_min: `karras_grid` with bend ``rho``, whose limit at infinity has equal ratios.
 
+    The ends are exact: rounded, the last level could lie below what a prior has learned.
+
     Raises:
         InputError: as `karras_grid`; rho < 1.
     """
@@ -95,10 +98,11 @@ def level_grid(steps: int, sigma_min: float, sigma_max: float, rho: float = math
         raise InputError(f"level grid: expected rho >= 1, got {rho}")
     if math.isfinite(rho):
         return karras_grid(steps, sigma_min, sigma_max, rho=rho)
-    ends = karras_grid(2, sigma_min, sigma_max).log()  # checks them
-    if steps < 2:
-        return karras_grid(steps, sigma_min, sigma_max)
-    return torch.linspace(float(ends[0]), float(ends[1]), steps, dtype=torch.float64).exp()
+    grid = karras_grid(steps, sigma_min, sigma_max)  # checks the numbers, and has the ends
+    grid[1:-1] = torch.linspace(math.log(sigma_max), math.log(sigma_min), steps, dtype=torch.float64).exp()[
+        1:-1
+    ]
+    return grid
 
 
 def _level(sigma: float, x: Tensor) -> Tensor:
@@ -118,6 +122,33 @@ def level_range(prior: Prior, sigma_min: float | None, sigma_max: float | None) 
     if not 0 < low < high:
         raise InputError(f"noise levels: expected 0 < sigma_min < sigma_max, got {low:g} and {high:g}")
     return low, high
+
+
+def generation_grid(
+    prior: Prior, steps: int, sigma_min: float | None, sigma_max: float | None, rho: float
+) -> Tensor:
+    """The levels of `generate`: `karras_grid` over `level_range`; for one step sigma_max alone.
+
+    Raises:
+        InputError: impossible numbers, or a sigma_min for one step, which has no use for it.
+    """
+    if steps != 1:
+        return karras_grid(steps, *level_range(prior, sigma_min, sigma_max), rho=rho)
+    if sigma_min is not None:
+        raise InputError(f"noise levels: expected no sigma_min for one step, at sigma_max, got {sigma_min:g}")
+    high = (prior.sigma_max or 100 * prior.data_std) if sigma_max is None else sigma_max
+    if not 0 < high < math.inf:
+        raise InputError(f"noise levels: expected 0 < sigma_max, got {high:g}")
+    return torch.tensor([high], dtype=torch.float64)
+
+
+def state_like(prior: Prior) -> Tensor:
+    """An empty tensor of the type and on the device that a sampler's state should have: those of the prior's first floating-point
+    tensor, but float32 at least, since states add up over many steps what a shorter type would round away.
+    """
+    tensors = (t for t in chain(prior.parameters(), prior.buffers()) if t.is_floating_point())
+    first = next(tensors, torch.empty(0))
+    return torch.empty(0, dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
 
 
 def chain_seeds(num: int, generator: torch.Generator | None) -> list[int]:
@@ -145,11 +176,13 @@ def generate(
     without consistency that is sigma_n, and what is returned is E[x_0 | x_sigma_n] ("truncated"): its
     covariance is Sigma (Sigma + sigma_n^2)^-1 Sigma, less than the data's.
 
+    With one step what is returned is D(sigma_max z, sigma_max), which is an image if the prior is a one-step generator.
+
     Args:
         prior: unconditional.
         num: number of images.
-        steps: noise levels.
-        sampler: "heun" or "ancestral".
+        steps: noise levels, >= 1.
+        sampler: a name in `SAMPLERS`: "multistep", "heun" or "ancestral".
         sigma_min, sigma_max: ends of the grid; see `level_range`.
         rho: bend of the grid (Karras et al. 2022).
         batch_size: images at a time; the result does not depend on it.
@@ -157,26 +190,54 @@ def generate(
         progress: show a progress bar.
 
     Returns:
-        (num, C, H, W), in the prior's type and on its device.
+        (num, C, H, W), in the prior's type (float32 where that is shorter) and on its device.
 
     Raises:
         ConditioningError: a mask-conditional prior.
-        InputError: an unknown sampler or impossible numbers.
+        InputError: an unknown sampler, impossible numbers, or images that are not finite.
     """
     require_unconditional(prior, "generate")
+    check_generation("generate", num, sampler, batch_size)
+    grid = generation_grid(prior, steps, sigma_min, sigma_max, rho)
+    return chains(prior, chain_seeds(num, generator), grid, sampler, batch_size, progress=progress)
+
+
+def check_generation(what: str, num: int, sampler: str, batch_size: int) -> None:
+    """Raise InputError unless ``sampler`` is one of `SAMPLERS` and both numbers are at least 1."""
     if sampler not in SAMPLERS:
         raise InputError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if num < 1 or batch_size < 1:
-        raise InputError(f"generate: expected num >= 1 and batch_size >= 1, got {num} and {batch_size}")
-    grid = karras_grid(steps, *level_range(prior, sigma_min, sigma_max), rho=rho)
-    reference = next(iter(prior.state_dict().values()), torch.zeros(()))
-    seeds = chain_seeds(num, generator)
-    images = []
-    for start in track(range(0, num, batch_size), "generating", enabled=progress):
-        noise = ChainNoise(seeds[start : start + batch_size])
-        like = torch.empty(
-            len(noise.generators), *prior.shape, dtype=reference.dtype, device=reference.device
+        raise InputError(f"{what}: expected num >= 1 and batch_size >= 1, got {num} and {batch_size}")
+
+
+def chains(
+    prior: Prior,
+    seeds: list[int],
+    grid: Tensor,
+    sampler: str,
+    batch_size: int,
+    *,
+    denoiser_of: Callable[[slice], Denoise] | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """One image for each seed, from pure noise down the levels of ``grid``, ``batch_size`` at a time.
+
+    Args:
+        denoiser_of: which chains (a slice) -> their denoiser; default: the prior for all.
+
+    Raises:
+        InputError: images that are not finite.
+    """
+    images, state = [], state_like(prior)
+    for start in track(range(0, len(seeds), batch_size), "generating", enabled=progress):
+        some = slice(start, min(start + batch_size, len(seeds)))
+        noise = ChainNoise(seeds[some], state.device)
+        x = float(grid[0]) * draw_noise(state.new_empty(some.stop - some.start, *prior.shape), noise)
+        denoiser = prior if denoiser_of is None else denoiser_of(some)
+        images.append(SAMPLERS[sampler](denoiser, x, grid, noise).to(state.dtype))
+    found = torch.cat(images)
+    if not bool(torch.isfinite(found).all()):
+        raise InputError(
+            "images: expected finite values, got NaN or infinity: the prior's weights are damaged or diverged"
         )
-        x = draw_noise(like, noise) * float(grid[0])
-        images.append(SAMPLERS[sampler](prior, x, grid, noise))
-    return torch.cat(images)
+    return found

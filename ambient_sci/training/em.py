@@ -17,31 +17,34 @@ compared with the laps after it: what is kept is an unconditional prior.
 
 On disk, in the run folder: ``em.json`` (a report a lap), ``prior/`` (the best so far), ``laps/NN/`` with the draws (streamed, a marker for each
 batch that is complete), the M-step's checkpoint and the lap's prior. A run that is killed continues inside its lap, with the same draws
-and the same bits. Several processes share both steps.
+and the same bits. Several processes share both steps; what they must agree on, the score and whether to stop, the main one decides, and all
+go on from the prior that it saved.
 """
 
 from __future__ import annotations
 
+import math
 import os
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ambient_sci.data import MeasurementArrays
 from ambient_sci.errors import IdentifiabilityError, InputError
+from ambient_sci.noise import expand
 from ambient_sci.operators import Identity, RowMaskedOperator
 from ambient_sci.priors import GaussianPrior, NetworkPrior, Prior, StationaryGaussianPrior, load_prior
 from ambient_sci.sampling import Reconstruction, reconstruct
 from ambient_sci.training.augment import exact_augmentations
 from ambient_sci.training.config import TrainConfig
+from ambient_sci.training.draws import Draws
 from ambient_sci.training.gaussian_em import LARGEST_FULL, fit_initial
 from ambient_sci.training.loop import run_stage
 from ambient_sci.training.report import Reporter
@@ -94,12 +97,14 @@ def run_em(
             folder.write_json("em.json", {"laps": []})
     accelerator.wait_for_everyone()
     reporter.say(reason)
-    return _Laps(data, config, folder, accelerator, reporter).run()
+    return Laps(data, config, folder, accelerator, reporter).run()
 
 
 @dataclass
-class _Laps:
-    """The state of an EM run: what is on disk, and the prior of the last lap."""
+class Laps:
+    """An EM run: `initial` gives the prior of lap 0; `lap` an `e_step` and an `m_step` from one prior to the next; `held_out_score` scores
+    it, `keep` writes it, `finished` says whether that was all.
+    """
 
     data: Measurements
     config: TrainConfig
@@ -114,19 +119,28 @@ class _Laps:
 
     def run(self) -> Prior:
         """Laps until the score stops falling; the best prior."""
-        reports = em_report(self.folder.path)
+        reports = self.agreed(em_report(self.folder.path))
         prior = self._prior(reports[-1]["lap"]) if reports else None
-        while not self._finished(reports):
+        while not self.finished(reports):
             lap = len(reports)
             begun = time.monotonic()
-            prior, details = self._initial() if prior is None else self._lap(lap, prior)
-            report = {"lap": lap, "crps": self._held_out_score(prior), **details}
+            prior, details = self.initial() if prior is None else self.lap(lap, prior)
+            report = {"lap": lap, "crps": self.held_out_score(prior), **details}
             report["seconds"] = round(time.monotonic() - begun, 2)
-            reports = [*reports, report]
-            self._keep(prior, reports)
+            reports = [*reports, self.agreed(report)]
+            self.keep(prior, reports)
+            # From disk: what every process, and a run that is resumed here, goes on from is then the same.
+            prior = self._prior(lap)
         return self._prior(_best(reports)).eval()
 
-    def _finished(self, reports: list[dict[str, Any]]) -> bool:
+    def agreed(self, value: Any) -> Any:
+        """The main process's ``value``, on every process: in the last digits they may differ, and then one would wait for another for ever."""
+        if self.accelerator.num_processes == 1:
+            return value
+        return broadcast_object_list([value], from_process=0)[0]
+
+    def finished(self, reports: list[dict[str, Any]]) -> bool:
+        """Whether the score has stopped falling, or all laps are done."""
         if not reports:
             return False
         best, since = float("inf"), 0
@@ -135,7 +149,7 @@ class _Laps:
             best, since = (report["crps"], 0) if better else (best, since + 1)
         return since >= self.settings.patience or len(reports) > self.settings.laps
 
-    def _keep(self, prior: Prior, reports: list[dict[str, Any]]) -> None:
+    def keep(self, prior: Prior, reports: list[dict[str, Any]]) -> None:
         """Write what a lap has reached; its draws are no longer needed."""
         report = reports[-1]
         self.reporter.say(
@@ -150,7 +164,7 @@ class _Laps:
             steps = sum(r.get("steps", 0) for r in reports)
             seconds = round(sum(r["seconds"] for r in reports), 2)
             self.folder.append_log({"stage": "em", "step": steps, "loss": report["crps"], "seconds": seconds})
-            _Draws.remove(self._path(report["lap"]))
+            Draws.remove(self._path(report["lap"]))
         self.accelerator.wait_for_everyone()
 
     def _path(self, lap: int) -> Path:
@@ -161,7 +175,7 @@ class _Laps:
 
     # -- lap 0 -----------------------------------------------------------------------------------------------------------------
 
-    def _initial(self) -> tuple[Prior, dict[str, Any]]:
+    def initial(self) -> tuple[Prior, dict[str, Any]]:
         """What the first draws come from."""
         return self._gaussian() if self.settings.start == "gaussian" else self._ambient()
 
@@ -171,6 +185,8 @@ class _Laps:
         generator = seeded(self.config.seed, _INITIAL)
         fit = fit_initial(self.data, indices, self.settings.initial_iterations, generator)
         details: dict[str, Any] = {"prior": type(fit.prior).__name__}
+        if fit.noise_floor is not None:
+            details["noise_floor"] = fit.noise_floor
         if fit.log_likelihood:
             details |= {"iterations": len(fit.log_likelihood), "log_likelihood": fit.log_likelihood[-1]}
         return fit.prior.to(self.accelerator.device), details
@@ -195,20 +211,21 @@ class _Laps:
 
     # -- later laps ------------------------------------------------------------------------------------------------------------
 
-    def _lap(self, lap: int, prior: Prior) -> tuple[Prior, dict[str, Any]]:
+    def lap(self, lap: int, prior: Prior) -> tuple[Prior, dict[str, Any]]:
+        """The prior of lap ``lap`` from that of the lap before, and what to report of it."""
         begun = time.monotonic()
-        images, report = self._e_step(lap, prior)
+        images, report = self.e_step(lap, prior)
         details = {"e_step_seconds": round(time.monotonic() - begun, 2), "e_step": report}
         details |= {"draws_mean": float(images.mean()), "draws_std": float(images.std())}
         if self.settings.m_step == "gaussian":
             return _gaussian_of(images).to(self.accelerator.device), details
         steps = (self.settings.first_steps if lap == 1 else None) or self.settings.steps
-        return self._m_step(lap, images, prior, steps), {**details, "steps": steps}
+        return self.m_step(lap, images, prior, steps), {**details, "steps": steps}
 
-    def _e_step(self, lap: int, prior: Prior) -> tuple[Tensor, dict[str, Any]]:
+    def e_step(self, lap: int, prior: Prior) -> tuple[Tensor, dict[str, Any]]:
         """A posterior draw for every measurement, (N, C, H, W) on disk, and what the solver reports of this process's last batch."""
         settings, device = self.settings, self.accelerator.device
-        draws = _Draws(self._path(lap), (len(self.data), *self.data.image_shape), self.accelerator)
+        draws = Draws(self._path(lap), (len(self.data), *self.data.image_shape), self.accelerator)
         report: dict[str, Any] = {}
         chunks = torch.arange(len(self.data)).split(settings.sampler_batch)
         for index, rows in enumerate(chunks):
@@ -216,13 +233,13 @@ class _Laps:
                 continue
             operator, y = self.data.operator(rows).to(device), self.data.measurements(rows).to(device)
             generator = seeded(self.config.seed, _E_STEP, lap, index)
-            result = self._drawn(prior, operator, y, self.data.sigma(rows), 1, generator)
+            result = self.drawn(prior, operator, y, self.data.sigma(rows), 1, generator)
             draws.add(index, rows, result.samples[0])
             report = {k: v for k, v in result.report.items() if k.startswith(("solve", "worst", "network"))}
         self.accelerator.wait_for_everyone()
         return draws.images, report
 
-    def _drawn(
+    def drawn(
         self,
         prior: Prior,
         operator: RowMaskedOperator,
@@ -251,7 +268,7 @@ class _Laps:
             generator=generator,
         )
 
-    def _m_step(self, lap: int, images: Tensor, prior: Prior, steps: int) -> Prior:
+    def m_step(self, lap: int, images: Tensor, prior: Prior, steps: int) -> Prior:
         """Denoising score matching on the draws. The first lap fixes data_std, so that weights can be handed on."""
         data = MeasurementArrays(Identity(tuple(self.data.image_shape)), images, 0.0)
         source = Source(data, complete=True, design=None, reason=f"EM lap {lap}", data_std=prior.data_std)
@@ -273,7 +290,7 @@ class _Laps:
 
     # -- the score -------------------------------------------------------------------------------------------------------------
 
-    def _held_out_score(self, prior: Prior) -> float:
+    def held_out_score(self, prior: Prior) -> float:
         """Mean CRPS of held-out rows, the same rows and noise in every lap."""
         settings, device = self.settings, self.accelerator.device
         rows = _spread(len(self.data), settings.held_out)
@@ -284,18 +301,25 @@ class _Laps:
         )
         split = each.split(keep=settings.held_out_keep, generator=generator)
         kept, seen = split.kept.to(device), (y * split.kept.mask).to(device)
-        samples = self._drawn(prior, kept, seen, sigma, settings.held_out_draws, generator).samples.cpu()
+        samples = self.drawn(prior, kept, seen, sigma, settings.held_out_draws, generator).samples.cpu()
         if len(samples) == 1:  # an estimate stands for all draws; only their noise differs
             samples = samples.expand(settings.held_out_draws, *samples.shape[1:])
-        level = sigma.cpu().reshape(-1, *([1] * (y.ndim - 1)))
+        y = y.cpu()
         predicted = torch.stack([split.held_out.A(x) for x in samples.to(y.dtype)])
-        predicted = predicted + level * torch.randn(predicted.shape, generator=generator, dtype=y.dtype)
+        noise = torch.randn(predicted.shape, generator=generator, dtype=y.dtype)
+        predicted = predicted + expand(sigma.cpu(), y) * noise
         mask = split.held_out.mask.expand(y.shape)
         if not bool(mask.any()):
             raise InputError(
                 "em.held_out: expected measurements with rows to hold out, got none; give more of them"
             )
-        return float((crps(predicted, y.cpu()) * mask).sum() / mask.sum())
+        score = float((crps(predicted, y) * mask).sum() / mask.sum())
+        if not math.isfinite(score):
+            raise InputError(
+                f"EM: expected a finite score of held-out rows, got {score}: a prior that has diverged, or data of a size "
+                "whose squares overflow"
+            )
+        return score
 
 
 def crps(samples: Tensor, truth: Tensor) -> Tensor:
@@ -305,42 +329,6 @@ def crps(samples: Tensor, truth: Tensor) -> Tensor:
     # sum_{s<s'} |z_s - z_s'| = sum_k (2 k - S + 1) z_(k), k = 0 .. S - 1
     rank = (2 * torch.arange(num, dtype=samples.dtype) - num + 1).reshape(-1, *([1] * truth.ndim))
     return (samples - truth).abs().mean(0) - (rank * ordered).sum(0) / (num * (num - 1))
-
-
-class _Draws:
-    """One image for each measurement in a memory-mapped file, filled batch by batch, with a marker file for each complete batch."""
-
-    def __init__(self, path: Path, shape: tuple[int, ...], accelerator: Accelerator) -> None:
-        self._markers = path / "drawn"
-        file = path / "draws.npy"
-        if accelerator.is_main_process and not file.exists():
-            self._markers.mkdir(parents=True, exist_ok=True)
-            part = file.with_suffix(".part")
-            np.lib.format.open_memmap(part, "w+", np.float32, shape).flush()
-            os.replace(part, file)
-        accelerator.wait_for_everyone()
-        self._array = np.lib.format.open_memmap(file, "r+")
-
-    def has(self, batch: int) -> bool:
-        """Whether this batch is complete."""
-        return (self._markers / str(batch)).exists()
-
-    def add(self, batch: int, rows: Tensor, images: Tensor) -> None:
-        """Write a batch, then its marker."""
-        self._array[rows.numpy()] = images.float().cpu().numpy()
-        self._array.flush()
-        (self._markers / str(batch)).touch()
-
-    @property
-    def images(self) -> Tensor:
-        """All draws, read from disk where they are looked at."""
-        return torch.from_numpy(self._array)
-
-    @staticmethod
-    def remove(path: Path) -> None:
-        """Delete what an E-step has left in a lap's folder."""
-        (path / "draws.npy").unlink(missing_ok=True)
-        shutil.rmtree(path / "drawn", ignore_errors=True)
 
 
 def _gaussian_of(images: Tensor) -> Prior:

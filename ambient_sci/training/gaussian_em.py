@@ -9,6 +9,10 @@ For y_i = A_i x + sigma_i n, A_i = M_i T, and x ~ N(mu, Sigma):
 in closed form (`fit_gaussian`): every iteration raises the likelihood of the measurements, whose maximum is the limit. Sum of the P_i
 first, and the two products with Sigma are taken once an iteration.
 
+sigma_i may differ from entry to entry, and be 0. Without noise the likelihood has no maximum as soon as there are fewer samples than unknowns:
+a Gaussian that is flat along what they leave open explains them infinitely well, and its systems cannot be solved. So noise below
+`NOISE_FLOOR` times the standard deviation of the data counts as that much; a fit says so where that happened.
+
 Images too large for a covariance matrix get a stationary one (`fit_stationary`). Its E-step draws x ~ p(x | y_i) exactly, by conjugate gradients:
 x_p ~ N(mu, Sigma), n ~ N(0, I), K u = y_i - A_i x_p - sigma_i n, x = x_p + Sigma A_i^H u, with K = A_i Sigma A_i^H + sigma_i^2 I.
 """
@@ -16,13 +20,13 @@ x_p ~ N(mu, Sigma), n ~ N(0, I), K u = y_i - A_i x_p - sigma_i n, x = x_p + Sigm
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ambient_sci.errors import InputError
-from ambient_sci.noise import draw_noise
+from ambient_sci.noise import draw_noise, expand
 from ambient_sci.operators import RowMaskedOperator
 from ambient_sci.priors import GaussianPrior, operator_matrix
 from ambient_sci.priors.stationary import StationaryGaussianPrior
@@ -31,6 +35,8 @@ from ambient_sci.training.source import Measurements
 
 #: Entries of an image, and of a measurement, up to which a full covariance is fitted.
 LARGEST_FULL = 1024
+#: Noise that is assumed at least, in units of the standard deviation of the data.
+NOISE_FLOOR = 1e-3
 _CHUNK_ENTRIES = 1 << 23  # entries of the systems solved at a time
 _CG_ITERATIONS, _CG_TOLERANCE = 150, 1e-3
 
@@ -42,10 +48,12 @@ class GaussianFit:
     Attributes:
         prior: the Gaussian.
         log_likelihood: of the measurements, a number a sample, before each iteration; empty for the stationary fit.
+        noise_floor: the noise level that stood in for smaller ones; None where there were none.
     """
 
     prior: GaussianPrior | StationaryGaussianPrior
     log_likelihood: list[float]
+    noise_floor: float | None = None
 
 
 def fit_initial(
@@ -57,12 +65,15 @@ def fit_initial(
     if small and _shares_transform(operator):
         fit = fit_gaussian(operator, y, sigma, data.image_shape, iterations=iterations)
         prior = fit.prior
-        return GaussianFit(GaussianPrior(prior.mean.float(), prior.cov.float()), fit.log_likelihood)
+        return replace(fit, prior=GaussianPrior(prior.mean.float(), prior.cov.float()))
     if len(data.image_shape) != 3:
         raise InputError(f"EM: expected images (C, H, W) of this size, got shape {data.image_shape}")
-    return GaussianFit(
-        fit_stationary(operator, y, sigma, data.image_shape, iterations=iterations, generator=generator), []
+    stationary = fit_stationary(
+        operator, y, sigma, data.image_shape, iterations=iterations, generator=generator
     )
+    floor = NOISE_FLOOR * stationary.data_std
+    lowest = float(expand(sigma, y).expand_as(y)[(operator.mask > 0).expand_as(y)].min())
+    return GaussianFit(stationary, [], floor if lowest < floor else None)
 
 
 def fit_gaussian(
@@ -79,7 +90,7 @@ def fit_gaussian(
     Args:
         operator: of all samples, one transform T for all (masks may differ).
         y: measurements (N, ...).
-        sigma_y: noise level, float or (N,).
+        sigma_y: noise level, float, (N,) or of the shape of y; at least `NOISE_FLOOR` (above) is assumed.
         shape: (C, H, W) of an image.
         iterations: at most.
         tolerance: stop when an iteration adds less than this to the log-likelihood of a measured entry.
@@ -94,7 +105,10 @@ def fit_gaussian(
     transform = operator_matrix(full, shape).to(device)[0]
     mask = operator.mask.double().expand(y.shape).flatten(1)
     rows = y.double().flatten(1) * mask
-    variance = torch.as_tensor(sigma_y, dtype=torch.float64, device=device).flatten().expand(len(y)) ** 2
+    variance = expand(sigma_y, y.double()).expand_as(y).flatten(1) ** 2
+    floor = NOISE_FLOOR * _spread(mask, rows)
+    least = float(variance[mask > 0].min())
+    variance = variance.clamp(min=floor**2)
     mean, cov = _first_guess(transform, mask, rows, variance)
     history: list[float] = []
     for _ in range(iterations):
@@ -103,7 +117,7 @@ def fit_gaussian(
         gain = (history[-1] - history[-2]) / float(mask.sum(1).mean()) if len(history) > 1 else math.inf
         if gain < tolerance:
             break
-    return GaussianFit(GaussianPrior(mean.reshape(shape), cov), history)
+    return GaussianFit(GaussianPrior(mean.reshape(shape), cov), history, floor if least < floor**2 else None)
 
 
 def _shares_transform(operator: RowMaskedOperator) -> bool:
@@ -111,15 +125,22 @@ def _shares_transform(operator: RowMaskedOperator) -> bool:
     return maps is None or maps.shape[0] == 1
 
 
+def _spread(mask: Tensor, rows: Tensor) -> float:
+    """Standard deviation of measured rows about their means over the samples; their size where each was measured once."""
+    mean = rows.sum(0) / mask.sum(0).clamp(min=1)
+    about = float((rows - mean * mask).square().sum())
+    return math.sqrt((about or float(rows.square().sum())) / float(mask.sum()))
+
+
 def _first_guess(transform: Tensor, mask: Tensor, rows: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """Mean over the samples that measured a row; white covariance of the variance that noise leaves."""
     count = mask.sum(0).clamp(min=1)
     mean_rows = rows.sum(0) / count
-    rest = ((rows - mean_rows * mask).square() - variance[:, None] * mask).sum(0) / count
+    rest = ((rows - mean_rows * mask).square() - variance * mask).sum(0) / count
     power = float(rest.sum().clamp(min=0)) / transform.shape[1]
-    noise = float(variance.mean())
+    noise = float((variance * mask).sum() / mask.sum())
     mean = torch.linalg.lstsq(transform, mean_rows[:, None]).solution[:, 0]
-    return mean, max(power, 1e-3 * noise, 1e-12) * torch.eye(
+    return mean, max(power, 1e-3 * noise) * torch.eye(
         transform.shape[1], dtype=transform.dtype, device=transform.device
     )
 
@@ -137,7 +158,7 @@ def _iterate(
         # The measured rows of each sample, first; a system costs the cube of their number. Samples with fewer are filled up with rows
         # of unit variance and residual zero, which change neither solution nor likelihood.
         chosen = mask[part].argsort(dim=1, descending=True, stable=True)[:, :largest]
-        m, noise = mask[part].gather(1, chosen), variance[part, None]
+        m, noise = mask[part].gather(1, chosen), variance[part].gather(1, chosen)
         pairs = (chosen[:, :, None].expand(-1, -1, largest), chosen[:, None, :].expand(-1, largest, -1))
         system = m[:, :, None] * covered[pairs] * m[:, None, :] + torch.diag_embed(noise * m + 1 - m)
         factor = torch.linalg.cholesky(system)
@@ -174,8 +195,15 @@ def fit_stationary(
     """Stationary Gaussian of the images behind measurements, by EM with exact posterior draws; any operator of the library.
 
     The mean of the last half of the iterations is returned, which averages the draws' noise out.
+
+    Args:
+        operator, y, shape: as for `fit_gaussian`; coil maps may differ.
+        sigma_y: noise level, float, (N,) or of the shape of y; at least `NOISE_FLOOR` of the fit's standard deviation is assumed.
+        iterations: number of E-steps.
+        generator: of the draws.
+        batch_size: samples at a time.
     """
-    sigma = torch.as_tensor(sigma_y, dtype=y.dtype, device=y.device).flatten().expand(len(y))
+    sigma = expand(sigma_y, y).expand(len(y), *[-1] * (y.ndim - 1))
     images = operator.A_adjoint(y)
     mean = images.mean(0)
     prior = StationaryGaussianPrior(mean, _first_spectrum(operator, y, sigma, mean))
@@ -211,8 +239,7 @@ def _first_spectrum(operator: RowMaskedOperator, y: Tensor, sigma: Tensor, mean:
     """
     mask = operator.mask.to(y).expand(y.shape)
     count = mask.sum(0)
-    level = sigma.to(y).reshape(-1, *([1] * (y.ndim - 1)))
-    power = ((y.square() - level**2) * mask).sum(0)
+    power = ((y.square() - sigma**2) * mask).sum(0)
     # In units of the data: where noise is all there is, something has to be left to start from.
     least = max(1e-6 * float((y.square() * mask).sum() / mask.sum()), torch.finfo(y.dtype).tiny)
     if operator.name != "mri":
@@ -237,13 +264,11 @@ def _posterior_draws(
     generator: torch.Generator | None,
 ) -> Tensor:
     """One exact draw of p(x | y) for each measurement."""
-    level = sigma.reshape(-1, *([1] * (y.ndim - 1)))
+    sigma = sigma.clamp(min=NOISE_FLOOR * prior.data_std)
     x = prior.sample(len(y), generator)
-    residual = (y - level * draw_noise(y, generator)) * operator.mask - operator.A(x)
-    # The floor keeps noiseless systems solvable.
-    variance = (level**2).clamp(min=1e-6 * prior.data_std**2)
+    residual = (y - sigma * draw_noise(y, generator)) * operator.mask - operator.A(x)
     u = conjugate_gradient(
-        lambda v: operator.A(prior.covariance(operator.A_adjoint(v))) + variance * v,
+        lambda v: operator.A(prior.covariance(operator.A_adjoint(v))) + sigma**2 * v,
         residual,
         tolerance=_CG_TOLERANCE,
         max_iterations=_CG_ITERATIONS,

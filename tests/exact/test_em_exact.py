@@ -27,6 +27,7 @@ def problem(name: str) -> tuple[RowMaskedOperator, Tensor, Tensor, tuple[int, ..
     else:
         design = Independent(shape, "pixels", 0.7)
         operator = Masking(design.sample(NUM, seeded(5)), img_size=shape, design=design)
+    # "none": no noise. "entry": noise that differs from entry to entry, some of it zero.
     # "mix": noise that differs from sample to sample, some of it zero, and rows missing in three of four samples.
     sigma = torch.full((NUM,), 0.4, dtype=F64)
     if name.endswith("mix"):
@@ -34,8 +35,12 @@ def problem(name: str) -> tuple[RowMaskedOperator, Tensor, Tensor, tuple[int, ..
         mask = operator.mask.clone()
         mask[::4] = 1
         operator = operator.with_mask(mask)
+    if name.endswith("none"):
+        sigma = torch.zeros(NUM, dtype=F64)
     operator = operator.to(F64)
-    noise = sigma[:, None, None, None] * normal(NUM, *shape, seed=6)
+    if name.endswith("entry"):
+        sigma = (0.8 * torch.rand(NUM, *shape, generator=seeded(7), dtype=F64) - 0.2).clamp(min=0)
+    noise = sigma.reshape(NUM, *(shape if sigma.ndim > 1 else [1] * 3)) * normal(NUM, *shape, seed=6)
     return operator, operator.A(x) + noise * operator.mask, sigma, shape
 
 
@@ -53,7 +58,7 @@ def maximum_likelihood(
     )
 
     def loss() -> Tensor:
-        cov = a @ (root @ root.T) @ a.mT + torch.diag_embed(sigma[:, None] ** 2 * mask + 1 - mask)
+        cov = a @ (root @ root.T) @ a.mT + torch.diag_embed(sigma.reshape(NUM, -1) ** 2 * mask + 1 - mask)
         law = torch.distributions.MultivariateNormal((a @ mean), cov)
         # Rows that were not measured are zero, of variance 1: a constant to take off.
         constant = -0.5 * math.log(2 * math.pi) * (1 - mask).sum(1)
@@ -69,7 +74,13 @@ def maximum_likelihood(
     return (root @ root.T).detach(), -float(loss().detach())
 
 
-@pytest.mark.parametrize("name", ["noise", "masking", "mri", "masking-mix", "mri-mix"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("noise", "masking", "mri", "masking-mix", "mri-mix"),
+        *("noise-none", "masking-none", "mri-none", "noise-entry", "masking-entry", "mri-entry"),
+    ],
+)
 def test_em_reaches_the_maximum_likelihood_covariance(name):
     """To 2 % of its norm; the likelihood rises at every iteration, and nothing has a higher one."""
     operator, y, sigma, shape = problem(name)
@@ -90,10 +101,38 @@ def test_missing_noise_is_noticed():
     assert float((wrong - right).diagonal().mean()) == pytest.approx(0.16, rel=0.05)
 
 
+@pytest.mark.parametrize("sigma", [0.0, "entry"])
+def test_fewer_samples_than_unknowns(sigma):
+    """20 images of 36 pixels, where a likelihood without noise is unbounded: a Gaussian that is finite, explains the data, and says
+    that a floor stood in for the noise.
+    """
+    operator = Masking(random_mask(20, 1, 6, 6), img_size=(1, 6, 6)).to(F64)
+    y = operator.A(gaussian_prior((1, 6, 6)).sample(20, seeded()))
+    levels = 0.0 if sigma == 0 else torch.where(normal(*y.shape, seed=1) > 0, 0.1, 0.0)
+    fit = fit_gaussian(operator, y, levels, (1, 6, 6), iterations=200)
+    assert torch.isfinite(fit.prior.cov).all() and torch.linalg.eigvalsh(fit.prior.cov)[0] > -1e-9
+    assert fit.log_likelihood[-1] > fit.log_likelihood[0]
+    assert fit.noise_floor is not None and 0 < fit.noise_floor < 2e-3 * float(y.std() + 1)
+    assert fit_gaussian(operator, y, 0.1, (1, 6, 6), iterations=2).noise_floor is None
+
+
+@pytest.mark.parametrize("name", ["noise", "masking", "mri"])
+@pytest.mark.parametrize("form", ["none", "entry"])
+def test_stationary_em_without_noise_and_with_noise_of_each_entry(name, form):
+    """As below, with no noise, and with noise of 0 to 0.6 that differs by entry."""
+    recovered(
+        name, {"none": 0.0, "entry": 0.6 * torch.rand(300, 2, 8, 8, generator=seeded(8), dtype=F64)}[form]
+    )
+
+
 @pytest.mark.parametrize("name", ["noise", "masking", "mri"])
 def test_stationary_em_recovers_mean_and_spectrum(name):
     """300 images of 8 x 8, spectrum ~ 1/k^2: each mode's variance is known to 8 % (one standard error of 300 draws, and the noise's
     share), so the mean relative error over modes stays below 25 %."""
+    recovered(name, 0.3)
+
+
+def recovered(name: str, sigma: float | Tensor) -> None:
     shape, num = (2, 8, 8), 300
     k = torch.fft.fftfreq(8, dtype=F64)
     spectrum = (0.05 / (0.02 + k[:, None] ** 2 + k**2)).expand(shape)
@@ -106,7 +145,7 @@ def test_stationary_em_recovers_mean_and_spectrum(name):
     else:
         operator = Masking(Independent(shape, "pixels", 0.7).sample(num, seeded(2)), img_size=shape)
     operator = operator.to(F64)
-    y = operator.A(x) + 0.3 * normal(num, *shape, seed=3) * operator.mask
-    prior = fit_stationary(operator, y, 0.3, shape, iterations=30, generator=seeded(4))
+    y = operator.A(x) + sigma * normal(num, *shape, seed=3) * operator.mask
+    prior = fit_stationary(operator, y, sigma, shape, iterations=30, generator=seeded(4))
     assert float((prior.spectrum / spectrum - 1).abs().mean()) < 0.25
     assert float(prior.mean.mean()) == pytest.approx(0.7, abs=0.1)
