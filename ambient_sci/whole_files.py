@@ -1,29 +1,161 @@
-"""Files that appear whole or not at all: written beside their place under another name, then moved there in one step."""
+"""Files and folders that appear whole or not at all, whatever moment the process or the machine stops at.
+
+    with whole_file(path) as part:      # write the file `part`
+    with whole_folder(path) as part:    # fill the folder `part`
+
+What is written lies beside its goal under another name, .NAME.PID.COUNT.part. It is brought to the disk (fsync), moved to its name in one step
+and the folder is brought to the disk, too: after a loss of power either the old content is there or the new one, complete. A failure removes
+the part.
+
+A process that is killed leaves its part behind. `sweep` removes it. It knows debris from work in progress by a lock (flock) that a writer
+holds on its part and that the system releases with the process; process numbers, which are used again, decide only where a file system
+has no locks.
+
+A folder takes the place of another one by exchanging the two names (Linux: renameat2), which is one step. Where the system cannot do that the old
+folder steps aside first, as .NAME.PID.COUNT.old; `recover` brings it back if the process was killed between the two renames.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
+import itertools
 import json
 import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ambient_sci.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+PathLike = str | os.PathLike[str]
+#: .NAME.PID.COUNT.part, .NAME.PID.COUNT.old (COUNT: none in files of earlier versions)
+_DEBRIS = re.compile(r"\.(?P<name>.+?)\.(?P<pid>\d+)(\.\d+)?\.(?P<kind>part|old)")
+#: No such lock on this file system, or on a folder there.
+_NO_LOCKS = (errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """``text`` as the file ``path``, replacing one that is there."""
+
+@contextmanager
+def whole_file(path: PathLike) -> Iterator[Path]:
+    """The path of an empty file to write, which takes the name ``path`` on leaving and disappears on an error.
+
+    A library that locks what it opens (HDF5) must be told not to: the part is locked already.
+    """
     path = Path(path)
-    # The process number keeps processes that share a folder apart.
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part, lock = _claim(path, folder=False)
     try:
-        part.write_text(text)
+        yield part
+        _to_disk(part)
         os.replace(part, path)
+        _to_disk(path.parent)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        os.close(lock)
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+@contextmanager
+def whole_folder(path: PathLike) -> Iterator[Path]:
+    """The path of an empty folder to fill, which takes the name ``path`` on leaving and disappears on an error.
+
+    A folder that has the name is replaced as a whole; at any moment one of the two is there (see `recover`).
+
+    Raises:
+        InputError: ``path`` is a file.
+    """
+    path = Path(path)
+    recover(path)
+    sweep(path.parent, path.name)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: expected the name of a folder, got a file")
+    part, lock = _claim(path, folder=True)
+    try:
+        yield part
+        for root, _, files in os.walk(part):
+            for name in files:
+                _to_disk(Path(root, name))
+            _to_disk(Path(root))
+        _take_place(part, path)
+        _to_disk(path.parent)
+    finally:
+        # After an exchange this is the old content.
+        shutil.rmtree(part, ignore_errors=True)
+        os.close(lock)
+
+
+def recover(path: PathLike) -> None:
+    """Bring back a folder that stepped aside for another one that never came; nothing to do where ``path`` is there.
+
+    For systems without an exchange of names. A writer that is at it is waited for.
+    """
+    path = Path(path)
+    if path.exists() or not path.parent.is_dir():
+        return
+    for old in sorted(path.parent.glob(f".{_escaped(path.name)}.*.old")):
+        found = _DEBRIS.fullmatch(old.name)
+        if found is None or found["name"] != path.name:
+            continue
+        with _held(old, wait=True) as held:
+            if held and not path.exists():
+                os.rename(old, path)
+                _to_disk(path.parent)
+
+
+def sweep(folder: PathLike, name: str | None = None) -> list[Path]:
+    """Remove what killed writers left in ``folder``: of all files, or of the one called ``name``.
+
+    What another process holds stays. A folder that stepped aside is brought back if its place is empty. Returns what was removed.
+    """
+    removed = []
+    for path in sorted(Path(folder).glob(".*" if name is None else f".{_escaped(name)}.*")):
+        found = _DEBRIS.fullmatch(path.name)
+        if found is None or name not in (None, found["name"]):
+            continue
+        if found["kind"] == "old":
+            recover(path.with_name(found["name"]))
+        with _held(path, wait=False) as held:
+            if held:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                removed.append(path)
+    return removed
+
+
+def check_output(path: PathLike, overwrite: bool = False, *, folder_exists: bool = False) -> Path:
+    """The path of a file to be made.
+
+    Args:
+        path: the file.
+        overwrite: it may exist.
+        folder_exists: the folder that it goes to must be there; otherwise whoever writes makes it.
+
+    Raises:
+        InputError: it exists and ``overwrite`` is not set, it is a folder, or its folder is missing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: expected a file name for the output, got a folder")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: already exists; give --overwrite (overwrite=True) to replace it")
+    if folder_exists and not path.parent.is_dir():
+        raise InputError(f"{path}: expected an existing folder to write to, got {path.parent}")
+    return path
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """``text`` as the file ``path``, replacing one that is there."""
+    with whole_file(path) as part:
+        part.write_text(text)
+
+
+def write_json(path: PathLike, value: Any) -> None:
     """``value``, of JSON types, as the file ``path``."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
@@ -41,3 +173,128 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
     with safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+# -- parts, locks and renames ------------------------------------------------------------------------------------------------
+
+
+def _claim(path: Path, *, folder: bool) -> tuple[Path, int]:
+    """A new part of ``path`` and the descriptor that holds its lock."""
+    for count in itertools.count():
+        part = path.with_name(f".{path.name}.{os.getpid()}.{count}.part")
+        try:
+            if folder:
+                part.mkdir()
+                lock = os.open(part, os.O_RDONLY)
+            else:
+                lock = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            continue  # of another thread or machine, or left by a process of this number
+        try:
+            _lock(lock, wait=True)
+            if _is(part, lock):
+                return part, lock
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)  # between creation and lock a sweep took the part for debris
+    raise AssertionError("unreachable")
+
+
+def _is(path: Path, descriptor: int) -> bool:
+    """Whether a descriptor is that of what has this name."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool | None:
+    """Whether the lock is held; None where the file system has none."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
+    return True
+
+
+@contextmanager
+def _held(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Whether nobody else works on a part, and nobody will until this ends."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        locked = _lock(descriptor, wait=wait)
+        # Whoever held it may have moved it to its name meanwhile.
+        yield _is(path, descriptor) and (not _alive(path) if locked is None else locked)
+    finally:
+        os.close(descriptor)
+
+
+def _alive(path: Path) -> bool:
+    """Whether a process has the number in the name of a part."""
+    found = _DEBRIS.fullmatch(path.name)
+    try:
+        os.kill(int(found["pid"]) if found else 0, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def _to_disk(path: Path) -> None:
+    """fsync of a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _take_place(part: Path, path: Path) -> None:
+    """``part`` becomes ``path``; a folder that has the name becomes ``part``, or is removed."""
+    if not path.exists():
+        os.rename(part, path)
+        return
+    if _exchange(part, path):
+        return
+    old = part.with_suffix(".old")
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _lock(descriptor, wait=True)  # `recover` of a reader waits for this
+        os.rename(path, old)
+        os.rename(part, path)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two names in one step; False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    arguments = (_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
+    if rename(*arguments) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(b))
+
+
+def _escaped(name: str) -> str:
+    """``name`` in a glob pattern."""
+    return re.sub(r"([*?\[])", r"[\1]", name)

@@ -69,9 +69,6 @@ def test_quickstart_trains_on_the_noisy_file_alone(tmp_path, monkeypatch):
 
 def test_benchmark_of_the_ambient_step_runs(tmp_path):
     out = tmp_path / "b.json"
-    script = ROOT / "recipes" / "benchmarks" / "ambient_step.py"
-    subprocess.run(
-        [sys.executable, str(script), "--size", "16", "--batch", "2", "--repeats", "1", "--out", str(out)],
-        check=True,
-    )
+    options = ["--size", "16", "--batch", "2", "--repeats", "1", "--out", str(out)]
+    subprocess.run([sys.executable, "-m", "recipes.benchmarks.ambient_step", *options], cwd=ROOT, check=True)
     assert set(json.loads(out.read_text())["cases"]) == {"identity", "masking", "mri, 8 coils"}

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "exactness"
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    """The recipe's modules, by name."""
-    sys.path.insert(0, str(RECIPE))
-    yield importlib.import_module
-    sys.path.remove(str(RECIPE))
+from recipes.exactness import parts, run
+from recipes.exactness.costs import training_evaluations
+from recipes.exactness.digit_scores import scale, texture
+from recipes.exactness.methods import configuration
 
 
 @pytest.fixture(scope="module")
 def settings() -> dict:
-    config = yaml.safe_load((RECIPE / "config.yaml").read_text())["two-core"]
+    config = yaml.safe_load((parts.HERE / "config.yaml").read_text())["two-core"]
     small = {"steps": 4, "batch_size": 16, "samples": 50, "sampler_steps": 3, "sampler_batch": 50}
     small |= {"network": {"kind": "mlp", "channels": [16]}, "points": [40], "seeds": [0], "curve": [60]}
     em = {
@@ -42,12 +34,10 @@ def settings() -> dict:
     return found
 
 
-def test_every_row_of_the_ring(recipe, settings, tmp_path, monkeypatch, capsys):
-    run = recipe("run")
-    monkeypatch.setattr(run.yaml, "safe_load", lambda text: {"two-core": settings})
-    arguments = ["run.py", "--part", "ring", "--out", str(tmp_path), "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    run.main()
+def test_every_row_of_the_ring(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "load_settings", lambda profile, part: settings[part])
+    arguments = ["--part", "ring", "--out", str(tmp_path), "--device", "cpu"]
+    run.main(arguments)
     rows = {"clean oracle", "noisy-as-clean", "ambient full", "ambient truncated", "staged", "joint", "em"}
     found = {p: json.loads(p.read_text()) for p in (tmp_path / "two-core" / "ring").glob("*.json")}
     assert {row for cell in found.values() for row in cell["rows"]} == rows
@@ -56,39 +46,34 @@ def test_every_row_of_the_ring(recipe, settings, tmp_path, monkeypatch, capsys):
     assert all(f"| {row} | 1 |" in said for row in rows) and "floor" in said
     # Once more, with the learning curve: only what is missing is made, and that is the staged run of the other size.
     times = {p: p.stat().st_mtime_ns for p in found}
-    monkeypatch.setattr(sys, "argv", [*arguments, "--curve"])
-    run.main()
+    run.main([*arguments, "--curve"])
     assert all(p.stat().st_mtime_ns == time for p, time in times.items())
     new = set((tmp_path / "two-core" / "ring").glob("*.json")) - set(found)
     assert {p.name for p in new} == {"staged-0.3-n60-s0.json"}
 
 
-def test_masked_rows(recipe, settings, tmp_path, monkeypatch):
-    run = recipe("run")
-    monkeypatch.setattr(run.yaml, "safe_load", lambda text: {"two-core": settings})
-    arguments = ["run.py", "--part", "masked-mixture", "--levels", "0", ".25"]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(tmp_path), "--device", "cpu"])
-    run.main()
+def test_masked_rows(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load_settings", lambda profile, part: settings[part])
+    arguments = ["--part", "masked-mixture", "--levels", "0", ".25"]
+    run.main([*arguments, "--out", str(tmp_path), "--device", "cpu"])
     cells = [json.loads(p.read_text()) for p in (tmp_path / "two-core" / "masked-mixture").glob("*.json")]
     rows = {name: row for cell in cells for name, row in cell["rows"].items()}
     assert set(rows) == {"clean oracle", "em", "mask-conditional, fixed mask"}
     assert all(0 < row["sliced_w2"] < 10 for row in rows.values())
 
 
-def test_every_part_is_found_and_every_run_has_a_configuration(recipe):
-    run = recipe("run")
-    config = yaml.safe_load((RECIPE / "config.yaml").read_text())
-    assert all(set(profile) == set(run.MODULES) for profile in config.values())
-    configuration = recipe("methods").configuration
+def test_every_part_is_found_and_every_run_has_a_configuration():
+    config = yaml.safe_load((parts.HERE / "config.yaml").read_text())
+    assert all(set(profile) == set(parts.MODULES) for profile in config.values())
     for profile in config.values():
         for name, settings in profile.items():
-            for kind in run.load_part(name).RUNS:  # a configuration that is refused raises
+            for kind in parts.load_part(name).RUNS:  # a configuration that is refused raises
                 assert configuration(kind, settings, 0, "cpu").batch_size == settings["batch_size"]
 
 
-def test_the_cost_of_training_counts_every_evaluation(recipe):
+def test_the_cost_of_training_counts_every_evaluation():
     """By hand: a pair is 1 + draws, a walk of 0 to 4 steps is 2, an Ambient loss 1, an estimate and its denoising 2."""
-    cost = recipe("run").training_evaluations
+    cost = training_evaluations
     plain = {"draws": 2, "walk": [0, 4], "max_steps": 100}
     whole = {**plain, "replay": True, "margin": 1.1, "warm_start": 40, "shrinkage": 0.5}
     settings = {"batch_size": 10, "steps": 200, "joint": {"kick_in": 50, "replay": False}}
@@ -99,9 +84,8 @@ def test_the_cost_of_training_counts_every_evaluation(recipe):
     assert cost("joint", 99, {**settings, "consistency": whole}) == 2000 + 10 * 150 * (5 - 1 / 5)
 
 
-def test_the_scores_of_digits_see_noise_and_blur(recipe):
+def test_the_scores_of_digits_see_noise_and_blur():
     """The texture features do, by themselves: noise raises every one of them, blur lowers that across a stroke."""
-    texture = recipe("digit_scores").texture
     x = torch.zeros(200, 1, 28, 28)
     x[:, :, 4:24, 13] = 1.0
     g = torch.Generator().manual_seed(0)
@@ -111,11 +95,11 @@ def test_the_scores_of_digits_see_noise_and_blur(recipe):
     assert texture(blurred).mean(0)[0] < 0.7 * clean.mean(0)[0]
 
 
-def test_features_that_never_vary_count_for_nothing(recipe):
+def test_features_that_never_vary_count_for_nothing():
     """A unit that is silent on the reference and fires for one sample: with a small number in place of no deviation it would outweigh the rest."""
     reference = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
     reference[:, 1] = 0.0
-    std = recipe("digit_scores").scale(reference)
+    std = scale(reference)
     sample = torch.tensor([1.0, 0.3, 1.0])
     assert torch.equal((sample / std) == 0, torch.tensor([False, True, False]))
     assert torch.allclose(std[[0, 2]], reference.std(0)[[0, 2]])

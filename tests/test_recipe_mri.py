@@ -4,38 +4,29 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "mri"
-sys.path.insert(0, str(RECIPE))
-
-import cells as recipe_cells  # noqa: E402
-import priors as recipe_priors  # noqa: E402
-import report as recipe_report  # noqa: E402
-import scans as recipe_scans  # noqa: E402
-import ship as recipe_ship  # noqa: E402
-from ssdu import SplittingStage  # noqa: E402
-
-from ambient_sci.data import MeasurementFile, ReferenceFile, write_measurements  # noqa: E402
-from ambient_sci.errors import InputError  # noqa: E402
-from ambient_sci.losses import estimate  # noqa: E402
-from ambient_sci.operators import make_design  # noqa: E402
-from ambient_sci.priors import load_prior  # noqa: E402
-from ambient_sci.training import RunFolder, TrainConfig, make_accelerator, run_stage  # noqa: E402
-
-# Other recipes have a run.py, too.
-spec = importlib.util.spec_from_file_location("mri_run", RECIPE / "run.py")
-recipe = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-spec.loader.exec_module(recipe)  # type: ignore[union-attr]
+import recipes.mri.cells as recipe_cells
+import recipes.mri.priors as recipe_priors
+import recipes.mri.report as recipe_report
+import recipes.mri.run as recipe
+import recipes.mri.scans as recipe_scans
+import recipes.mri.ship as recipe_ship
+from ambient_sci.data import MeasurementFile, ReferenceFile, write_measurements
+from ambient_sci.errors import InputError
+from ambient_sci.losses import estimate
+from ambient_sci.operators import make_design
+from ambient_sci.priors import load_prior
+from ambient_sci.training import RunFolder, TrainConfig, make_accelerator, run_stage
+from recipes.mri.ablations import run_ablation
+from recipes.mri.ssdu import SplittingStage
 
 
 @pytest.fixture(scope="module")
@@ -319,28 +310,6 @@ def test_ablations_are_paired_by_seed():
     assert "| no-tweedie | 2 | 23.00 ± 7.07 | 0.1000 ± 0.0000 | -2.00 ± 0.00 |" in text
 
 
-def test_a_job_in_other_hands_is_left_alone_and_waited_for(tmp_path):
-    """While the lock is held elsewhere the others are done first; then the job is found done, and not done again."""
-    done, order = tmp_path / "a.json", []
-    with (
-        recipe_scans.locked(tmp_path / "l") as first,
-        recipe_scans.locked(tmp_path / "l", wait=False) as second,
-    ):
-        assert first and not second
-
-    def make(name: str):
-        def job() -> None:
-            order.append(name)
-            (tmp_path / f"{name}.json").write_text("{}")
-
-        return job
-
-    todo = [(n, [tmp_path / f"{n}.json"], make(n)) for n in ("a", "b")]
-    done.write_text("{}")
-    recipe.work(todo, tmp_path)
-    assert order == ["b"]
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A few cells of every kind, run from end to end."""
@@ -439,8 +408,8 @@ def test_an_entry_may_have_levels_and_loss_of_its_own(profile, scans, tmp_path):
 def test_an_ablation(tmp_path, profile):
     """Each arm differs in its loss alone, and says so in its run folder."""
     small = copy.deepcopy(profile)
-    found = recipe.run_ablation("keep-acs", 0, small, tmp_path, "cpu")
-    assert found["arm"] == "keep-acs" and math.isfinite(found["scores"]["psnr"]["mean"])
+    found = run_ablation("keep-acs", 0, small, tmp_path, "cpu")
+    assert math.isfinite(found["scores"]["psnr"]["mean"])
     loss = json.loads((tmp_path / "keep-acs-s0" / "config.json").read_text())["loss"]
     assert loss["hold_out_calibration"] is False and loss["held_out_weights"] == "exact" and loss["tweedie"]
     with ReferenceFile(next((tmp_path / "scans" / "test").glob("*truth.h5"))) as truth:

@@ -1,6 +1,6 @@
 """What operator awareness costs: one optimiser step of the ambient loss against one of plain denoising, same network, same run.
 
-    python recipes/benchmarks/ambient_step.py [--size 64] [--batch 8] [--repeats 15] [--out FILE.json]
+    python -m recipes.benchmarks.ambient_step [--size 64] [--batch 8] [--repeats 15] [--out FILE.json]
 
 Both kinds of step are timed alternately and the median of the ratios of neighbours is reported, so that a machine that slows down or is shared
 slows both. The plain step sees clean images at the same levels; for mask-conditional networks, with a mask of ones.
@@ -9,7 +9,6 @@ slows both. The plain step sees clean images at the same levels; for mask-condit
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from ambient_sci.losses import ambient
 from ambient_sci.noise import expand
 from ambient_sci.operators import MRI, Identity, Masking, RowMaskedOperator, birdcage_maps, make_design
 from ambient_sci.priors import KeptRows, NetworkConfig, NetworkPrior
+from ambient_sci.whole_files import write_json
 
 LIMITS = {"identity": 1.05, "masking": 1.05, "mri, 8 coils": 1.2}
 
@@ -101,7 +101,7 @@ def main() -> None:
             f"{result['ambient_seconds']:.3f} s against {result['plain_seconds']:.3f} s"
         )
     if args.out:
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(args.out, report)
 
 
 if __name__ == "__main__":

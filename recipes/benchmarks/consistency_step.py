@@ -1,6 +1,6 @@
 """What a step of staged consistency costs, walk included, against a denoising step of the same network; all in one run.
 
-    python recipes/benchmarks/consistency_step.py [--size 64] [--batch 4] [--repeats 20] [--device cpu|cuda] [--out costs.json]
+    python -m recipes.benchmarks.consistency_step [--size 64] [--batch 4] [--repeats 20] [--device cpu|cuda] [--out costs.json]
 
 Steps are whole training steps (loss, backward pass, clipping, optimiser, weight average). The kinds of step take turns, so that a busy
 machine slows all of them alike; a ratio is that of the medians. The walk draws k from 0-3, as in the default configuration, and with replay it
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from pathlib import Path
@@ -31,6 +30,7 @@ from ambient_sci.training import (
     make_accelerator,
     open_source,
 )
+from ambient_sci.whole_files import write_json
 
 KINDS: dict[str, dict[str, Any]] = {
     "walk": {},
@@ -145,9 +145,8 @@ def report(seconds: dict[str, list[float]], arguments: argparse.Namespace) -> No
         print(f"{name:32s} {1e3 * row['seconds']:9.1f} ms   {row['ratio']:5.2f} x")
     if arguments.out:
         settings = {k: v for k, v in vars(arguments).items() if k != "out"}
-        arguments.out.write_text(
-            json.dumps({"settings": settings, "threads": torch.get_num_threads(), "steps": result}, indent=1)
-        )
+        threads = torch.get_num_threads()
+        write_json(arguments.out, {"settings": settings, "threads": threads, "steps": result})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Multi-coil MRI, forward and adjoint: ours, deepinv's and sigpy's against the bare FFTs, in one run.
 
-    python recipes/benchmarks/mri_operator.py [--sizes 128 256 320] [--batches 1 4 16] [--coils 8] [--threads 1] [--out FOLDER]
+    python -m recipes.benchmarks.mri_operator [--sizes 128 256 320] [--batches 1 4 16] [--coils 8] [--threads 1] [--out FOLDER]
 
 One call is y = A x and then A^H y for the whole batch: float32 images, one mask of lines an image, coil maps shared. sigpy's `Sense` takes one image
 at a time, so it is called once an image, on numpy arrays of the same numbers. The bare FFTs are one forward and one inverse orthonormal
@@ -12,7 +12,6 @@ spread is the range from the first to the third quartile of the ratios of neighb
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 
 from ambient_sci.operators import MRI, birdcage_maps, make_design
+from ambient_sci.whole_files import write_json, write_text
 
 LIMITS = {"deepinv": 0.4, "sigpy": 0.25}
 BASELINES = ("deepinv", "sigpy", "FFTs")
@@ -151,8 +151,8 @@ def main() -> None:
     print("\n" + table(report))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "mri_operator.json").write_text(json.dumps(report, indent=1) + "\n")
-        (arguments.out / "mri_operator.md").write_text(table(report))
+        write_json(arguments.out / "mri_operator.json", report)
+        write_text(arguments.out / "mri_operator.md", table(report))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How good are the denoisers behind the digits' table, level by level? Needs the truth, so it explains and does not choose.
 
-    python recipes/exactness/denoiser_error.py [--images 256] [--out runs/exactness]
+    python -m recipes.exactness.denoiser_error [--images 256] [--out runs/exactness]
 
 For every prior of the part "digits", on held-out images x + sigma z: the root mean square error of D over sigma, and the share of the noise that D
 leaves in flat background (further than two pixels from ink), mean of (D - x) z / sigma.
@@ -12,10 +12,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from digit_scores import images
 
 from ambient_sci import load_prior
 from ambient_sci.priors import Prior, StagedPrior
+from recipes.exactness.digit_scores import images
 
 LEVELS = (0.01, 0.02, 0.05, 0.07, 0.1, 0.107, 0.115, 0.15, 0.2, 0.214, 0.23, 0.3, 0.5)
 

@@ -7,86 +7,72 @@ clean               a prior trained on the images themselves
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from digit_scores import Scores, spread
-from methods import draw, train
 from torch import Tensor
-from toys import reference, sliced_wasserstein, truth
 
 from ambient_sci.operators import Identity, Independent, Masking
+from ambient_sci.priors import Prior
 from ambient_sci.sampling import generate_fixed_mask
-from ambient_sci.training import em_report
+from recipes.exactness import parts
+from recipes.exactness.digit_scores import Scores, spread
+from recipes.exactness.toys import reference, sliced_wasserstein, truth
 
 NOISE = 0.05
 
 
-class Part:
-    """Masked digits, or the masked mixture.
-
-    Attributes:
-        RUNS: what is trained.
-    """
+class Part(parts.Part):
+    """Masked digits, or the masked mixture."""
 
     RUNS = ("clean", "em", "mask-conditional")
+    LEVELS = "missing"
 
-    def __init__(self, name: str) -> None:
-        self.digits = name == "masked"
+    def problem(self, job: parts.Job, folder: Path) -> parts.Problem:
+        """Incomplete measurements, or what they are of."""
+        clean, score, floor = self._truth(job, folder)
+        if job.run == "clean":
+            return parts.Problem((Identity(tuple(clean.shape[1:])), clean, 0.0), score, floor)
+        generator = torch.Generator().manual_seed(1000 + job.seed)
+        design = Independent(tuple(clean.shape[1:]), "pixels", 1 - job.level)
+        operator = Masking(design.sample(job.size, generator), img_size=tuple(clean.shape[1:]), design=design)
+        noise = torch.randn(clean.shape, generator=generator) * operator.mask
+        data = (operator, operator.A(clean) + NOISE * noise, NOISE)
+        kept = None
+        if job.run == "mask-conditional":
+            kept = operator.split(keep=job.settings["keep"], generator=generator).kept
+        return parts.Problem(data, score, floor, kept)
 
-    def levels(self, settings: dict[str, Any]) -> list[float]:
-        """Fractions of the entries that are missing."""
-        return settings["missing"]
-
-    def run(
-        self,
-        run: str,
-        level: float,
-        size: int,
-        seed: int,
-        settings: dict[str, Any],
-        folder: Path,
-        device: str,
-    ) -> dict[str, Any]:
-        """Train, draw, score."""
-        clean, score = self._problem(size, settings, seed, folder.parent)
-        shape = tuple(clean.shape[1:])
-        if run == "clean":
-            prior, _ = train((Identity(shape), clean, 0.0), run, settings, seed, folder, device)
-            samples, _ = draw(prior, settings["samples"], settings["sigma_min"], settings, seed)
-            return {"rows": {"clean oracle": score(samples)}, "floor": self._floor(settings, seed, score)}
-        generator = torch.Generator().manual_seed(1000 + seed)
-        design = Independent(shape, "pixels", 1 - level)
-        operator = Masking(design.sample(size, generator), img_size=shape, design=design)
-        y = operator.A(clean) + NOISE * torch.randn(clean.shape, generator=generator) * operator.mask
-        prior, _ = train((operator, y, NOISE), run, settings, seed, folder, device)
-        if run == "em":
-            samples, _ = draw(prior, settings["samples"], settings["sigma_min"], settings, seed)
-            return {"rows": {"em": score(samples)}, "laps": em_report(folder)}
+    def rows(self, job: parts.Job, prior: Prior, problem: parts.Problem) -> dict[str, dict[str, Any]]:
+        """Mask-conditional priors sample with the masks of the data, further thinned; the others as they are."""
+        if job.run != "mask-conditional":
+            return super().rows(job, prior, problem)
+        settings = job.settings
         samples = generate_fixed_mask(
             prior,
-            operator.split(keep=settings["keep"], generator=generator).kept.to(
-                next(prior.parameters()).device
-            ),
+            problem.kept.to(next(prior.parameters()).device),
             settings["samples"],
             steps=settings["sampler_steps"],
             sigma_max=settings["sigma_max"],
             batch_size=settings["sampler_batch"],
-            generator=torch.Generator().manual_seed(3000 + seed),
+            generator=torch.Generator().manual_seed(3000 + job.seed),
         )
-        return {"rows": {"mask-conditional, fixed mask": score(samples)}}
+        return {"mask-conditional, fixed mask": problem.score(prior, samples)}
 
-    def _floor(self, settings: dict[str, Any], seed: int, score: Any) -> dict[str, float]:
-        """What as many draws of the truth score."""
-        if self.digits:
-            return score(spread(settings["samples"]))
-        return score(reference("mixture", settings["samples"], seed + 100))
+    def _truth(
+        self, job: parts.Job, folder: Path
+    ) -> tuple[Tensor, Callable[[Prior, Tensor], Any], Callable[[], Any]]:
+        """Clean images, what scores samples, and what as many draws of the truth score."""
+        num = job.settings["samples"]
+        if self.name == "masked":
+            scores = Scores(folder)
+            return spread(job.size), lambda _, samples: scores(samples), lambda: scores(spread(num))
+        held_out, others = reference("mixture", num, job.seed), reference("mixture", num, job.seed + 100)
+        clean = truth("mixture").sample(job.size, torch.Generator().manual_seed(2000 + job.seed)).float()
 
-    def _problem(self, size: int, settings: dict[str, Any], seed: int, folder: Path) -> tuple[Tensor, Any]:
-        """Clean images, and what scores samples."""
-        if self.digits:
-            return spread(size), Scores(folder)
-        held_out = reference("mixture", settings["samples"], seed)
-        clean = truth("mixture").sample(size, torch.Generator().manual_seed(2000 + seed)).float()
-        return clean, lambda samples: {"sliced_w2": sliced_wasserstein(samples.cpu(), held_out)}
+        def distance(samples: Tensor) -> dict[str, float]:
+            return {"sliced_w2": sliced_wasserstein(samples.cpu(), held_out)}
+
+        return clean, lambda _, samples: distance(samples), lambda: distance(others)

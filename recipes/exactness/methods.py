@@ -17,6 +17,7 @@ from torch import Tensor
 from ambient_sci.priors import NetworkConfig, Prior, StagedPrior
 from ambient_sci.sampling import generate
 from ambient_sci.training import ConsistencyConfig, EMConfig, LevelConfig, LossConfig, TrainConfig, fit
+from recipes.counted import Counted
 
 #: run -> rows of the table
 ROWS = {
@@ -65,21 +66,6 @@ def configuration(run: str, settings: dict[str, Any], seed: int, device: str) ->
     return replace(base, loss=LossConfig(), levels=levels, max_steps=None, em=em)
 
 
-class Counted(torch.nn.Module):
-    """A prior that counts its evaluations, in images."""
-
-    def __init__(self, prior: Prior) -> None:
-        super().__init__()
-        self.prior, self.evaluations = prior, 0
-        for name in ("shape", "data_std", "takes", "sigma_min", "sigma_max"):
-            setattr(self, name, getattr(prior, name))
-
-    def forward(self, x: Tensor, sigma: Any, mask: Tensor | None = None) -> Tensor:
-        """The prior's answer."""
-        self.evaluations += len(x)
-        return self.prior(x, sigma, mask)
-
-
 def train(
     data: Any, run: str, settings: dict[str, Any], seed: int, folder: Path, device: str
 ) -> tuple[Prior, float]:
@@ -92,7 +78,7 @@ def train(
 
 def draw(prior: Prior, num: int, sigma_min: float, settings: dict[str, Any], seed: int) -> tuple[Tensor, int]:
     """``num`` samples and the network evaluations a sample took."""
-    counted: Any = Counted(prior)
+    counted = Counted(prior)
     samples = generate(
         counted,
         num,
@@ -102,7 +88,7 @@ def draw(prior: Prior, num: int, sigma_min: float, settings: dict[str, Any], see
         batch_size=settings["sampler_batch"],
         generator=torch.Generator().manual_seed(3000 + seed),
     )
-    return samples, counted.evaluations // num
+    return samples, counted.forwards // num
 
 
 def shown_and_level(row: str, prior: Prior, sigma_n: float, settings: dict[str, Any]) -> tuple[Prior, float]:

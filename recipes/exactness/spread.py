@@ -1,6 +1,6 @@
 """How much of a difference between two rows of the digits' table is the luck of the draw?
 
-    python recipes/exactness/spread.py [--rows "ambient truncated" staged staged@0.04] [--repeats 3] [--out runs/exactness]
+    python -m recipes.exactness.spread [--rows "ambient truncated" staged staged@0.04] [--repeats 3] [--out runs/exactness]
 
 Draws further sets of samples from the priors of the staged cells that are there and scores each: mean and standard deviation over sets for each
 row, and of the difference between every row and the first one, whose sets start from the same noise. "staged@0.04" stops at level .04.
@@ -9,14 +9,14 @@ row, and of the difference between every row and the first one, whose sets start
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
-import yaml
-from digit_scores import Scores
-from methods import draw, shown_and_level
-from run import HERE, read, summary
-
 from ambient_sci import load_prior
+from recipes.exactness.digit_scores import Scores
+from recipes.exactness.methods import draw, shown_and_level
+from recipes.exactness.parts import load_settings
+from recipes.grid import mean_std
 
 
 def main() -> None:
@@ -31,10 +31,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/exactness"))
     arguments = parser.parse_args()
     folder = arguments.out / arguments.profile / "digits"
-    config = yaml.safe_load((HERE / "config.yaml").read_text())
-    settings, score = config[arguments.profile]["digits"], Scores(folder)
+    settings, score = load_settings(arguments.profile, "digits"), Scores(folder)
     for path in sorted(folder.glob("staged-*.json")):
-        cell = read(path)
+        cell = json.loads(path.read_text())
         if arguments.levels is not None and cell["level"] not in arguments.levels:
             continue
         prior = load_prior(path.with_suffix(""))
@@ -45,10 +44,10 @@ def main() -> None:
                 samples, _ = draw(shown, settings["samples"], low, settings, 100 * repeat + cell["seed"])
                 scores.append(score(samples)["frechet"])
         for row, scores in found.items():
-            print(f"{path.stem}: {row}: Frechet {summary(scores)}", flush=True)
+            print(f"{path.stem}: {row}: Frechet {mean_std(scores)}", flush=True)
         for row in arguments.rows[1:]:
             gaps = [b - a for a, b in zip(found[arguments.rows[0]], found[row], strict=True)]
-            print(f"{path.stem}: {row} - {arguments.rows[0]}: {summary(gaps)}", flush=True)
+            print(f"{path.stem}: {row} - {arguments.rows[0]}: {mean_std(gaps)}", flush=True)
 
 
 if __name__ == "__main__":

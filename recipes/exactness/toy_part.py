@@ -5,45 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from methods import rows, train
-from toys import denoiser_error, noisy_data, reference, sliced_wasserstein
+from torch import Tensor
 
 from ambient_sci.priors import Prior
+from recipes.exactness import parts
+from recipes.exactness.toys import denoiser_error, noisy_data, reference, sliced_wasserstein
 
 
-class Part:
-    """One of the two problems.
-
-    Attributes:
-        RUNS: what is trained.
-    """
+class Part(parts.Part):
+    """One of the two problems."""
 
     RUNS = ("clean", "noisy", "staged", "joint", "em")
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def problem(self, job: parts.Job, folder: Path) -> parts.Problem:
+        """Noisy points; scored by the distance to the truth and the error of the denoiser."""
+        data = noisy_data(self.name, job.size, 0.0 if job.run == "clean" else job.level, job.seed)
+        truth = reference(self.name, job.settings["samples"], job.seed)
 
-    def levels(self, settings: dict[str, Any]) -> list[float]:
-        """Noise levels of the data."""
-        return settings["sigma_n"]
-
-    def run(
-        self,
-        run: str,
-        level: float,
-        size: int,
-        seed: int,
-        settings: dict[str, Any],
-        folder: Path,
-        device: str,
-    ) -> dict[str, Any]:
-        """Train, sample, score; the metric's floor (two draws of the truth) is scored beside it."""
-        data = noisy_data(self.name, size, 0.0 if run == "clean" else level, seed)
-        prior, seconds = train(data, run, settings, seed, folder, device)
-        truth = reference(self.name, settings["samples"], seed)
-
-        def score(shown: Prior, samples: torch.Tensor) -> dict[str, Any]:
+        def score(shown: Prior, samples: Tensor) -> dict[str, Any]:
             errors = denoiser_error(shown, self.name)
             return {
                 "sliced_w2": sliced_wasserstein(samples.cpu(), truth),
@@ -51,6 +30,11 @@ class Part:
                 "denoiser_error": errors,
             }
 
-        found = rows(run, prior.cpu(), level, settings, seed, score)
-        floor = sliced_wasserstein(reference(self.name, settings["samples"], seed + 100), truth)
-        return {"rows": found, "floor": floor, "training_seconds": round(seconds, 1)}
+        def floor() -> float:
+            return sliced_wasserstein(reference(self.name, job.settings["samples"], job.seed + 100), truth)
+
+        return parts.Problem(data, score, floor)
+
+    def rows(self, job: parts.Job, prior: Prior, problem: parts.Problem) -> dict[str, dict[str, Any]]:
+        """The networks are tiny: they sample on the CPU."""
+        return super().rows(job, prior.cpu(), problem)

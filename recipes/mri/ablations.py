@@ -15,13 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from priors import configuration
-from scans import Scans
-
 from ambient_sci.data import MeasurementFile
 from ambient_sci.evaluation import reconstruction_table
 from ambient_sci.sampling import reconstruct
 from ambient_sci.training import LossConfig, fit
+from recipes.grid import Cell
+from recipes.mri.priors import configuration
+from recipes.mri.scans import Scans
 
 ARMS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -29,6 +29,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "unit-weights": {"held_out_weights": "unit"},
     "keep-acs": {"hold_out_calibration": False},
 }
+
+
+def ablation_cells(profile: dict[str, Any]) -> list[Cell]:
+    """Every arm with every seed."""
+    settings = profile["ablation"]
+    pairs = [(arm, seed) for seed in settings["seeds"] for arm in ARMS]
+    return [Cell(f"{arm}-s{seed}", {"arm": arm, "seed": seed, "R": settings["R"]}) for arm, seed in pairs]
 
 
 def run_ablation(arm: str, seed: int, profile: dict[str, Any], folder: Path, device: str) -> dict[str, Any]:
@@ -48,5 +55,4 @@ def run_ablation(arm: str, seed: int, profile: dict[str, Any], folder: Path, dev
             prior, file.operator().to(where), file.measurements().to(where), file.sigma(), sampler="one-step"
         )
     table = reconstruction_table({"scores": result.mean.cpu()}, test.truth, test.subjects, test.peaks)
-    scores, slices = table["methods"]["scores"], table["slices"]
-    return {"arm": arm, "seed": seed, "R": settings["R"], "scores": scores, "slices": slices}
+    return {"scores": table["methods"]["scores"], "slices": table["slices"]}

@@ -8,13 +8,10 @@ held out    the same for a fifth of the measured rows, which samples from the ot
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from priors import KINDS, accelerations
-from scans import Evaluation
 
 from ambient_sci.data import MeasurementFile
 from ambient_sci.errors import InputError
@@ -22,6 +19,9 @@ from ambient_sci.evaluation import hold_out, reconstruction_table, sweep, with_t
 from ambient_sci.priors import Prior
 from ambient_sci.quickstart import std_over_error
 from ambient_sci.sampling import Reconstruction, reconstruct, reconstruct_to_file
+from recipes.grid import Cell
+from recipes.mri.priors import KINDS, accelerations
+from recipes.mri.scans import Evaluation
 
 CLASSIC = ("zero-filled", "sense", "l1-wavelet", "tv")
 #: Kind of prior -> ways to reconstruct with it. What SSDU trains has no meaning at other levels of noise, so it has one step only.
@@ -34,28 +34,28 @@ METHODS = {
 assert set(METHODS) == set(KINDS)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A cell of the table; ``prior`` is None for classic methods."""
-
-    prior: str | None
-    method: str
-    acceleration: float
-
-    @property
-    def name(self) -> str:
-        """Names its files."""
-        return f"{self.prior or 'classic'}--{self.method}--R{self.acceleration:g}"
+def make_cell(prior: str | None, method: str, acceleration: float, profile: dict[str, Any]) -> Cell:
+    """A cell of the table; ``prior`` is None for classic methods. One process makes all cells of a prior: it trains it, too."""
+    entry = {"kind": "classic"} if prior is None else profile["priors"][prior]
+    settings = {
+        "prior": prior,
+        "kind": entry["kind"],
+        "R_train": None if prior is None else accelerations(entry),
+        "method": method,
+        "R_test": acceleration,
+    }
+    return Cell(f"{prior or 'classic'}--{method}--R{acceleration:g}", settings, group=prior or "classic")
 
 
 def all_cells(profile: dict[str, Any]) -> list[Cell]:
-    """Every cell of a profile, in the order in which they are run: of one prior together."""
-    found = [Cell(None, method, r) for method in CLASSIC for r in profile["test"]]
+    """Every cell of a profile, those of one prior together; priors whose ``order`` is high (they take long) first."""
+    found = [make_cell(None, method, r, profile) for method in CLASSIC for r in profile["test"]]
     for name, entry in profile["priors"].items():
         if entry["kind"] not in METHODS:
             raise InputError(f"priors.{name}.kind: expected one of {', '.join(KINDS)}, got {entry['kind']!r}")
-        found += [Cell(name, method, r) for r in profile["test"] for method in METHODS[entry["kind"]]]
-    return found
+        methods = METHODS[entry["kind"]]
+        found += [make_cell(name, method, r, profile) for r in profile["test"] for method in methods]
+    return sorted(found, key=lambda cell: -profile["priors"].get(cell.group, {}).get("order", 0))
 
 
 def chosen(
@@ -66,36 +66,32 @@ def chosen(
         c
         for c in cells
         if (patterns is None or any(fnmatch.fnmatch(c.name, p) for p in patterns))
-        and (priors is None or any(fnmatch.fnmatch(c.prior or "classic", p) for p in priors))
-        and (test is None or c.acceleration in test)
+        and (priors is None or any(fnmatch.fnmatch(str(c.group), p) for p in priors))
+        and (test is None or c.settings["R_test"] in test)
     ]
 
 
 def run_cell(
-    cell: Cell, prior: Prior | None, profile: dict[str, Any], scans: Evaluation, folder: Path, device: str
+    cell: Cell, prior: Prior | None, profile: dict[str, Any], scans: Evaluation, folder: Path
 ) -> dict[str, Any]:
     """Reconstruct and score; the images go to ``folder``/NAME.h5."""
-    result = classic(cell, scans) if prior is None else sampled(cell, prior, profile, scans, folder, device)
     if prior is None:
+        result = classic(cell.settings["method"], scans)
         result.save(folder / f"{cell.name}.h5", overwrite=True)
+    else:
+        result = sampled(cell, prior, profile, scans, folder)
     table = reconstruction_table({"scores": result.mean}, scans.truth, scans.subjects, scans.peaks)
-    entry = profile["priors"][cell.prior] if cell.prior else {"kind": "classic"}
     found: dict[str, Any] = {
-        "prior": cell.prior,
-        "kind": entry["kind"],
-        "R_train": accelerations(entry) if cell.prior else None,
-        "method": cell.method,
-        "R_test": cell.acceleration,
         "scores": table["methods"]["scores"],
         "slices": table["slices"],
         "report": result.report,
     }
-    if prior is not None and cell.method == "mmps":
+    if prior is not None and cell.settings["method"] == "mmps":
         found["std_over_error"] = std_over_error(result, scans.truth, scans.subjects)
         generator = torch.Generator().manual_seed(profile["scans"]["seed"])
         truth = with_truth(result.samples, scans.truth, subjects=scans.subjects, generator=generator)
         found["with_truth"] = summary(truth)
-        found["held_out"] = summary(held_out(prior, profile, scans, device))
+        found["held_out"] = summary(held_out(prior, profile, scans))
     return found
 
 
@@ -108,14 +104,14 @@ def summary(calibration: dict[str, Any]) -> dict[str, Any]:
     return {"coverage": coverage, **{k: calibration[k] for k in kept if k in calibration}}
 
 
-def classic(cell: Cell, scans: Evaluation) -> Reconstruction:
+def classic(method: str, scans: Evaluation) -> Reconstruction:
     """A classic method at the weight of best PSNR against the truth, an oracle's choice in its favour."""
     with MeasurementFile(scans.path) as file:
         operator, y = file.operator(), file.measurements()
-    if cell.method == "zero-filled":
+    if method == "zero-filled":
         return Reconstruction.from_samples(zero_filled(operator, y)[None], {})
     peak = torch.tensor([scans.peaks[s] for s in scans.subjects])
-    best = sweep(cell.method, operator, y, scans.truth, peak=peak)
+    best = sweep(method, operator, y, scans.truth, peak=peak)
     report = {
         "weight": best.weight,
         "interior": best.interior,
@@ -126,27 +122,27 @@ def classic(cell: Cell, scans: Evaluation) -> Reconstruction:
 
 
 def sampled(
-    cell: Cell, prior: Prior, profile: dict[str, Any], scans: Evaluation, folder: Path, device: str
+    cell: Cell, prior: Prior, profile: dict[str, Any], scans: Evaluation, folder: Path
 ) -> Reconstruction:
     """By the sampler of the cell with the profile's settings; goes on where it was interrupted."""
-    path = folder / f"{cell.name}.h5"
+    path, method = folder / f"{cell.name}.h5", cell.settings["method"]
     where = next(prior.parameters()).device
     with MeasurementFile(scans.path) as file:
         reconstruct_to_file(
             prior,
             file,
             path,
-            sampler=cell.method,
+            sampler=method,
             generator=torch.Generator().manual_seed(profile["scans"]["seed"]),
             overwrite=True,
             progress=True,
             device=where,
-            **profile.get(cell.method, {}),
+            **profile.get(method, {}),
         )
     return Reconstruction.load(path)
 
 
-def held_out(prior: Prior, profile: dict[str, Any], scans: Evaluation, device: str) -> dict[str, Any]:
+def held_out(prior: Prior, profile: dict[str, Any], scans: Evaluation) -> dict[str, Any]:
     """Calibration on held-out rows of the test scans, from measurements alone."""
     settings, where = dict(profile["held_out"]), next(prior.parameters()).device
     keep, samples = settings.pop("keep"), settings.pop("samples")

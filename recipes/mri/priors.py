@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scans import Scans
-from ssdu import SplittingStage
 from torch import Tensor, nn
 
 from ambient_sci.data import MeasurementFile
@@ -38,6 +36,8 @@ from ambient_sci.training import (
     run_stage,
 )
 from ambient_sci.whole_files import write_json
+from recipes.mri.scans import Scans
+from recipes.mri.ssdu import SplittingStage
 
 KINDS = ("clean", "noisy", "em", "k-space", "ssdu", "robust")
 #: Keeps the random streams of the members of a model of several accelerations apart.

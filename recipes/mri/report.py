@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from ablations import ARMS
-from cells import CLASSIC
-from scans import Scans
 
 from ambient_sci.evaluation import reconstruction_figure
 from ambient_sci.sampling import ResultFile
-from ambient_sci.whole_files import write_text
+from ambient_sci.whole_files import whole_file, write_text
+from recipes.grid import Grid, mean_std
+from recipes.grid import table as markdown
+from recipes.mri.ablations import ARMS
+from recipes.mri.cells import CLASSIC
+from recipes.mri.scans import Scans
 
 LEVEL = "80"
+#: Columns of an acceleration after the first one.
+ENTRIES = ("SSIM", "std / error", f"{LEVEL} % cover truth", f"{LEVEL} % cover held-out rows")
 
 
 def write_report(out: Path, profile: dict[str, Any]) -> str:
     """Write table.md and the figures into ``out``; return the table."""
-    cells = [json.loads(p.read_text()) for p in sorted((out / "cells").glob("*.json"))]
+    cells = Grid(out / "cells").read()
     # Cells of an earlier configuration stay on disk and out of the table.
     known = [None, *profile["priors"]]
     cells = [c for c in cells if c["prior"] in known and c["R_test"] in profile["test"]]
-    ablations = [json.loads(p.read_text()) for p in sorted((out / "ablations").glob("*.json"))]
+    ablations = Grid(out / "ablations").read()
     parts = [table(cells, profile)] if cells else []
     parts += [differences(cells)] if cells else []
     parts += [ablation_table(ablations)] if ablations else []
@@ -40,31 +44,24 @@ def write_report(out: Path, profile: dict[str, Any]) -> str:
 
 
 def table(cells: list[dict[str, Any]], profile: dict[str, Any]) -> str:
-    """One row a prior and method, four columns an acceleration."""
-    rates = [r for r in profile["test"] if any(c["R_test"] == r for c in cells)]
-    head = ["prior", "trained on", "method"]
-    for r in rates:
-        head += [
-            f"R = {r:g}: PSNR / dB",
-            "SSIM",
-            "std / error",
-            f"{LEVEL} % cover truth",
-            f"{LEVEL} % cover held-out rows",
-        ]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, method in _rows(cells, profile):
-        own = {c["R_test"]: c for c in cells if (c["prior"], c["method"]) == (name, method)}
-        line = [name or "classic", _trained_on(next(iter(own.values()))), method]
-        for r in rates:
-            line += _entries(own[r]) if r in own else [""] * 5
-        lines.append("| " + " | ".join(line) + " |")
+    """One row a prior and method, five columns an acceleration."""
+    order = {row: k for k, row in enumerate(_rows(cells, profile))}
+    rows = {
+        "prior": lambda cell: cell["prior"] or "classic",
+        "trained on": _trained_on,
+        "method": lambda cell: cell["method"],
+    }
+
+    def entry(rate: float, k: int) -> Callable[[list[dict[str, Any]]], str]:
+        return lambda own: next((_entries(cell)[k] for cell in own if cell["R_test"] == rate), "")
+
+    columns = []
+    for r in [r for r in profile["test"] if any(c["R_test"] == r for c in cells)]:
+        columns += [(title, entry(r, k)) for k, title in enumerate([f"R = {r:g}: PSNR / dB", *ENTRIES])]
+    text = markdown(sorted(cells, key=lambda c: order[c["prior"], c["method"]]), rows, columns)
     people = cells[0]["slices"]
     counted = ", ".join(f"{p} ({n})" for p, n in people.items())
-    lines += [
-        "",
-        f"± standard error over {len(people)} people (slices: {counted}); PSNR and SSIM of magnitudes.",
-    ]
-    return "\n".join(lines)
+    return f"{text}\n\n± standard error over {len(people)} people (slices: {counted}); PSNR and SSIM of magnitudes."
 
 
 def _rows(cells: list[dict[str, Any]], profile: dict[str, Any]) -> list[tuple[str | None, str]]:
@@ -125,27 +122,28 @@ def differences(cells: list[dict[str, Any]]) -> str:
 
 def ablation_table(found: list[dict[str, Any]]) -> str:
     """Mean and standard deviation over seeds, and the paired difference from the full loss."""
-    lines = ["| ablation | seeds | PSNR / dB | NRMSE | PSNR − full, same seed |", "|---|---|---|---|---|"]
-    full = {f["seed"]: f for f in found if f["arm"] == "full"}
-    for arm in ARMS:
-        own = [f for f in found if f["arm"] == arm]
-        if not own:
-            continue
-        values = [_spread([f["scores"][m]["mean"] for f in own], d) for m, d in (("psnr", 2), ("nrmse", 4))]
-        pairs = [
-            f["scores"]["psnr"]["mean"] - full[f["seed"]]["scores"]["psnr"]["mean"]
-            for f in own
-            if arm != "full" and f["seed"] in full
-        ]
-        lines.append(
-            f"| {arm} | {len(own)} | {values[0]} | {values[1]} | {_spread(pairs, 2) if pairs else ''} |"
-        )
-    return "\n".join([*lines, "", "± standard deviation over seeds."])
+    full = {f["seed"]: f["scores"]["psnr"]["mean"] for f in found if f["arm"] == "full"}
+
+    def score(name: str, digits: int) -> Callable[[list[dict[str, Any]]], str]:
+        return lambda own: _spread([f["scores"][name]["mean"] for f in own], digits)
+
+    def difference(own: list[dict[str, Any]]) -> str:
+        others = [f for f in own if f["arm"] != "full" and f["seed"] in full]
+        return _spread([f["scores"]["psnr"]["mean"] - full[f["seed"]] for f in others], 2) if others else ""
+
+    columns = [
+        ("seeds", lambda own: str(len(own))),
+        ("PSNR / dB", score("psnr", 2)),
+        ("NRMSE", score("nrmse", 4)),
+        ("PSNR − full, same seed", difference),
+    ]
+    ordered = sorted((f for f in found if f["arm"] in ARMS), key=lambda f: list(ARMS).index(f["arm"]))
+    text = markdown(ordered, {"ablation": lambda f: f["arm"]}, columns)
+    return f"{text}\n\n± standard deviation over seeds."
 
 
 def _spread(values: list[float], digits: int) -> str:
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    return mean_std(values, f".{digits}f", f".{digits}f")
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------------
@@ -175,9 +173,8 @@ def psnr_figure(path: Path, cells: list[dict[str, Any]], profile: dict[str, Any]
     axes.set_ylabel("PSNR / dB, mean and standard error over people")
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
-    part = path.with_name(f".{path.name}")
-    figure.savefig(part, dpi=130, format="png")
-    part.replace(path)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=130, format="png")
 
 
 def images_figure(

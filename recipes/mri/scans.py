@@ -10,9 +10,7 @@ Simulations with one seed share phase, maps and noise, so that the same test sca
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +26,7 @@ from ambient_sci.errors import InputError
 from ambient_sci.evaluation import volume_peak
 from ambient_sci.operators import make_design
 from ambient_sci.progress import track
+from recipes.grid import locked
 
 #: Slices undersampled at a time.
 BLOCK = 16
@@ -102,18 +101,6 @@ class Scans:
                 make = undersample if self.settings["source"] == "measurements" else simulate_images
                 make(self.settings, part, acceleration, clean, slices, path, reference)
         return path, reference
-
-
-@contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock file, which the system releases when the process ends however it ends; yields whether it is held."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 def design_of(settings: dict[str, Any], acceleration: float, shape: Sequence[int]) -> Any:

@@ -1,6 +1,6 @@
 """Pack a trained prior of this recipe, with its card, as one that ships with the library.
 
-    python recipes/mri/ship.py --prior noisy --name brain64 [--profile two-core] [--runs runs/mri] [--out ambient_sci/priors/assets]
+    python -m recipes.mri.ship --prior noisy --name brain64 [--profile two-core] [--runs runs/mri] [--out ambient_sci/priors/assets]
 
 The card's numbers are read from the cells of the table; the prior and these cells must be there.
 """
@@ -15,18 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-
-from priors import accelerations  # noqa: E402
-from profiles import load_profile  # noqa: E402
-from report import with_error  # noqa: E402
-from scans import Scans  # noqa: E402
-
-from ambient_sci.data import MeasurementFile  # noqa: E402
-from ambient_sci.errors import InputError  # noqa: E402
-from ambient_sci.priors import NetworkPrior, load_prior  # noqa: E402
-from ambient_sci.whole_files import write_text  # noqa: E402
+from ambient_sci.data import MeasurementFile
+from ambient_sci.errors import InputError
+from ambient_sci.priors import NetworkPrior, load_prior
+from ambient_sci.whole_files import write_text
+from recipes.mri.priors import accelerations
+from recipes.mri.profiles import load_profile
+from recipes.mri.report import with_error
+from recipes.mri.scans import Scans
 
 #: Most bytes of a prior in the package.
 LARGEST = 8_000_000

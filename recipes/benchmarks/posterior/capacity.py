@@ -1,6 +1,6 @@
 """Does a learned prior's sampler hold out: seconds for 16 samples of 16 slices, and 10,000 solves of which none may be NaN.
 
-    python recipes/benchmarks/posterior/capacity.py runs/quickstart/run --out runs/benchmark-posterior/capacity
+    python -m recipes.benchmarks.posterior.capacity runs/quickstart/run --out runs/benchmark-posterior/capacity
 
 RUN is a prior trained by the quickstart. The slices are those of the quickstart's other people (16 of them, evenly spaced), measured anew
 for every problem: the first one is the quickstart's (R = 2.5, sigma_y = .05) and is timed, the others go through accelerations 1 to 8,
@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ambient_sci.data import brains
 from ambient_sci.data.simulate import smooth_phase, with_phase
 from ambient_sci.operators import MRI, birdcage_maps, make_design
 from ambient_sci.priors import Prior
-from ambient_sci.whole_files import write_json
+from recipes.grid import Cell, Grid, table
 
 SLICES, SAMPLES = 16, 16
 SETTINGS = {"steps": 16, "max_iterations": 3, "sigma_max": 10.0}
@@ -70,11 +70,6 @@ def measure(prior: Prior, problem: tuple[float, int, float], seed: int, samples:
     not_finite = int((~torch.isfinite(result.samples)).flatten(2).any(2).sum())
     keys = ("solves", "solves_above_tolerance", "solves_stopped_by_guard", "worst_relative_residual")
     return {
-        "acceleration": acceleration,
-        "coils": coils,
-        "sigma_y": sigma_y,
-        "samples": samples,
-        "slices": SLICES,
         "seconds": seconds,
         "cpu_seconds": busy,
         "threads": torch.get_num_threads(),
@@ -85,22 +80,31 @@ def measure(prior: Prior, problem: tuple[float, int, float], seed: int, samples:
     }
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def results_table(results: list[dict[str, Any]]) -> str:
     """Markdown, with the totals."""
-    lines = [
-        "| R | coils | sigma_y | chains | seconds | solves | above 1e-2 | worst residual | not finite | largest abs. value |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+
+    def number(key: str, form: str = "d") -> Callable[[Any], str]:
+        return lambda own: format(own[0][key] if isinstance(own, list) else own[key], form)
+
+    rows = {
+        "R": number("acceleration", "g"),
+        "coils": number("coils"),
+        "sigma_y": number("sigma_y", "g"),
+        "chains": lambda result: str(result["samples"] * result["slices"]),
+    }
+    columns = [
+        ("seconds", number("seconds", ".0f")),
+        ("solves", number("solves")),
+        ("above 1e-2", number("solves_above_tolerance")),
+        ("worst residual", number("worst_relative_residual", ".2f")),
+        ("not finite", number("chains_not_finite")),
+        ("largest abs. value", number("largest_value", ".2f")),
     ]
-    for r in results:
-        lines.append(
-            f"| {r['acceleration']:g} | {r['coils']} | {r['sigma_y']:g} | {r['samples'] * r['slices']} | {r['seconds']:.0f} | {r['solves']} | "
-            f"{r['solves_above_tolerance']} | {r['worst_relative_residual']:.2f} | {r['chains_not_finite']} | {r['largest_value']:.2f} |"
-        )
     total, bad = (sum(r[key] for r in results) for key in ("solves", "chains_not_finite"))
-    return "\n".join([*lines, "", f"{total} solves, {bad} chains not finite"])
+    return f"{table(results, rows, columns)}\n\n{total} solves, {bad} chains not finite"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The timed problem, then as many others as the number of solves takes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a prior's run folder")
@@ -109,23 +113,18 @@ def main() -> None:
         "--samples", type=int, default=2, help="of each slice, for the problems that are not timed"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-posterior/capacity"))
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    prior = asci.load_prior(args.run)
+    options = parser.parse_args(arguments)
+    grid, prior = Grid(options.out), asci.load_prior(options.run)
     results: list[dict[str, Any]] = []
     for k, problem in enumerate(itertools.cycle(problems())):
-        path = args.out / f"{k:03d}.json"
-        if not path.exists():
-            samples = SAMPLES if k == 0 else args.samples
-            write_json(path, measure(prior, problem, k, samples))
-        results.append(json.loads(path.read_text()))
-        if k > 0 and results[-1]["samples"] != args.samples:
-            parser.error(
-                f"{path}: expected {args.samples} samples, found {results[-1]['samples']}; give another --out"
-            )
-        if sum(r["solves"] for r in results) >= args.solves:
+        settings = dict(zip(("acceleration", "coils", "sigma_y"), problem, strict=True))
+        settings |= {"samples": SAMPLES if k == 0 else options.samples, "slices": SLICES}
+        cell = Cell(f"{k:03d}", settings)
+        grid.run([cell], lambda cell, p=problem, k=k: measure(prior, p, k, cell.settings["samples"]))
+        results += grid.read([cell])
+        if sum(r["solves"] for r in results) >= options.solves:
             break
-    print(table(results))
+    print(results_table(results))
 
 
 if __name__ == "__main__":

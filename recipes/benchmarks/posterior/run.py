@@ -1,7 +1,7 @@
 """Posterior samplers on one learned prior and one operator, in one run: ours, deepinv's and azula's.
 
-    python recipes/benchmarks/posterior/run.py runs/quickstart            # a folder that `make quickstart` made
-    python recipes/benchmarks/posterior/run.py runs/quickstart --methods ours-mmps deepinv-moment-matching-20
+    python -m recipes.benchmarks.posterior.run runs/quickstart            # a folder that `make quickstart` made
+    python -m recipes.benchmarks.posterior.run runs/quickstart --methods ours-mmps deepinv-moment-matching-20
 
 Every method draws the same number of samples of the same slices (one of each person, or --slices). Seconds are wall time of the sampler alone, network
 evaluations are counted per chain (forward passes and vector-Jacobian products apart). Peers run as their authors provide them: their own
@@ -12,9 +12,6 @@ interrupted run goes on; --overwrite measures anew.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,30 +26,10 @@ from ambient_sci.evaluation import psnr
 from ambient_sci.evaluation.calibration import with_truth
 from ambient_sci.operators import MRI
 from ambient_sci.priors import Prior
-from ambient_sci.whole_files import write_json
+from recipes.counted import Counted
+from recipes.grid import Cell, Grid, table
 
 HIGHEST = 10.0
-
-
-class Counted(Prior):
-    """A prior that counts images through the network, forward and (by a hook on its output) backward."""
-
-    def __init__(self, prior: Prior) -> None:
-        super().__init__()
-        self.prior, self.forwards, self.backwards = prior, 0, 0
-        for name in ("shape", "data_std", "takes", "sigma_min", "sigma_max"):
-            setattr(self, name, getattr(prior, name))
-
-    def forward(self, x: Tensor, sigma: Any, mask: Tensor | None = None) -> Tensor:
-        """The prior's answer, counted."""
-        self.forwards += len(x)
-        out = self.prior(x, sigma)
-        if out.requires_grad:
-            out.register_hook(self._backward)
-        return out
-
-    def _backward(self, gradient: Tensor) -> None:
-        self.backwards += len(gradient)
 
 
 class Problem:
@@ -209,7 +186,6 @@ def measure(name: str, problem: Problem, prior: Prior) -> dict[str, Any]:
     chains = problem.samples * len(problem.rows)
     scores = with_truth(samples, problem.truth)
     return {
-        "method": name,
         "seconds": seconds,
         "cpu_seconds": busy,
         "forward_per_chain": counted.forwards / chains,
@@ -223,54 +199,53 @@ def measure(name: str, problem: Problem, prior: Prior) -> dict[str, Any]:
     }
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = [
-        "| method | seconds | CPU seconds | forward / chain | VJP / chain | PSNR of the mean | CRPS | 80 % intervals cover | std / error |",
-        "|---|---|---|---|---|---|---|---|---|",
+def results_table(results: list[dict[str, Any]]) -> str:
+    """Markdown, one line a method."""
+
+    def number(key: str, form: str) -> Callable[[list[dict[str, Any]]], str]:
+        return lambda own: format(own[0][key], form)
+
+    columns = [
+        ("seconds", number("seconds", ".1f")),
+        ("CPU seconds", number("cpu_seconds", ".1f")),
+        ("forward / chain", number("forward_per_chain", ".0f")),
+        ("VJP / chain", number("vjp_per_chain", ".0f")),
+        ("PSNR of the mean", number("psnr", ".2f")),
+        ("CRPS", number("crps", ".5f")),
+        ("80 % intervals cover", lambda own: f"{100 * own[0]['coverage_80']:.1f} %"),
+        ("std / error", number("std_over_error", ".2f")),
     ]
-    for r in results:
-        lines.append(
-            f"| {r['method']} | {r['seconds']:.1f} | {r['cpu_seconds']:.1f} | {r['forward_per_chain']:.0f} | {r['vjp_per_chain']:.0f} | {r['psnr']:.2f} | "
-            f"{r['crps']:.5f} | {100 * r['coverage_80']:.1f} % | {r['std_over_error']:.2f} |"
-        )
-    return "\n".join(lines)
+    return table(results, {"method": lambda result: result["method"]}, columns)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="folder of a quickstart: run/, test.h5, test_clean.h5")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--samples", type=int, default=8, help="posterior samples of each slice")
-    parser.add_argument(
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    found.add_argument("folder", type=Path, help="folder of a quickstart: run/, test.h5, test_clean.h5")
+    found.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    found.add_argument("--samples", type=int, default=8, help="posterior samples of each slice")
+    found.add_argument(
         "--slices", type=int, nargs="+", help="rows of test.h5; default: the middle one of each person"
     )
-    parser.add_argument(
+    found.add_argument(
         "--out", type=Path, default=Path("runs/benchmark-posterior"), help="folder for one JSON a method"
     )
-    parser.add_argument("--overwrite", action="store_true", help="measure anew what is there")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    prior = asci.load_prior(args.folder / "run")
-    for (
-        parameter
-    ) in prior.parameters():  # nobody needs gradients of weights; without this the peers would compute them
-        parameter.requires_grad_(False)
-    problem = Problem(args.folder, args.slices, args.samples)
-    settings = {"samples": args.samples, "slices": problem.rows, "threads": torch.get_num_threads()}
-    machine = f"{os.cpu_count()} {platform.machine()} cores"
-    results = []
-    for name in args.methods:
-        path = args.out / f"{name}.json"
-        if args.overwrite or not path.exists():
-            result = measure(name, problem, prior)
-            write_json(path, {**result, **settings, "machine": machine})
-        results.append(json.loads(path.read_text()))
-        found = {key: results[-1][key] for key in settings}
-        if found != settings:
-            parser.error(f"{path}: expected {settings}, found {found}; give another --out or --overwrite")
-        print(f"{name}: {results[-1]['seconds']:.1f} s", flush=True)
-    print("\n" + table(results))
+    found.add_argument("--overwrite", action="store_true", help="measure anew what is there")
+    return found.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure what is missing, print the table."""
+    options = parse(arguments)
+    prior = asci.load_prior(options.folder / "run")
+    # Nobody needs gradients of weights; without this the peers would compute them.
+    prior.requires_grad_(False)
+    problem = Problem(options.folder, options.slices, options.samples)
+    common = {"samples": options.samples, "slices": problem.rows, "threads": torch.get_num_threads()}
+    cells = [Cell(name, {"method": name, **common}) for name in options.methods]
+    grid = Grid(options.out, redo=options.overwrite)
+    grid.run(cells, lambda cell: measure(cell.name, problem, prior))
+    print("\n" + results_table(grid.read(cells)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Costs, each measured in one run that holds all contenders. `python -m recipes.benchmarks.NAME`."""

@@ -1,0 +1,54 @@
+"""The benchmarks of posterior samplers in miniature, on a prior that a quickstart made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ambient_sci.errors import InputError
+from ambient_sci.quickstart import Settings
+from ambient_sci.quickstart import run as quickstart
+from recipes.benchmarks.posterior import capacity, run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("quickstart") / "q"
+    tiny = Settings(
+        slices_per_person=1,
+        samples=2,
+        steps=3,
+        max_iterations=1,
+        train_steps=2,
+        batch_size=2,
+        channels=(16, 16),
+    )
+    quickstart(out, settings=tiny)
+    return out
+
+
+def test_methods_are_measured_once_and_counted(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(run.METHODS, "ours-mmps", lambda p, m: run.ours(p, m, steps=3, max_iterations=1))
+    arguments = [str(folder), "--methods", "ours-mmps", "--samples", "2", "--out", str(tmp_path)]
+    run.main(arguments)
+    found = json.loads((tmp_path / "ours-mmps.json").read_text())
+    assert found["method"] == "ours-mmps" and found["finite"] and found["samples"] == 2
+    # Three levels, one evaluation each (and of single chains again where a guard stopped a solve); a Jacobian product a solve.
+    assert 3 <= found["forward_per_chain"] < 4 and found["vjp_per_chain"] >= 3
+    assert f"| ours-mmps | {found['seconds']:.1f} |" in capsys.readouterr().out
+    run.main(arguments)
+    assert json.loads((tmp_path / "ours-mmps.json").read_text()) == found
+    with pytest.raises(InputError, match="'samples': 3"):
+        run.main([*arguments[:4], "3", *arguments[5:]])
+
+
+def test_capacity_goes_on_to_the_number_of_solves(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(capacity, "SAMPLES", 1)
+    monkeypatch.setattr(capacity, "SETTINGS", {"steps": 2, "max_iterations": 1, "sigma_max": 10.0})
+    arguments = [str(folder / "run"), "--solves", "40", "--samples", "1", "--out", str(tmp_path)]
+    capacity.main(arguments)
+    found = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("*.json"))]
+    assert sum(f["solves"] for f in found) >= 40 > sum(f["solves"] for f in found[:-1])
+    assert "| 2.5 | 1 | 0.05 | 16 |" in capsys.readouterr().out
