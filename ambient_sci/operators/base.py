@@ -101,6 +101,7 @@ class RowMaskedOperator(LinearPhysics):
         self.measurement_size = tuple(measurement_size)
         self.design = design
         self.isometry = isometry
+        self._drawn_by: MaskDesign | None = None  # the design that the masks are known to fit
         self.register_buffer("mask", self._checked(mask))
 
     def _checked(self, mask: Tensor) -> Tensor:
@@ -219,6 +220,13 @@ class RowMaskedOperator(LinearPhysics):
             InputError: a shape that does not broadcast to a measurement.
         """
         self._check_mask_shape(mask)
+        new = self._with_rows(mask, design)
+        if mask.data_ptr() != self.mask.data_ptr():  # the same mask, expanded, fits what it did before
+            new._drawn_by = None
+        return new
+
+    def _with_rows(self, mask: Tensor, design: MaskDesign | None) -> RowMaskedOperator:
+        """The same T under rows derived from this mask (thinned, mirrored), which fit the design as this mask does."""
         new = copied(self)
         new._buffers["mask"] = mask
         new.design = design
@@ -296,17 +304,20 @@ class RowMaskedOperator(LinearPhysics):
         if keep == 1:
             # Without a row held out there is no inverse probability to speak of: B = A, and nothing outside is supervised.
             zero = torch.zeros_like(self.mask)
-            return Split(self, self.with_mask(zero), self.mask)
+            return Split(self, self._with_rows(zero, None), self.mask)
         mask = self.network_mask
         design = design or self.design or unknown_design(self.name, mask)
-        kept = design.thin(mask, keep, generator=generator)
+        if design is not self._drawn_by:
+            design._checked_units(mask)
+            self._drawn_by = design
+        kept = design._thin(mask, keep, generator)
         probability = design.probability(mask, kept, keep)
         held = mask * (1 - kept)
         weights = kept + torch.where(held > 0, held / probability.clamp(min=1e-12), held)
         as_rows = self._rows_from_network_mask
         return Split(
-            self.with_mask(as_rows(kept), design=design),
-            self.with_mask(as_rows(held), design=design),
+            self._with_rows(as_rows(kept), design),
+            self._with_rows(as_rows(held), design),
             as_rows(weights),
         )
 
