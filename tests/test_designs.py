@@ -2,6 +2,7 @@ r"""Mask designs as a user meets them: by name, from a file, estimated; what the
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -221,6 +222,92 @@ def test_masks_that_the_design_cannot_have_drawn():
     entries = Independent((2, 4, 8), "entries", 0.5)
     with pytest.raises(InputError, match="\\(n, 2, 4, 8\\)"):
         Masking(torch.ones(4, 8), (2, 4, 8), entries).split(keep=0.5, generator=seeded(0))
+
+
+def _moved(mask: torch.Tensor, design: MaskDesign, add: int, drop: int) -> torch.Tensor:
+    """``mask`` with the first ``add`` missing units measured and the first ``drop`` measured ones missing."""
+    units = design.to_units(mask).clone()
+    for row in units:
+        missing, measured = (row == 0).nonzero().flatten(), (row == 1).nonzero().flatten()
+        row[missing[:add]], row[measured[:drop]] = 1.0, 0.0
+    return design.to_mask(units)
+
+
+def test_what_a_design_draws_it_can_have_drawn(design):
+    design.check_drawn(design.sample(12, seeded(1)))
+
+
+LINES = (2, 4, 12)
+IMPOSSIBLE = {
+    "one line too many": (FixedBudget(LINES, "columns", 4, 1.0, [5, 6]), (1, 0)),
+    "one line too few": (FixedBudget(LINES, "columns", 4, 1.0, range(0)), (0, 1)),
+    "another line for a calibration line": (FixedBudget(LINES, "columns", 4, 1.0, range(3)), (1, 1)),
+    "never measured": (Independent(LINES, "columns", [0.0] + [0.5] * 11), (1, 0)),
+    "always measured": (Independent(LINES, "columns", [1.0] + [0.5] * 11), (0, 1)),
+    "none of the masks": (Enumerated.equispaced(LINES, "columns", 3), (1, 0)),
+    "a part of one of the masks": (Enumerated.equispaced(LINES, "columns", 3, [6]), (0, 1)),
+    "a hole in the box": (RandomBox((1, 6, 8), "pixels", (2, 3)), (1, 0)),
+    "two boxes": (RandomBox((1, 6, 8), "pixels", (2, 3)), (0, 1)),
+    "calibration not measured": (PoissonDisc((2, 16, 16), acceleration=3, calibration=(14, 4)), (1, 40)),
+    "another acceleration": (PoissonDisc((2, 16, 16), acceleration=3, calibration=(4, 4)), (40, 0)),
+}
+
+
+@pytest.mark.parametrize(("drawn", "change"), IMPOSSIBLE.values(), ids=list(IMPOSSIBLE))
+def test_masks_of_probability_zero_are_refused(drawn, change):
+    """One mask of many is enough, and its sample is named: its weights would be wrong without a word."""
+    masks = drawn.sample(3, seeded(5))
+    drawn.check_drawn(masks)
+    spoilt = torch.cat([masks[:2], _moved(masks[2:], drawn, *change)])
+    with pytest.raises(InputError, match="cannot have drawn the mask of sample 12"):
+        drawn.check_drawn(spoilt, first=10)
+    with pytest.raises(InputError, match="expected masks"):
+        drawn.check_drawn(masks[..., :-1])
+
+
+def test_a_box_that_is_nowhere():
+    with pytest.raises(InputError, match="cannot have drawn the mask of sample 0"):
+        RandomBox((1, 6, 8), "pixels", (2, 3)).check_drawn(torch.ones(1, 1, 6, 8))
+    wrapped = torch.ones(1, 1, 6, 8)
+    wrapped[0, 0, :2, [7, 0, 1]] = 0  # a box across the border
+    with pytest.raises(InputError, match="cannot have drawn"):
+        RandomBox((1, 6, 8), "pixels", (2, 3)).check_drawn(wrapped)
+
+
+def test_unknown_designs_claim_nothing():
+    Unknown(LINES, "pixels").check_drawn(random_mask(5, 1, 4, 12))
+
+
+@pytest.mark.parametrize("size", [(5, 7), (6, 6), (8, 5)])
+def test_places_without_room_for_a_second_box(size):
+    """The closed form against every pair of places."""
+    for box in itertools.product(range(1, size[0] + 1), range(1, size[1] + 1)):
+        boxes = RandomBox((1, *size), "pixels", box)
+        every = torch.arange(boxes.places[0] * boxes.places[1])
+        alone = every[~boxes._disjoint(every).any(1)]
+        missed = boxes._missing(alone).any(0).nonzero().flatten().tolist() if len(alone) else []
+        assert boxes.unsupervised(0.5) == missed
+
+
+def test_large_images_are_judged_without_every_pair_of_places():
+    RandomBox((3, 1024, 1024), "pixels", (256, 256)).check_trainable(0.5)
+
+
+def test_masks_that_were_surveyed_are_not_looked_at_again(monkeypatch):
+    """An operator whose masks are known to fit its design says so to all that is derived from it; another mask does not."""
+    design = FixedBudget(LINES, "columns", 4)
+    mask = design.sample(3, seeded(0))
+    operator = MRI(mask, design=design)
+    operator.split(keep=0.5, generator=seeded(1))
+    looked = []
+    monkeypatch.setattr(FixedBudget, "_checked_units", lambda *_: looked.append(1))
+    split = operator[1:].split(keep=0.5, generator=seeded(1))
+    split.kept.split(keep=0.5, generator=seeded(1))
+    operator.with_mask(operator.mask.expand(3, 1, 4, 12), design=design).split(keep=0.5, generator=seeded(1))
+    assert not looked
+    operator.with_mask(mask.clone(), design=design).split(keep=0.5, generator=seeded(1))
+    operator.split(FixedBudget(LINES, "columns", 4), keep=0.5, generator=seeded(1))
+    assert len(looked) == 2
 
 
 # -- estimation --------------------------------------------------------------------------------------------------------------

@@ -122,6 +122,7 @@ class RowMaskedOperator(LinearPhysics):
         self.measurement_size = tuple(measurement_size)
         self.design = design
         self.isometry = isometry
+        self._drawn_by: MaskDesign | None = None  # the design that the masks are known to fit
         self.register_buffer("mask", self._checked(mask))
 
     def _checked(self, mask: Tensor) -> Tensor:
@@ -240,6 +241,13 @@ class RowMaskedOperator(LinearPhysics):
             InputError: a shape that does not broadcast to a measurement.
         """
         self._check_mask_shape(mask)
+        new = self._with_rows(mask, design)
+        if mask.data_ptr() != self.mask.data_ptr():  # the same mask, expanded, fits what it did before
+            new._drawn_by = None
+        return new
+
+    def _with_rows(self, mask: Tensor, design: MaskDesign | None) -> RowMaskedOperator:
+        """The same T under rows derived from this mask (thinned, mirrored), which fit the design as this mask does."""
         new = copied(self)
         new._buffers["mask"] = mask
         new.design = design
@@ -327,10 +335,13 @@ class RowMaskedOperator(LinearPhysics):
             return Split(self, self, self.mask)
         whole = self
         if num is not None and len(self.mask) != num:
-            whole = self.with_mask(self.mask.expand(num, *self.mask.shape[1:]), design=self.design)
+            whole = self._with_rows(self.mask.expand(num, *self.mask.shape[1:]), self.design)
         rows = whole.network_mask.cpu() if mask is None else mask.expand(len(whole.mask), *mask.shape[1:])
         design = design or self.design or unknown_design(self.name, rows)
-        kept = design.thin(rows, keep, generator=generator)
+        if design is not self._drawn_by:  # once for each operator and design
+            design._checked_units(rows)
+            self._drawn_by = design
+        kept = design._thin(rows, keep, generator)
         held = rows * (1 - kept)
         probability = design.probability(rows, kept, keep)
         weights = kept + torch.where(held > 0, held / probability.clamp(min=1e-12), held)
@@ -338,7 +349,7 @@ class RowMaskedOperator(LinearPhysics):
             kept = kept + held * _always_measured(design).to(kept)
         place = {"device": self.mask.device, "dtype": self.mask.dtype, "non_blocking": True}
         kept, weights = (self._rows_from_network_mask(part.to(**place)) for part in (kept, weights))
-        return Split(whole, whole.with_mask(kept, design=design), weights)
+        return Split(whole, whole._with_rows(kept, design), weights)
 
     def _rows_from_network_mask(self, mask: Tensor) -> Tensor:
         """Inverse of `network_mask`: image channels back to measurement space."""

@@ -102,6 +102,32 @@ class MaskDesign(ABC):
     def parameters(self) -> dict[str, Any]:
         """What `design_from_dict` needs besides shape, layout and status; JSON types only."""
 
+    @abstractmethod
+    def possible_units(self, units: Tensor) -> Tensor:
+        """Which masks over units (n, U) the design draws with positive probability, (n,) bool."""
+
+    def check_drawn(self, mask: Tensor, first: int = 0) -> None:
+        """Raise unless the design can have drawn every mask: weights would be wrong without a word.
+
+        Asked once, when the masks of a data set are surveyed; losses and splits of surveyed data do not ask again.
+
+        Args:
+            mask: (n, m, H, W).
+            first: number of the first sample, for the message.
+
+        Raises:
+            InputError: masks of another shape, rows of one unit not measured together, or a mask of probability 0.
+        """
+        units = self._checked_units(mask)
+        wrong = ~self.possible_units(units.double())
+        if bool(wrong.any()):
+            k = int(wrong.nonzero()[0, 0])
+            raise InputError(
+                f"mask design {self.name!r} ({self.status}): it cannot have drawn the mask of sample {first + k} "
+                f"({int(units[k].sum())} of {self.num_units} {self.layout} measured), so the weights of held-out rows "
+                "would be wrong; state the design that drew the masks, or none"
+            )
+
     def check_trainable(self, keep: float) -> None:
         """Raise unless P(A_i = 1 | B) > 0 for every unit and every B.
 
@@ -135,27 +161,36 @@ class MaskDesign(ABC):
             f"mask design {self.name!r}: expected masks that measure something, drew 100 empty ones"
         )
 
+    def _checked_units(self, mask: Tensor) -> Tensor:
+        """Units of masks (n, m, H, W), on the CPU, once they are known to be measured as one."""
+        units = self.to_units(mask).cpu()
+        fits = units.shape[1] == self.num_units and mask.shape[2:] == self.image_shape[1:]
+        if not fits or bool((self.to_mask(units) != mask.cpu()).any()):
+            wanted = f"(n, {self.unit_shape[0]}, {self.image_shape[1]}, {self.image_shape[2]})"
+            got = f"{tuple(mask.shape)}{' that do not' if fits else ''}"
+            raise InputError(
+                f"mask design {self.name!r}: expected masks {wanted} that measure {self.layout} as one, got {got}"
+            )
+        return units
+
     def thin(self, mask: Tensor, keep: float, *, generator: torch.Generator | None = None) -> Tensor:
         """Kept rows B of the measured rows ``mask`` (n, m, H, W).
 
         Raises:
             InputError: masks of another shape, or rows of one unit that were not measured together.
         """
+        self._checked_units(mask)
+        return self._thin(mask, keep, generator)
+
+    def _thin(self, mask: Tensor, keep: float, generator: torch.Generator | None) -> Tensor:
+        """`thin` of masks that were checked before."""
         units = self.to_units(mask).cpu()
-        fits = units.shape[1] == self.num_units and mask.shape[2:] == self.image_shape[1:]
-        if not fits or bool((self.to_mask(units) != mask.cpu()).any()):
-            raise InputError(
-                f"mask design {self.name!r}: expected masks (n, {self.unit_shape[0]}, {self.image_shape[1]}, {self.image_shape[2]}) "
-                f"that measure {self.layout} as one, got {tuple(mask.shape)}{' that do not' if fits else ''}"
-            )
         return self.to_mask(self.thin_units(units, keep, generator).to(mask)).to(mask)
 
     def probability(self, mask: Tensor, kept: Tensor, keep: float) -> Tensor:
-        """P(A_i = 1 | B) for every row, (n, m, H, W). ``mask`` is A: designs that ignore it are all but `RandomBox`."""
-        units = self.probability_units(
-            self.to_units(mask).double().cpu(), self.to_units(kept).double().cpu(), keep
-        )
-        return self.to_mask(units.to(mask)).to(mask)
+        """P(A_i = 1 | B) for every row, (n, m, H, W). ``mask`` is A: all designs but `RandomBox` ignore it."""
+        units, kept_units = (self.to_units(m).double().cpu() for m in (mask, kept))
+        return self.to_mask(self.probability_units(units, kept_units, keep).to(mask)).to(mask)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able description; `design_from_dict` reads it back."""
@@ -232,6 +267,9 @@ class Independent(MaskDesign):
         something = -torch.expm1(torch.log1p(-outside).sum())  # P(A != 0 | B = 0)
         outside = torch.where(kept.any(1, keepdim=True), outside, outside / something)
         return torch.where(kept > 0, 1.0, outside)
+
+    def possible_units(self, units: Tensor) -> Tensor:
+        return torch.where(units > 0, self.p > 0, self.p < 1).all(1)
 
     def unsupervised(self, keep: float) -> list[int]:
         return (self.p == 0).nonzero().flatten().tolist() if keep < 1 else list(range(self.num_units))
@@ -320,6 +358,9 @@ class FixedBudget(MaskDesign):
         p = _inclusion(w, rest)
         return torch.where(outside, p, 1.0)
 
+    def possible_units(self, units: Tensor) -> Tensor:
+        return units[:, self.always].all(1) & (units[:, ~self.always].sum(1) == self.budget)
+
     def unsupervised(self, keep: float) -> list[int]:
         if keep == 1 or self.budget == 0:
             return (~self.always).nonzero().flatten().tolist()
@@ -360,9 +401,8 @@ def _inclusion(weights: Tensor, size: int) -> Tensor:
     same = torch.where(positive, weights, weights.amax(1, keepdim=True)).std(1, unbiased=False).amax() == 0
     if bool(same):
         return torch.where(positive, size / positive.double().sum(1, keepdim=True), 0.0)
-    suffix = _suffix_polynomials(weights, size)
-    prefix = _suffix_polynomials(weights.flip(1), size).flip(
-        1
-    )  # prefix[:, i]: polynomials of the first i weights
+    # One table for both directions: prefix[:, i] holds the polynomials of the first i weights.
+    both = _suffix_polynomials(torch.cat([weights, weights.flip(1)]), size)
+    suffix, prefix = both[: len(weights)], both[len(weights) :].flip(1)
     without = torch.logsumexp(prefix[:, :n, :size] + suffix[:, 1:, :size].flip(2), dim=2)
     return torch.where(positive, (weights.log() + without - suffix[:, :1, size]).exp(), 0.0)

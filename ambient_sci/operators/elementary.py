@@ -109,7 +109,7 @@ class Identity(Masking):
         """Always: nothing is missing (said without reading the mask, which may be on another device)."""
         return True
 
-    def with_mask(self, mask: Tensor, *, design: MaskDesign | None = None) -> RowMaskedOperator:
+    def _with_rows(self, mask: Tensor, design: MaskDesign | None) -> RowMaskedOperator:
         """A `Masking` operator: the identity with rows missing is no identity."""
         self._check_mask_shape(mask)
         new = Masking._trusted(mask, self.img_size, design)

@@ -41,6 +41,9 @@ class Unknown(Independent):
     def probability_units(self, units: Tensor, kept: Tensor, keep: float) -> Tensor:
         return torch.ones_like(kept)
 
+    def possible_units(self, units: Tensor) -> Tensor:
+        return torch.ones(len(units), dtype=torch.bool)  # nothing is claimed
+
     def check_trainable(self, keep: float) -> None:
         raise IdentifiabilityError(
             "the mask design is unknown, so the weights of held-out rows are too: state it, or estimate it from the masks of the "
@@ -76,14 +79,16 @@ def estimate_design(masks: Tensor) -> MaskDesign:
     Raises:
         IdentifiabilityError: fewer than 8 different masks, too few to tell a probability from.
     """
-    if torch.unique(masks.flatten(1), dim=0).shape[0] < 8:
-        raise IdentifiabilityError(
-            f"mask design: expected at least 8 different masks to estimate it from, got {torch.unique(masks.flatten(1), dim=0).shape[0]}"
-        )
     layout = guess_layout(masks)
     shape = (masks.shape[1], *masks.shape[2:])
     probe = Independent(shape, layout, 0.5)
-    frequency = probe.to_units(masks).double().mean(0)
+    units = probe.to_units(masks)
+    different = len(torch.unique(units, dim=0))
+    if different < 8:
+        raise IdentifiabilityError(
+            f"mask design: expected at least 8 different masks to estimate it from, got {different}"
+        )
+    frequency = units.double().mean(0)
     n = masks.shape[0]
     p = torch.where(frequency == 1, 1.0, (frequency * n + 0.5) / (n + 1))
     return Independent(shape, layout, p, status="estimated")

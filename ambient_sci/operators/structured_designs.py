@@ -82,6 +82,10 @@ class Enumerated(MaskDesign):
         weight = torch.where(contains, log_weight, -torch.inf).softmax(1)
         return torch.where(kept > 0, 1.0, weight @ self.masks)
 
+    def possible_units(self, units: Tensor) -> Tensor:
+        common = units @ self.masks.T
+        return ((common == units.sum(1, keepdim=True)) & (common == self.masks.sum(1))).any(1)
+
     def unsupervised(self, keep: float) -> list[int]:
         # The largest B is the whole of a mask: what it excludes for sure is what no mask above it contains.
         certain = torch.stack([(self.masks >= m).all(1).double() @ self.masks for m in self.masks])
@@ -172,10 +176,20 @@ class RandomBox(MaskDesign):
         p = torch.where(held > 0, 1 / n_real / total, 1 / n_second / total)
         return torch.where(kept > 0, 1.0, p)
 
+    def possible_units(self, units: Tensor) -> Tensor:
+        return (units == 1 - self._missing(self._place(units))).all(1)
+
     def unsupervised(self, keep: float) -> list[int]:
-        every = torch.arange(self.places[0] * self.places[1])
-        alone = every[~self._disjoint(every).any(1)]
-        return self._missing(alone).any(0).nonzero().flatten().tolist() if len(alone) else []
+        # A place leaves room for a second box if there is room above, below, left or right of it. So the places that
+        # leave none are a rectangle of places around the centre, and what they miss is a rectangle of pixels.
+        width = self.image_shape[2]
+        spans = []
+        for count, side in zip(self.places, self.box, strict=True):
+            alone = range(max(count - side, 0), min(side, count))
+            if not alone:
+                return []
+            spans.append(range(alone.start, alone.stop + side - 1))
+        return [row * width + column for row in spans[0] for column in spans[1]]
 
     def parameters(self) -> dict[str, Any]:
         return {"box": list(self.box)}
@@ -224,12 +238,21 @@ class PoissonDisc(MaskDesign):
         self.check_trainable(keep)
         return torch.ones_like(units)  # only a mask that is calibration region throughout gets here
 
-    def unsupervised(self, keep: float) -> list[int]:
+    def _outside(self) -> Tensor:
+        """Units outside the fully sampled centre, (U,) bool."""
         _, height, width = self.image_shape
         plane = torch.ones(height, width, dtype=torch.bool)
         top, left = (height - self.calibration[0]) // 2, (width - self.calibration[1]) // 2
         plane[top : top + self.calibration[0], left : left + self.calibration[1]] = False
-        return plane.flatten().nonzero().flatten().tolist()
+        return plane.flatten()
+
+    def possible_units(self, units: Tensor) -> Tensor:
+        """What is sure of a draw: the centre is measured, and sigpy meets the acceleration within 0.1."""
+        acceleration = self.num_units / units.sum(1)
+        return units[:, ~self._outside()].all(1) & ((acceleration - self.acceleration).abs() < 0.1)
+
+    def unsupervised(self, keep: float) -> list[int]:
+        return self._outside().nonzero().flatten().tolist()
 
     def parameters(self) -> dict[str, Any]:
         return {"acceleration": self.acceleration, "calibration": list(self.calibration)}

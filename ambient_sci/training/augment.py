@@ -150,9 +150,8 @@ def flip(operator: RowMaskedOperator, y: Tensor, axis: int) -> tuple[RowMaskedOp
     if isinstance(operator, Identity):
         return operator, reflect(y, axis, False)
     if isinstance(operator, Masking):
-        return operator.with_mask(reflect(operator.mask, axis, False), design=operator.design), reflect(
-            y, axis, False
-        )
+        mask = reflect(operator.mask, axis, False)
+        return operator._with_rows(mask, operator.design), reflect(y, axis, False)
     if isinstance(operator, MRI):
         maps = operator.coil_maps
         mirrored = MRI._trusted(
@@ -162,6 +161,7 @@ def flip(operator: RowMaskedOperator, y: Tensor, axis: int) -> tuple[RowMaskedOp
             isometry=operator.isometry,
             own=True,
         )
+        mirrored._drawn_by = operator._drawn_by
         return mirrored, reflect(y, axis, True)
     raise InputError(
         f"augmentation: expected an Identity, Masking or MRI operator, got {type(operator).__name__}"
