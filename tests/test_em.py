@@ -134,10 +134,10 @@ def test_an_interrupted_training_continues(tmp_path, monkeypatch, changes, done)
     whole = fit_em(masked(), settings, tmp_path / "whole", progress=False)
     plain = em_module.AmbientStage.loss
 
-    def stopped(stage, step):
+    def stopped(stage, step, part=0):
         if step == 11:
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain(stage, step)
+        return plain(stage, step, part)
 
     monkeypatch.setattr(em_module.AmbientStage, "loss", stopped)
     with pytest.raises(TrainingInterrupted):

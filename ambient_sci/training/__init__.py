@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 _NAMES = {
     "ConsistencyConfig": "stage_configs",
     "EMConfig": "stage_configs",
-    "ConsistencyStage": "consistency",
-    "JointStage": "consistency",
+    "ConsistencyStage": "below_noise",
+    "JointConfig": "stage_configs",
+    "JointStage": "below_noise",
+    "StagedConfig": "stage_configs",
     "fit_em": "trainer",
     "em_report": "em",
     "LevelConfig": "config",
@@ -18,6 +20,11 @@ _NAMES = {
     "TrainingDiverged": "errors",
     "TrainingInterrupted": "errors",
     "AmbientStage": "stages",
+    "Batches": "batches",
+    "Drawn": "batches",
+    "OneModule": "loop",
+    "ProcessLost": "errors",
+    "initial_prior": "stages",
     "Reporter": "report",
     "RunFolder": "run_folder",
     "Stage": "loop",
@@ -29,37 +36,45 @@ _NAMES = {
 
 __all__ = [
     "AmbientStage",
+    "Batches",
     "ConsistencyConfig",
     "ConsistencyStage",
+    "Drawn",
     "EMConfig",
+    "JointConfig",
     "JointStage",
     "LevelConfig",
     "LossConfig",
+    "OneModule",
+    "ProcessLost",
     "Reporter",
     "RunFolder",
     "Stage",
+    "StagedConfig",
     "TrainConfig",
     "TrainingDiverged",
     "TrainingInterrupted",
     "em_report",
     "fit",
     "fit_em",
+    "initial_prior",
     "make_accelerator",
     "open_source",
     "run_stage",
 ]
 
 if TYPE_CHECKING:
+    from ambient_sci.training.batches import Batches, Drawn
+    from ambient_sci.training.below_noise import ConsistencyStage, JointStage
     from ambient_sci.training.config import LevelConfig, LossConfig, TrainConfig
-    from ambient_sci.training.consistency import ConsistencyStage, JointStage
     from ambient_sci.training.em import em_report
-    from ambient_sci.training.errors import TrainingDiverged, TrainingInterrupted
-    from ambient_sci.training.loop import Stage, run_stage
+    from ambient_sci.training.errors import ProcessLost, TrainingDiverged, TrainingInterrupted
+    from ambient_sci.training.loop import OneModule, Stage, run_stage
     from ambient_sci.training.report import Reporter
     from ambient_sci.training.run_folder import RunFolder
     from ambient_sci.training.source import open_source
-    from ambient_sci.training.stage_configs import ConsistencyConfig, EMConfig
-    from ambient_sci.training.stages import AmbientStage
+    from ambient_sci.training.stage_configs import ConsistencyConfig, EMConfig, JointConfig, StagedConfig
+    from ambient_sci.training.stages import AmbientStage, initial_prior
     from ambient_sci.training.trainer import fit, fit_em, make_accelerator
 
 

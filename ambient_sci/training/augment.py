@@ -103,6 +103,67 @@ def _invariant(design: MaskDesign, axis: int, about_centre: bool) -> bool:
     return all(torch.equal(v, reflect(v, axis, about_centre)) for v in shaped)
 
 
+#: Symmetries that were drawn: each by its name, with what it applies, one value a sample (on the CPU), where it has one.
+Symmetries = list[tuple[str, Tensor | None]]
+
+
+def draw_symmetries(names: Sequence[str], num: int, generator: torch.Generator) -> Symmetries:
+    """Draw each symmetry of ``names``: reflections and transposition for the batch, phases and gains per sample.
+
+    Args:
+        names: checked by `check_augmentations`.
+        num: samples of the batch.
+        generator: on the CPU.
+    """
+    drawn: Symmetries = []
+    for name in names:
+        if name == "phase":
+            drawn.append((name, 2 * math.pi * torch.rand(num, generator=generator)))
+        elif name == "gain":
+            drawn.append((name, LOWEST_GAIN ** torch.rand(num, generator=generator)))
+        elif bool(torch.rand((), generator=generator) < 0.5):
+            drawn.append((name, None))
+    return drawn
+
+
+def apply_symmetries(
+    symmetries: Symmetries, operator: RowMaskedOperator, y: Tensor, sigma_y: Tensor
+) -> tuple[RowMaskedOperator, Tensor, Tensor]:
+    """The measurement that the transformed anatomy would have given.
+
+    Args:
+        symmetries: see `draw_symmetries`.
+        operator: Identity, Masking or MRI.
+        y: measurements (B, ...).
+        sigma_y: their noise levels (B,), which a gain scales with the data; it is at most 1, so levels chosen above sigma_y
+            stay above.
+
+    Returns:
+        operator, measurements and noise levels.
+    """
+    for name, value in symmetries:
+        if name == "phase":
+            assert value is not None
+            y = rotate_phase(y, value)
+        elif name == "gain":
+            assert value is not None
+            y = y * value.to(y, non_blocking=True).reshape(-1, *([1] * (y.ndim - 1)))
+            sigma_y = sigma_y * value.to(sigma_y, non_blocking=True).reshape(-1, *([1] * (sigma_y.ndim - 1)))
+        elif name == "transpose":
+            y = y.transpose(-1, -2)
+        else:
+            operator, y = flip(operator, y, _AXES[name])
+    return operator, y.contiguous() if symmetries else y, sigma_y
+
+
+def mirrored(symmetries: Symmetries, operator: RowMaskedOperator, mask: Tensor) -> Tensor:
+    """The mask (1|B, m, H, W) of the transformed measurements of ``operator``, from the one before."""
+    for name, _ in symmetries:
+        if name in _AXES:
+            mask = reflect(mask, _AXES[name], isinstance(operator, MRI))
+    return mask
+
+
 def augment(
     operator: RowMaskedOperator,
     y: Tensor,
@@ -110,36 +171,16 @@ def augment(
     generator: torch.Generator,
     sigma_y: Tensor | None = None,
 ) -> tuple[RowMaskedOperator, Tensor, Tensor | None]:
-    """Draw each symmetry of ``names`` and apply it: reflections and transposition for the batch, phases and gains per sample.
-
-    Args:
-        operator: Identity, Masking or MRI.
-        y: measurements (B, ...).
-        names: checked by `check_augmentations`.
-        generator: on the CPU.
-        sigma_y: noise levels (B,), which a gain scales with the data; it is at most 1, so levels chosen above sigma_y stay above.
-
-    Returns:
-        operator, measurements and noise levels.
-    """
-    for name in names:
-        if name == "phase":
-            y = rotate_phase(y, 2 * math.pi * torch.rand(len(y), generator=generator))
-        elif name == "gain":
-            gain = (LOWEST_GAIN ** torch.rand(len(y), generator=generator)).to(y)
-            y = y * gain.reshape(-1, *([1] * (y.ndim - 1)))
-            sigma_y = None if sigma_y is None else sigma_y * gain
-        elif bool(torch.rand((), generator=generator) < 0.5):
-            if name == "transpose":
-                y = y.transpose(-1, -2)
-            else:
-                operator, y = flip(operator, y, _AXES[name])
-    return operator, y.contiguous() if names else y, sigma_y
+    """Draw each symmetry of ``names`` and apply it: `draw_symmetries`, then `apply_symmetries`."""
+    symmetries = draw_symmetries(names, len(y), generator)
+    levels = torch.zeros(len(y)) if sigma_y is None else sigma_y
+    operator, y, levels = apply_symmetries(symmetries, operator, y, levels)
+    return operator, y, None if sigma_y is None else levels
 
 
 def rotate_phase(y: Tensor, angle: Tensor) -> Tensor:
     """exp(i angle) y for complex data in two channels (B, 2, ...); ``angle`` (B,)."""
-    angle = angle.to(y).reshape(-1, *([1] * (y.ndim - 2)))
+    angle = angle.to(y, non_blocking=True).reshape(-1, *([1] * (y.ndim - 2)))
     cos, sin = angle.cos(), angle.sin()
     re, im = y[:, 0], y[:, 1]
     return torch.stack([cos * re - sin * im, sin * re + cos * im], 1)

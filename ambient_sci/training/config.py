@@ -18,12 +18,12 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ambient_sci.errors import InputError
 from ambient_sci.priors.config import NetworkConfig
 from ambient_sci.training.settings import check_types, parse_dataclass, require
-from ambient_sci.training.stage_configs import ConsistencyConfig, EMConfig
+from ambient_sci.training.stage_configs import EMConfig, JointConfig, StagedConfig
 from ambient_sci.whole_files import write_text
 
 AUGMENTATIONS = ("flip-horizontal", "flip-vertical", "transpose", "phase", "gain")
@@ -67,43 +67,31 @@ class LevelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What is minimised.
+    """The operator-aware Tweedie loss, which is plain denoising where the data are clean.
 
     Attributes:
-        kind: "ambient" knows the noise in the data (operator-aware Tweedie, exact for every operator; the plain denoising loss
-            where the data is clean). "denoising" takes complete data for clean whatever its noise: the noisy-as-clean baseline.
-        tweedie: False leaves the correction for that noise out of "ambient", for ablations.
-        weighting: omega(c) of the kept rows, c = 1 - sigma_y^2 / sigma^2: "inverse-variance" 1/c, "unbiased" 1/c^2, "unit" 1.
+        weighting: omega(c) of the kept rows, c = 1 - sigma_y^2 / sigma^2: "inverse-variance" 1/c, "unbiased" 1/c^2,
+            "unit" 1.
         c_min: clamp of c in that weight, which is unbounded at sigma = sigma_y.
         keep: fraction of the measured rows that the network is shown; the others are held out and predicted. None: 1 for
-            complete data, .75 for incomplete data.
-        held_out_weights: "exact" weighs held-out rows by the inverse probability that they were measured, "unit" by 1, for ablations.
-        hold_out_calibration: False always shows the network the rows that every mask measures (calibration lines), for ablations.
+            complete data, 0.75 for incomplete data.
     """
 
-    kind: Literal["ambient", "denoising"] = "ambient"
-    tweedie: bool = True
     weighting: Literal["inverse-variance", "unbiased", "unit"] = "inverse-variance"
     c_min: float = 0.05
     keep: float | None = None
-    held_out_weights: Literal["exact", "unit"] = "exact"
-    hold_out_calibration: bool = True
+
+    RETIRED: ClassVar[dict[str, tuple[Any, str]]] = {
+        "kind": ("ambient", "the noisy-as-clean baseline declares its data clean, see recipes/exactness"),
+        "tweedie": (True, "the loss without it is an ablation of recipes/mri"),
+        "held_out_weights": ("exact", "unit weights are an ablation of recipes/mri"),
+        "hold_out_calibration": (True, "keeping calibration lines is an ablation of recipes/mri"),
+    }
 
     def __post_init__(self) -> None:
         check_types(self, "loss.")
         require(0 < self.c_min <= 1, "loss.c_min", "a value in (0, 1]", self.c_min)
         require(self.keep is None or 0 < self.keep <= 1, "loss.keep", "a value in (0, 1]", self.keep)
-        if self.kind == "denoising":
-            idle = [
-                f.name
-                for f in dataclasses.fields(self)
-                if f.name != "kind" and getattr(self, f.name) != f.default
-            ]
-            require(not idle, "loss.kind", "ambient with " + " and ".join(idle), self.kind)
-        exact = self.held_out_weights == "exact" and self.hold_out_calibration
-        require(
-            exact or self.keep != 1, "loss.keep", "a value below 1 where ablations concern held-out rows", 1
-        )
 
 
 @dataclass(frozen=True)
@@ -114,10 +102,14 @@ class TrainConfig:
         seed: decides the initial weights and everything drawn during the run.
         max_steps, max_minutes: the run ends at whichever comes first; neither means 20,000 steps.
         batch_size: samples a step, over all processes together.
+        micro_batches: parts that each process takes its share of a batch in, one after the other: less memory, the same
+            gradient to rounding. P processes with m parts train like one process with P m parts.
         learning_rate, schedule, warmup_steps, final_ratio: see the module's equation; "constant" has no cosine.
         betas, weight_decay: of AdamW.
         ema_decay: the saved prior is the exponential moving average of the weights, with decay
             min(ema_decay, (1 + s) / (10 + s)) at step s: the start of the run is forgotten quickly.
+        ema_half_life_images: in place of ema_decay, the decay 2^(-batch_size / half life): images after which a weight
+            counts half, whatever the batch. None: ema_decay.
         gradient_clip: largest norm of the gradient.
         precision: "bf16" runs the network under autocast; weights, losses and averages stay in fp32.
         augmentations: drawn per batch ("phase" per sample) from those that keep white noise white and move the mask along;
@@ -126,7 +118,8 @@ class TrainConfig:
         log_interval: steps between lines of log.jsonl.
         device: "auto" is CUDA where there is one.
         network, levels, loss: see there.
-        consistency: learn what lies below the noise of the data, too; None: do not.
+        consistency: learn what lies below the noise of the data, too: `StagedConfig` or `JointConfig` (``mode`` in a file
+            says which); None: do not.
         em: learn an unconditional prior from incomplete (or any) measurements by expectation maximisation; max_steps and
             max_minutes must then be left out, ``em.steps`` counts for every lap.
     """
@@ -135,6 +128,7 @@ class TrainConfig:
     max_steps: int | None = None
     max_minutes: float | None = None
     batch_size: int = 16
+    micro_batches: int = 1
     learning_rate: float = 1e-3
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int = 50
@@ -142,6 +136,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     ema_decay: float = 0.999
+    ema_half_life_images: float | None = None
     gradient_clip: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     augmentations: tuple[str, ...] = ()
@@ -151,16 +146,16 @@ class TrainConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     levels: LevelConfig = field(default_factory=LevelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    consistency: ConsistencyConfig | None = None
+    consistency: StagedConfig | JointConfig | None = None
     em: EMConfig | None = None
 
     def __post_init__(self) -> None:
         check_types(self, "")
         require(self.seed >= 0, "seed", "an integer >= 0", self.seed)
-        for key in ("max_steps", "max_minutes"):
+        for key in ("max_steps", "max_minutes", "ema_half_life_images"):
             value = getattr(self, key)
             require(value is None or value > 0, key, "a value > 0", value)
-        for key in ("batch_size", "learning_rate", "gradient_clip", "log_interval"):
+        for key in ("batch_size", "micro_batches", "learning_rate", "gradient_clip", "log_interval"):
             require(getattr(self, key) > 0, key, "a value > 0", getattr(self, key))
         for key in ("warmup_steps", "weight_decay", "checkpoint_minutes"):
             require(getattr(self, key) >= 0, key, "a value >= 0", getattr(self, key))
@@ -177,8 +172,6 @@ class TrainConfig:
             )
 
     def _check_stages(self) -> None:
-        if self.consistency is not None:
-            require(self.loss.kind == "ambient", "consistency", "loss.kind ambient with it", self.loss.kind)
         if self.em is not None:
             limits = (self.max_steps, self.max_minutes)
             require(limits == (None, None), "em", "no max_steps and max_minutes beside em.steps", limits)
@@ -209,7 +202,10 @@ class TrainConfig:
 
     def ema_decay_at(self, step: int) -> float:
         """Decay of the weight average after ``step`` (counted from 0)."""
-        return min(self.ema_decay, (1 + step) / (10 + step))
+        decay = self.ema_decay
+        if self.ema_half_life_images is not None:
+            decay = 0.5 ** (self.batch_size / self.ema_half_life_images)
+        return min(decay, (1 + step) / (10 + step))
 
     # -- files -----------------------------------------------------------------------------------------------------------------
 

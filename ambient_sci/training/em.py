@@ -41,6 +41,7 @@ from ambient_sci.errors import IdentifiabilityError, InputError
 from ambient_sci.noise import expand
 from ambient_sci.operators import Identity, RowMaskedOperator
 from ambient_sci.priors import GaussianPrior, NetworkPrior, Prior, StationaryGaussianPrior, load_prior
+from ambient_sci.randomness import seeded
 from ambient_sci.sampling import Reconstruction, reconstruct
 from ambient_sci.training.augment import exact_augmentations
 from ambient_sci.training.config import TrainConfig
@@ -51,7 +52,7 @@ from ambient_sci.training.report import Reporter
 from ambient_sci.training.run_folder import RunFolder
 from ambient_sci.training.source import Measurements, Source, judge, open_measurements, survey_masks
 from ambient_sci.training.stage_configs import EMConfig
-from ambient_sci.training.stages import AmbientStage, seeded
+from ambient_sci.training.stages import AmbientStage
 
 # Streams of randomness, beside those of the other stages.
 _INITIAL, _E_STEP, _HELD_OUT = 20, 21, 22

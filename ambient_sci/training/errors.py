@@ -36,3 +36,13 @@ class TrainingInterrupted(Exception):
     def exit_status(self) -> int:
         """128 + signal number."""
         return 128 + self.signum
+
+
+class ProcessLost(InputError):
+    """Another process of a run on several has ended or does not answer. The last checkpoint is untouched."""
+
+    def __init__(self, rank: int, count: int, reason: str) -> None:
+        super().__init__(
+            f"process {rank} of {count}: another process of this run has ended or does not answer ({reason}); "
+            "the run continues from its last checkpoint with resume"
+        )

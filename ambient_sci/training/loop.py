@@ -1,36 +1,45 @@
 r"""The training loop: one for every stage.
 
-A stage says what is optimised and what the loss of step s is; the loop does the rest:
+A stage says what is optimised, and yields the losses of a step in turns, each of one module; the loop does the rest (see
+`ambient_sci.training.players` for what a turn does). Because the losses of step s are a function of (seed, s) and of the
+weights alone, the state of a run is the weights, their averages, the optimisers' moments and the step: no generator and no
+loader has to be saved, and a run continued from a checkpoint repeats an uninterrupted one bit for bit (CPU, the same machine
+and number of threads). What modules draw themselves (dropout) comes from torch's global streams, forked for each turn and
+seeded with (seed, step, share, turn).
 
-    theta <- AdamW(theta, clip(grad mean_b loss_b(s)), lr(s)),        theta_ema <- d(s) theta_ema + (1 - d(s)) theta,
-
-with learning rate and decay as in `ambient_sci.training.config`. Because the loss of step s is a function of (seed, s) alone, the
-state of a run is the weights, their average, the optimiser's moments and the step: no generator and no loader has to be saved,
-and a run continued from a checkpoint repeats an uninterrupted one bit for bit (CPU, the same machine and number of threads).
-
-Several processes (``accelerate launch``) each take their part of every batch; gradients, loss and clock are averaged in one
-reduction per step, which works for any stage, whatever number of network calls its loss makes.
+A batch is shared by P processes (``accelerate launch``), each of which takes its share in m = ``micro_batches`` parts, one
+after the other. Part k of process r is share r m + k of P m, whoever computes it: P processes with m parts and one process
+with P m parts train on the same samples and the same noise, to rounding. The loss of a step is the mean over all shares;
+gradients, loss and clock are averaged in one reduction a turn, which works for any stage, whatever number of network calls
+its loss makes.
 """
 
 from __future__ import annotations
 
-import copy
 import time
+from collections.abc import Iterator
+from itertools import count
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ambient_sci.errors import InputError
 from ambient_sci.priors import Prior
+from ambient_sci.randomness import forked, number
 from ambient_sci.training.config import TrainConfig
 from ambient_sci.training.errors import TrainingDiverged, TrainingInterrupted
 from ambient_sci.training.interruption import Interruption
+from ambient_sci.training.players import Player
+from ambient_sci.training.processes import Processes
 from ambient_sci.training.report import Reporter
 from ambient_sci.training.run_folder import RunFolder
 
 # Processes agree on the clock and on interruptions this often (steps): each time costs a wait for the accelerator.
 _AGREE_EVERY = 10
+# Stream of randomness of what modules draw themselves.
+_MODULES = 4
 
 
 class Stage(Protocol):
@@ -38,25 +47,56 @@ class Stage(Protocol):
 
     Attributes:
         name: names the checkpoint and the lines of the log.
-        module: its trainable parameters are optimised, averaged and saved.
+        modules: what is optimised, by name: each has an optimiser, a clip, an average and a group in the checkpoint.
 
-    A stage whose loss depends on more than that has ``state()`` and ``load_state(tensors)``, for the checkpoint.
+    A stage whose modules are not all optimised alike has ``overrides``: module name to the settings of `TrainConfig` in
+    which it differs. A stage whose losses depend on more than weights and step has ``state()`` and ``load_state(tensors)``:
+    tensors with a row for each sample of this process's parts, in their order.
     """
 
     name: str
-    module: nn.Module
 
-    def loss(self, step: int) -> Tensor:
-        """Loss of every sample of this process's part of the batch, (B,): a function of the seed, the step and the weights."""
+    @property
+    def modules(self) -> dict[str, nn.Module]: ...
+
+    def turns(self, step: int, part: int) -> Iterator[tuple[str, Tensor]]:
+        """Name of a module and loss of every sample of a part of this process's share, (B,), one turn after the other.
+
+        A function of the seed, the step and the weights. The module has made its step before the next turn is asked for;
+        every part yields the same names.
+        """
         ...
 
-    def indices(self, step: int) -> list[int]:
-        """The samples of that batch, for error messages."""
+    def indices(self, step: int, part: int) -> list[int]:
+        """The samples of that part, for error messages."""
         ...
 
-    def prior(self, average: nn.Module) -> Prior:
+    def prior(self, averages: dict[str, nn.Module]) -> Prior:
         """The prior that averaged weights make, to be saved and returned."""
         ...
+
+
+class OneModule:
+    """A stage with one module and one turn a step: it has ``module`` and ``loss(step, part)``."""
+
+    module: nn.Module
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The module, under the name of what it becomes."""
+        return {"prior": self.module}
+
+    def loss(self, step: int, part: int = 0) -> Tensor:
+        """Loss of every sample of a part, (B,)."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its loss")
+
+    def turns(self, step: int, part: int = 0) -> Iterator[tuple[str, Tensor]]:
+        """The loss, as the one turn of the step."""
+        yield "prior", self.loss(step, part)
+
+    def prior(self, averages: dict[str, nn.Module]) -> Prior:
+        """The averaged module, which is a prior."""
+        return averages["prior"]  # type: ignore[return-value]
 
 
 def run_stage(
@@ -73,40 +113,37 @@ def run_stage(
     A stage that had already ended is only loaded.
 
     Raises:
+        InputError: modules without trainable parameters, or the checkpoint of other ones.
         TrainingDiverged: loss or gradient not finite; names step and batch. Nothing of that step is saved.
         TrainingInterrupted: SIGINT or SIGTERM, after the step at hand and a checkpoint.
+        ProcessLost: another process of the run has ended.
     """
+    reporter = reporter or Reporter(enabled=False)
     loop = _Loop(stage, config, accelerator, folder)
     if resume:
-        loop.restore()
-    loop.run(reporter or Reporter(enabled=False))
-    return stage.prior(loop.average)
+        loop.restore(reporter)
+    loop.run(reporter)
+    return loop.prior()
 
 
 class _Loop:
     def __init__(
         self, stage: Stage, config: TrainConfig, accelerator: Accelerator, folder: RunFolder | None
     ) -> None:
-        self.stage, self.config, self.accelerator = stage, config, accelerator
-        self.folder = folder
-        self.device = accelerator.device
-        self.module = stage.module.to(self.device).train()
-        self.average = copy.deepcopy(self.module).eval().requires_grad_(False)
-        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
-        pairs = zip(self.module.parameters(), self.average.parameters(), strict=True)
-        self.averaged = [mean for p, mean in pairs if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
-        self.step, self.seconds = 0, 0.0
-        # Sums since the last line of the log: loss, gradient norm, number of steps. On the device, read when a line is due.
-        self.trace = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.stage, self.config, self.folder = stage, config, folder
+        self.processes, self.device = Processes(accelerator), accelerator.device
+        own: dict[str, dict[str, Any]] = getattr(stage, "overrides", {})
+        self.players = {
+            name: Player(name, module, config, own.get(name, {}), self.device)
+            for name, module in stage.modules.items()
+        }
+        self.parts = config.micro_batches
+        self.step, self.seconds, self.saved = 0, 0.0, 0.0
         self.unchecked: list[tuple[int, Tensor, Tensor]] = []
         self.stop: int | None = None
+
+    def prior(self) -> Prior:
+        return self.stage.prior({name: player.averaged() for name, player in self.players.items()})
 
     # -- the loop ------------------------------------------------------------------------------------------------------------
 
@@ -115,61 +152,83 @@ class _Loop:
             return
         shown = reporter.stage(self.stage.name, self.config, self.step, self.seconds)
         self.begun = time.monotonic() - self.seconds
-        saved = time.monotonic()
+        self.saved = self.seconds
         with Interruption() as interruption, shown:
             while self.config.progress(self.step, self.seconds) < 1 and self.stop is None:
-                self._optimise(interruption)
+                self._advance(interruption)
                 if self.step % self.config.log_interval == 0:
                     shown.observe(self._log())
-                if time.monotonic() - saved >= 60 * self.config.checkpoint_minutes:
+                # By the clock that the processes share: they save together.
+                if self.seconds - self.saved >= 60 * self.config.checkpoint_minutes:
                     self.save()
-                    saved = time.monotonic()
                 shown.update(self.step, self.seconds)
-            if self.trace[2] > 0 and self.stop is None:
+            if self.step % self.config.log_interval and self.stop is None:
                 self._log()
             self.save()
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
         if self.stop is not None:
             raise TrainingInterrupted(self.stop, self.step, str(self.folder.path) if self.folder else None)
 
-    def _optimise(self, interruption: Interruption) -> None:
-        """Step ``self.step``, after which it counts one more."""
-        config = self.config
-        rate = config.learning_rate_at(self.step, config.progress(self.step, self.seconds))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            losses = self.stage.loss(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        losses.mean().backward()
-        loss = self._synchronise(losses.detach().mean(), interruption)
-        norm = nn.utils.clip_grad_norm_(self.parameters, config.gradient_clip)
-        self.unchecked.append((self.step, losses.detach(), norm))
-        if (
-            self.device.type == "cpu"
-        ):  # elsewhere reading a value waits for the device: done when a log line is due
-            self._check_finite()
-        self.optimizer.step()
-        with torch.no_grad():  # or the average would carry the graph of all steps
-            torch._foreach_lerp_(self.averaged, self.parameters, 1 - config.ema_decay_at(self.step))
-        self.trace += torch.stack([loss.double(), norm.double(), torch.ones_like(norm, dtype=torch.float64)])
+    def _advance(self, interruption: Interruption) -> None:
+        """Step ``self.step``, turn by turn, after which it counts one more."""
+        progress = self.config.progress(self.step, self.seconds)
+        parts = [self.stage.turns(self.step, part) for part in range(self.parts)]
+        for turn in count():
+            taken = self._turn(turn, parts)
+            if taken is None and turn == 0:
+                raise InputError(f"stage {self.stage.name!r}: expected a turn at step {self.step}, got none")
+            if taken is None:
+                break
+            player, losses = taken
+            loss = self._synchronise(player, losses.mean(), interruption)
+            norm = player.clip()
+            self.unchecked.append((self.step, losses, norm))
+            if (
+                self.device.type == "cpu"
+            ):  # elsewhere reading a value waits for the device: when a log line is due
+                self._check_finite()
+            player.update(self.step, progress)
+            player.trace += torch.stack(
+                [loss.double(), norm.double(), torch.ones_like(norm, dtype=torch.float64)]
+            )
         self.step += 1
 
-    def _synchronise(self, loss: Tensor, interruption: Interruption) -> Tensor:
+    def _turn(self, turn: int, parts: list[Iterator[tuple[str, Tensor]]]) -> tuple[Player, Tensor] | None:
+        """Loss and gradient of the next turn, one part after the other; None where the step is over."""
+        names, losses = [], []
+        for part, turns in enumerate(parts):
+            share = self.processes.rank * self.parts + part
+            seed = number(self.config.seed, _MODULES, self.step, share, turn)
+            bf16 = self.config.precision == "bf16"
+            with forked(seed, self.device), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                name, loss = next(turns, (None, None))
+            names.append(name)
+            if any(other != names[0] for other in names):
+                raise InputError(
+                    f"stage {self.stage.name!r}: expected the same turns of every part, got {names}"
+                )
+            if name is None or loss is None:
+                continue
+            if part == 0:
+                self.players[name].optimizer.zero_grad(set_to_none=True)
+            (loss.mean() / self.parts).backward()
+            losses.append(loss.detach())
+        return (self.players[names[0]], torch.cat(losses)) if losses else None
+
+    def _synchronise(self, player: Player, loss: Tensor, interruption: Interruption) -> Tensor:
         """Mean over processes of gradients and loss; the processes also agree on the clock and on whether to stop."""
         now = time.monotonic() - self.begun
-        if self.accelerator.num_processes == 1:
+        if self.processes.count == 1:
             self.seconds, self.stop = now, interruption.signum
             return loss
-        main = self.accelerator.is_main_process
         # The clock is the main process's: a mean of (n * seconds, 0, 0, ...). Any process may have caught the signal.
-        clock = now * self.accelerator.num_processes if main else 0.0
+        clock = now * self.processes.count if self.processes.is_main else 0.0
         said = torch.tensor([clock, float(interruption.signum or 0)], device=self.device)
-        for p in self.parameters:
+        for p in player.parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        grads = [p.grad for p in self.parameters if p.grad is not None]
+        grads = [p.grad for p in player.parameters if p.grad is not None]
         flat = torch.cat([g.flatten().float() for g in grads] + [loss.float().reshape(1), said])
-        flat = self.accelerator.reduce(flat, "mean")
+        flat = self.processes.mean(flat)
         for grad, mean in zip(grads, flat[:-3].split([g.numel() for g in grads]), strict=True):
             grad.copy_(mean.view_as(grad))
         if self.step % _AGREE_EVERY == 0:
@@ -182,7 +241,7 @@ class _Loop:
             good = torch.isfinite(losses)
             if bool(good.all()) and bool(torch.isfinite(norm)):
                 continue
-            indices = self.stage.indices(step)
+            indices = [i for part in range(self.parts) for i in self.stage.indices(step, part)]
             bad = [i for i, ok in zip(indices, good.tolist(), strict=True) if not ok] or indices
             what = "loss" if len(bad) < len(indices) or not bool(good.any()) else "gradient"
             raise TrainingDiverged(
@@ -196,59 +255,62 @@ class _Loop:
     # -- log, save, restore ----------------------------------------------------------------------------------------------------
 
     def _log(self) -> float:
+        """A line of the log: of the first module, and of each where there are several. Returns the loss of the first."""
         self._check_finite()
-        loss, norm, count = self.trace.tolist()
-        self.trace.zero_()
-        line = {
-            "stage": self.stage.name,
-            "step": self.step,
-            "loss": loss / count,
-            "gradient_norm": norm / count,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "seconds": round(self.seconds, 3),
-        }
-        if self.folder and self.accelerator.is_main_process:
+        lines = {}
+        for name, player in self.players.items():
+            loss, norm, turns = player.trace.tolist()
+            player.trace.zero_()
+            if turns:
+                rate = player.rate
+                lines[name] = {"loss": loss / turns, "gradient_norm": norm / turns, "learning_rate": rate}
+        first = next(iter(lines.values()))
+        line = {"stage": self.stage.name, "step": self.step, **first, "seconds": round(self.seconds, 3)}
+        if len(self.players) > 1:
+            line["modules"] = lines
+        if self.folder and self.processes.is_main:
             self.folder.append_log(line)
-        return line["loss"]
+        return first["loss"]
 
     def save(self) -> None:
-        """Checkpoint and prior. Only the main process writes; all hold the same state."""
+        """Checkpoint and prior. All processes come here, and the main one writes: what they hold is the same but for the
+        rows of their samples, which are gathered."""
         self._check_finite()
-        if self.folder is None or not self.accelerator.is_main_process:
+        self.saved = self.seconds
+        if self.folder is None:
             return
-        tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-        tensors["trace"] = self.trace
-        if hasattr(self.stage, "state"):
-            tensors |= {f"stage.{k}": v for k, v in self.stage.state().items()}
-        for i, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
-        self.folder.save_checkpoint(self.stage.name, tensors, {"step": self.step, "seconds": self.seconds})
-        self.stage.prior(self.average).save(self.folder.prior)
+        state: dict[str, Tensor] = self.stage.state() if hasattr(self.stage, "state") else {}  # type: ignore[attr-defined]
+        tensors = {f"stage.{key}": self.processes.gather(rows) for key, rows in state.items()}
+        if not self.processes.is_main:
+            return
+        for name, player in self.players.items():
+            tensors |= {f"{name}/{key}": value for key, value in player.state().items()}
+        values = {"step": self.step, "seconds": self.seconds, "shares": self.processes.count * self.parts}
+        self.folder.save_checkpoint(self.stage.name, tensors, values)
+        self.prior().save(self.folder.prior)
 
-    def restore(self) -> None:
+    def restore(self, reporter: Reporter) -> None:
         """Continue from the stage's checkpoint; without one, from the beginning."""
         if self.folder is None:
             return
         saved = self.folder.load_checkpoint(self.stage.name)
         values = saved[1] if saved else {"step": 0, "seconds": 0.0}
-        if self.accelerator.is_main_process:
+        if self.processes.is_main:
             self.folder.rewind_log(self.stage.name, values["step"])
         if saved is None:
             return
-        tensors = saved[0]
+        tensors, shares = saved[0], self.processes.count * self.parts
+        if values["shares"] != shares:
+            reporter.say(
+                f"{self.stage.name}: resumed with batches in {shares} shares (processes x micro_batches) instead of "
+                f"{values['shares']}: what is drawn from here on is not what the uninterrupted run would have drawn"
+            )
         self.step, self.seconds = values["step"], values["seconds"]
-        self.module.load_state_dict(_below(tensors, "module."))
-        self.average.load_state_dict(_below(tensors, "average."))
-        self.trace.copy_(tensors["trace"])
+        for name, player in self.players.items():
+            player.load_state(_below(tensors, f"{name}/"))
         if hasattr(self.stage, "load_state"):
-            self.stage.load_state(_below(tensors, "stage."))
-        moments: dict[int, dict[str, Any]] = {}
-        for key, value in _below(tensors, "optimizer.").items():
-            index, name = key.split(".", 1)
-            moments.setdefault(int(index), {})[name] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            rows = {key: self.processes.own(value) for key, value in _below(tensors, "stage.").items()}
+            self.stage.load_state(rows)  # type: ignore[attr-defined]
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

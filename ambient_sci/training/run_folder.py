@@ -29,7 +29,7 @@ from ambient_sci.whole_files import read_tensors, write_json, write_text
 
 #: Settings that do not change what is learned; a run may be continued with others.
 FREE_ON_RESUME = (
-    *("max_steps", "max_minutes", "device", "log_interval", "checkpoint_minutes"),
+    *("max_steps", "max_minutes", "device", "log_interval", "checkpoint_minutes", "micro_batches"),
     *("consistency.max_steps", "consistency.max_minutes", "em.laps"),
 )
 

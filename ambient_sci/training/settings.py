@@ -35,12 +35,36 @@ def parse_dataclass(kind: type, values: Any, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     names = [f.name for f in dataclasses.fields(kind)]
     prefix = f"{where}." if where else ""
+    values = _without_retired(kind, values, prefix)
     unknown = [key for key in values if key not in names]
     if unknown:
         raise InputError(
             f"configuration: {prefix}{unknown[0]}: unknown setting; expected one of {', '.join(names)}"
         )
     return kind(**{key: _parse(hints[key], value, f"{prefix}{key}") for key, value in values.items()})
+
+
+#: In ``RETIRED``: whatever value the setting has, it had no effect.
+ANY = object()
+
+
+def _without_retired(kind: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """``values`` without settings that older files of this kind have; ``kind.RETIRED`` names their only value, and why."""
+    retired: dict[str, tuple[Any, str]] = getattr(kind, "RETIRED", {})
+    for key, (value, why) in retired.items():
+        if key in values and value is not ANY:
+            same = type(values[key]) is type(value) and values[key] == value
+            require(same, f"{prefix}{key}", f"{value!r} ({why})", values[key])
+    return {key: value for key, value in values.items() if key not in retired}
+
+
+def _member(kinds: list[Any], value: Any, where: str) -> Any:
+    """Which of several dataclasses a table is: the one whose ``mode`` it has; the first if it has none."""
+    if len(kinds) == 1 or not isinstance(value, dict) or "mode" not in value:
+        return kinds[0]
+    modes = {typing.get_args(typing.get_type_hints(kind)["mode"])[0]: kind for kind in kinds}
+    require(value["mode"] in modes, f"{where}.mode", f"one of {', '.join(map(repr, modes))}", value["mode"])
+    return modes[value["mode"]]
 
 
 def _parse(kind: Any, value: Any, where: str) -> Any:
@@ -51,7 +75,7 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _parse(next(a for a in arguments if a is not type(None)), value, where)
+        return _parse(_member([a for a in arguments if a is not type(None)], value, where), value, where)
     if origin is Literal:
         require(value in arguments, where, f"one of {', '.join(map(repr, arguments))}", value)
         return value

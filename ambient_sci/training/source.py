@@ -125,7 +125,7 @@ def judge(data: Measurements, config: TrainConfig) -> Source:
     if not complete:
         design = data.design or estimate_design(masks)
         design.check_trainable(default_keep(complete) if keep is None else keep)
-    source = Source(data, complete, design, _reason(data, fraction, design, config))
+    source = Source(data, complete, design, _reason(data, fraction, design))
     return replace(source, data_std=_data_std(source))
 
 
@@ -155,13 +155,11 @@ def default_keep(complete: bool) -> float:
     return 1.0 if complete else 0.75
 
 
-def _reason(data: Measurements, fraction: float, design: MaskDesign | None, config: TrainConfig) -> str:
+def _reason(data: Measurements, fraction: float, design: MaskDesign | None) -> str:
     low, high = float(data.noise_std.min()), float(data.noise_std.max())
     noise = "no noise" if high == 0 else f"noise {low:g}" if low == high else f"noise {low:g} to {high:g}"
     head = f"{len(data)} samples, operator {data.operator_name}, {noise}"
     if fraction < 1:
-        if config.loss.kind == "denoising":
-            raise InputError("loss.kind: expected ambient for incomplete data, got denoising")
         status = "" if design is None else f" (mask design {design.name}, {design.status})"
         return (
             f"{head}, {100 * fraction:.0f} % of rows measured{status}: operator-aware Ambient loss with held-out rows, "
@@ -174,8 +172,6 @@ def _reason(data: Measurements, fraction: float, design: MaskDesign | None, conf
     )
     if high == 0:
         return f"{head}, {scan}: denoising loss, an unconditional prior"
-    if config.loss.kind == "denoising":
-        return f"{head}, {scan}: denoising loss that takes the noisy images for clean, as configured (the noisy-as-clean baseline)"
     return f"{head}, {scan}: Ambient loss, an unconditional prior; levels below the noise of the data are not learned"
 
 

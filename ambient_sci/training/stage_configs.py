@@ -3,102 +3,106 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from ambient_sci.training.settings import check_types, require
+from ambient_sci.training.settings import ANY, check_types, parse_dataclass, require
+
+_DETACH = (
+    False,
+    "without gradient through D_s nothing is anchored: ambient_sci.losses.consistency has no such switch",
+)
 
 
 @dataclass(frozen=True)
-class ConsistencyConfig:
-    """Consistency below the noise of the data; see `ambient_sci.training.consistency`.
+class _PairsConfig:
+    """Pairs of levels below the noise of the data; see `ambient_sci.training.below_noise`.
 
-    A pair of levels (t, s) starts at a noisy image of the data, at level sigma_n, and walks down k steps of the
-    reverse process, t <- max(t exp(-stride u), sigma_min); then s = t exp(-gap u'), with u and u' uniform on (0, 1).
+    A pair (t, s) starts at a noisy image of the data, at level sigma_n, and walks down k steps of the reverse process,
+    t <- max(t exp(-stride u), sigma_min); then s = t exp(-gap u'), with u and u' uniform on (0, 1).
 
     Attributes:
-        mode: "staged" freezes what the Ambient loss has learned and trains a copy of it for the levels below; "joint" adds
-            the loss to the Ambient loss on one network, as published.
-        max_steps, max_minutes: length of the second stage ("staged"; "joint" lasts as long as the Ambient stage).
-        learning_rate: of the second stage ("staged").
-        ema_decay: of its weight average ("staged").
         draws: m >= 2, independent draws of x_s for each pair, in one batched call.
         walk: smallest and largest k; k is drawn once a batch. Reaching far below sigma_n takes about
             2 ln(sigma_n / sigma_min) steps, and each costs an evaluation without gradient.
-        replay: instead of walking anew, keep a batch of chains: the state at s is where the next step starts, at no
-            evaluation at all, and a chain that has reached sigma_min starts again from the data. "staged" only.
         stride, gap: see above.
-        sigma_n: the level below which consistency is asked for; default: ``margin`` times the lowest noise in the data. To be given where
-            some of the data are clean. In the units of ``levels``.
-        margin: see ``sigma_n``. The Ambient loss teaches kept rows nothing at the noise level of the data itself: what the anchor answers there is
-            extrapolated, from a little above. With 1.15, say, the anchor is asked where it has learned, and noise is added to the data to get
-            there. Each step then also takes an Ambient loss on the copy, between the noise of the data and sigma_n (one evaluation), beside which
-            ``weight`` counts. "staged" only.
+        sigma_n: the level below which consistency is asked for, in the units of ``levels``; default: the lowest noise in the
+            data. To be given where some of the data are clean.
         sigma_min: lowest level of a walk, in the units of ``levels``.
-        shrinkage: factor, beside the consistency loss, of the denoising loss on the anchor's estimates at sigma_n, towards the law of
-            truncated sampling. It biases (detail is lost where images are finer than the noise) and calms (noise that the network would rather
-            leave in). Two evaluations a step. "staged" only.
-        warm_start: first steps of the second stage, with that loss alone, with factor 1 whatever ``shrinkage`` is. They are among its
-            ``max_steps`` and share its learning rate. "staged" only.
-        weight: factor of the loss beside the Ambient loss ("joint"; and for data with less noise than ``sigma_n``).
-        kick_in: first step at which it counts ("joint").
-        ramp: steps from there until it counts in full ("joint").
-        detach_target: no gradient through D_s: a fixed point that is not anchored. For ablations.
+        weight: factor of the loss beside an Ambient loss.
     """
 
-    mode: Literal["staged", "joint"] = "staged"
-    max_steps: int | None = 5_000
-    max_minutes: float | None = None
-    learning_rate: float = 5e-4
-    ema_decay: float = 0.999
     draws: int = 4
     walk: tuple[int, int] = (0, 3)
-    replay: bool = False
     stride: float = 1.0
     gap: float = 0.5
     sigma_n: float | None = None
-    margin: float = 1.0
     sigma_min: float = 0.01
-    shrinkage: float = 0.0
-    warm_start: int = 0
     weight: float = 1.0
-    kick_in: int = 0
-    ramp: int = 0
-    detach_target: bool = False
 
     def __post_init__(self) -> None:
         name = "consistency."
         check_types(self, name)
-        for key in ("max_steps", "max_minutes", "sigma_n"):
+        for key in ("stride", "gap", "sigma_min", "weight"):
+            require(getattr(self, key) > 0, name + key, "a value > 0", getattr(self, key))
+        require(self.sigma_n is None or self.sigma_n > 0, name + "sigma_n", "a value > 0", self.sigma_n)
+        require(self.draws >= 2, name + "draws", "at least 2 (one draw gives a biased loss)", self.draws)
+        require(0 <= self.walk[0] <= self.walk[1], name + "walk", "0 <= smallest <= largest", self.walk)
+
+
+@dataclass(frozen=True)
+class StagedConfig(_PairsConfig):
+    """Staged consistency: what the Ambient loss has learned is frozen, and a copy of it trained for the levels below.
+
+    Attributes:
+        draws, walk, stride, gap, sigma_n, sigma_min: how pairs of levels arise.
+        mode: names this configuration in a file.
+        max_steps, max_minutes: length of the second stage.
+        learning_rate: of the second stage.
+        ema_decay: of its weight average.
+        replay: instead of walking anew, keep a batch of chains: the state at s is where the next step starts, at no
+            evaluation at all, and a chain that has reached sigma_min starts again from the data.
+        margin: without sigma_n, it is ``margin`` times the lowest noise in the data. The Ambient loss teaches kept rows
+            nothing at the noise level of the data itself: what the anchor answers there is extrapolated, from a little
+            above. With 1.15, say, the anchor is asked where it has learned, and noise is added to the data to get there.
+            Each step then also takes an Ambient loss on the copy, between the noise of the data and sigma_n (one
+            evaluation), beside which ``weight`` counts.
+        shrinkage: factor, beside the consistency loss, of the denoising loss on the anchor's estimates at sigma_n, towards
+            the law of truncated sampling. It biases (detail is lost where images are finer than the noise) and calms (noise
+            that the network would rather leave in). Two evaluations a step.
+        warm_start: first steps of the second stage, with that loss alone, with factor 1 whatever ``shrinkage`` is. They are
+            among its ``max_steps`` and share its learning rate.
+        weight: factor of the loss for data with less noise than sigma_n.
+    """
+
+    mode: Literal["staged"] = "staged"
+    max_steps: int | None = 5_000
+    max_minutes: float | None = None
+    learning_rate: float = 5e-4
+    ema_decay: float = 0.999
+    replay: bool = False
+    margin: float = 1.0
+    shrinkage: float = 0.0
+    warm_start: int = 0
+
+    RETIRED: ClassVar[dict[str, tuple[Any, str]]] = {
+        "kick_in": (0, "staged consistency has no other loss to wait for; mode joint has"),
+        "ramp": (0, "staged consistency has no other loss to wait for; mode joint has"),
+        "detach_target": _DETACH,
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = "consistency."
+        for key in ("max_steps", "max_minutes"):
             value = getattr(self, key)
             require(value is None or value > 0, name + key, "a value > 0", value)
         limited = self.max_steps is not None or self.max_minutes is not None
         require(limited, name + "max_steps", "a limit in steps or minutes", None)
-        for key in ("learning_rate", "stride", "gap", "sigma_min", "weight"):
-            require(getattr(self, key) > 0, name + key, "a value > 0", getattr(self, key))
+        require(self.learning_rate > 0, name + "learning_rate", "a value > 0", self.learning_rate)
         require(0 <= self.ema_decay < 1, name + "ema_decay", "a value in [0, 1)", self.ema_decay)
-        require(self.draws >= 2, name + "draws", "at least 2 (one draw gives a biased loss)", self.draws)
-        require(0 <= self.walk[0] <= self.walk[1], name + "walk", "0 <= smallest <= largest", self.walk)
-        require(
-            self.kick_in >= 0 and self.ramp >= 0,
-            name + "kick_in, ramp",
-            "values >= 0",
-            (self.kick_in, self.ramp),
-        )
-        for key in ("kick_in", "ramp"):
-            joint = self.mode == "joint" or getattr(self, key) == 0
-            require(
-                joint,
-                name + key,
-                "mode joint with it (staged consistency has no other loss to wait for)",
-                self.mode,
-            )
         require(self.margin >= 1, name + "margin", "a value of at least 1", self.margin)
-        require(
-            self.margin == 1 or self.sigma_n is None,
-            name + "margin",
-            "1 where sigma_n is given",
-            (self.margin, self.sigma_n),
-        )
+        both = (self.margin, self.sigma_n)
+        require(self.margin == 1 or self.sigma_n is None, name + "margin", "1 where sigma_n is given", both)
         require(self.shrinkage >= 0, name + "shrinkage", "a value >= 0", self.shrinkage)
         # Ended by the clock, a stage could be a warm start and nothing else.
         limited = self.warm_start == 0 or (
@@ -110,9 +114,51 @@ class ConsistencyConfig:
             "0 <= warm_start < max_steps, and no max_minutes with it",
             (self.warm_start, self.max_steps),
         )
-        for key, idle in {"replay": False, "margin": 1.0, "shrinkage": 0.0, "warm_start": 0}.items():
-            staged = self.mode == "staged" or getattr(self, key) == idle
-            require(staged, name + key, "mode staged with it", self.mode)
+
+
+@dataclass(frozen=True)
+class JointConfig(_PairsConfig):
+    """Joint consistency, as published: the loss is added to the Ambient loss on one network.
+
+    Attributes:
+        draws, walk, stride, gap, sigma_n, sigma_min: how pairs of levels arise.
+        mode: names this configuration in a file.
+        weight: factor of the loss beside the Ambient loss.
+        kick_in: first step at which it counts.
+        ramp: steps from there until it counts in full.
+    """
+
+    mode: Literal["joint"] = "joint"
+    kick_in: int = 0
+    ramp: int = 0
+
+    RETIRED: ClassVar[dict[str, tuple[Any, str]]] = {
+        "max_steps": (ANY, ""),
+        "max_minutes": (ANY, ""),
+        "learning_rate": (ANY, ""),
+        "ema_decay": (ANY, ""),
+        "replay": (False, "mode staged has it"),
+        "margin": (1.0, "mode staged has it"),
+        "shrinkage": (0.0, "mode staged has it"),
+        "warm_start": (0, "mode staged has it"),
+        "detach_target": _DETACH,
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("kick_in", "ramp"):
+            require(getattr(self, key) >= 0, f"consistency.{key}", "a value >= 0", getattr(self, key))
+
+
+def ConsistencyConfig(mode: str = "staged", **settings: Any) -> StagedConfig | JointConfig:  # noqa: N802
+    """A `StagedConfig` or a `JointConfig`, by ``mode``, as a table of settings in a file becomes one.
+
+    Raises:
+        InputError: another mode, or settings that this one does not have.
+    """
+    kinds: dict[str, type[StagedConfig] | type[JointConfig]] = {"staged": StagedConfig, "joint": JointConfig}
+    require(mode in kinds, "consistency.mode", "'staged' or 'joint'", mode)
+    return parse_dataclass(kinds[mode], {"mode": mode, **settings}, "consistency")
 
 
 @dataclass(frozen=True)

@@ -1,61 +1,68 @@
 r"""The stage that learns a prior from noisy, possibly incomplete measurements: the Ambient stage.
 
-Step s, all of it a function of (seed, s):
-
-    samples (y, A, sigma_y)  ->  symmetries  ->  sigma ~ level distribution above sigma_y  ->  operator-aware Tweedie loss.
+Step s: a batch with its levels and split (`ambient_sci.training.batches`), the operator-aware Tweedie loss.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import numpy as np
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ambient_sci import losses
-from ambient_sci.data import MeasurementLoader
-from ambient_sci.errors import InputError
-from ambient_sci.noise import Concentrated, LogNormal, LogUniform
-from ambient_sci.operators import RowMaskedOperator
 from ambient_sci.priors import NetworkPrior, Prior
-from ambient_sci.training.augment import augment, check_augmentations
-from ambient_sci.training.config import LevelConfig, TrainConfig
-from ambient_sci.training.source import Source, default_keep
-
-# Streams of randomness of one run: numbers that keep the draws for different purposes apart.
-INITIAL_WEIGHTS, LEVELS, NOISE = 0, 1, 2
-
-
-def seeded(seed: int, *key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that is a function of (seed, key): the same on every machine, unrelated for different keys."""
-    state = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
+from ambient_sci.randomness import seeded
+from ambient_sci.training.batches import INITIAL_WEIGHTS, Batches, Drawn
+from ambient_sci.training.config import LossConfig, TrainConfig
+from ambient_sci.training.loop import OneModule
+from ambient_sci.training.source import Source
 
 
-def level_distribution(config: LevelConfig, data_std: float) -> LogNormal | Concentrated | LogUniform:
-    """The distribution of training levels that ``config`` asks for, in absolute units."""
-    unit = data_std if config.relative else 1.0
-    high, low = config.sigma_max * unit, config.floor * unit
-    if config.kind == "log-normal":
-        return LogNormal(mean=config.mean + float(np.log(unit)), std=config.std, sigma_max=high, floor=low)
-    if config.kind == "concentrated":
-        return Concentrated(sigma_max=high, power=config.power, floor=low)
-    return LogUniform(sigma_max=high, floor=low)
+def initial_prior(batches: Batches) -> NetworkPrior:
+    """The network of the run with random weights: unconditional for complete data, mask-conditional for incomplete ones.
+
+    Raises:
+        InputError: a size that the network cannot divide.
+    """
+    source, config = batches.source, batches.config
+    return NetworkPrior(
+        source.image_shape,
+        data_std=source.data_std,
+        conditioning="unconditional" if source.complete else "mask-conditional",
+        network=config.network,
+        sigma_min=_lowest_level(batches),
+        sigma_max=batches.levels.sigma_max,
+        mask_channels=source.design.unit_shape[0] if source.design else 1,
+        about={"data": source.reason, "subjects": len(set(source.measurements.subjects))},
+        generator=seeded(config.seed, INITIAL_WEIGHTS),
+    )
 
 
-class Drawn(NamedTuple):
-    """A batch of measurements, noise levels (B,) to train it at, and where the noise of its loss comes from."""
-
-    operator: RowMaskedOperator
-    y: Tensor
-    sigma_y: Tensor
-    sigma: Tensor
-    noise: torch.Generator
+def _lowest_level(batches: Batches) -> float:
+    """The level above which a network learns what it answers: the noise of the data, unless consistency goes below."""
+    consistency, levels = batches.config.consistency, batches.config.levels
+    if consistency is not None and consistency.mode == "joint":
+        return consistency.sigma_min * (batches.source.data_std if levels.relative else 1.0)
+    return max(float(batches.noise_std.min()), batches.levels.floor)
 
 
-class AmbientStage:
+def ambient_of(
+    prior: Prior, drawn: Drawn, settings: LossConfig, sigma: Tensor | None = None
+) -> losses.AmbientStep:
+    """The operator-aware Tweedie loss of ``prior`` on a batch, at its own levels or at ``sigma``."""
+    return losses.ambient_step(
+        prior,
+        drawn.split,
+        drawn.y,
+        drawn.sigma_y,
+        drawn.sigma if sigma is None else sigma,
+        given=drawn.given,
+        generator=drawn.generator,
+        weighting=settings.weighting,
+        c_min=settings.c_min,
+    )
+
+
+class AmbientStage(OneModule):
     """Trains a `NetworkPrior` on measurements; unconditional where they are complete, mask-conditional where not.
 
     Args:
@@ -63,10 +70,10 @@ class AmbientStage:
         config: the run.
         accelerator: device, and this process's share of each batch.
         initial: the prior to start from; default: one with random weights.
+        batches: what is drawn from the data; default: `Batches` of them.
 
     Raises:
-        InputError: a size that the network cannot divide, an augmentation that is not exact for these data, levels that end
-            below the noise of the data, a batch that the processes cannot share evenly.
+        InputError: see `Batches` and `initial_prior`.
     """
 
     name = "ambient"
@@ -77,108 +84,21 @@ class AmbientStage:
         config: TrainConfig,
         accelerator: Accelerator,
         initial: NetworkPrior | None = None,
+        batches: Batches | None = None,
     ) -> None:
         self.source, self.config = source, config
-        self.device, self.rank = accelerator.device, accelerator.process_index
-        if config.batch_size % accelerator.num_processes:
-            raise InputError(
-                f"batch_size: expected a multiple of the {accelerator.num_processes} processes, got {config.batch_size}"
-            )
-        self.noise_std = (
-            source.noise_std if config.loss.kind == "ambient" else torch.zeros(len(source.measurements))
-        )
-        check_augmentations(
-            config.augmentations, source.image_shape, source.measurements.operator_name, source.design
-        )
-        self.levels = level_distribution(config.levels, source.data_std)
-        if not float(self.noise_std.max()) < self.levels.sigma_max:
-            raise InputError(
-                f"levels.sigma_max: expected a level above the noise of the data ({float(self.noise_std.max()):g}), "
-                f"got {self.levels.sigma_max:g}"
-            )
-        self.keep = config.loss.keep or default_keep(source.complete)
-        self.module: nn.Module = initial or self._initial_prior()
-        self.loader = MeasurementLoader(
-            source.measurements,
-            config.batch_size // accelerator.num_processes,
-            config.seed,
-            rank=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-            device=self.device,
-        )
-
-    def _initial_prior(self) -> NetworkPrior:
-        source, config = self.source, self.config
-        conditional = not source.complete
-        return NetworkPrior(
-            source.image_shape,
-            data_std=source.data_std,
-            conditioning="mask-conditional" if conditional else "unconditional",
-            network=config.network,
-            sigma_min=self._lowest_level(),
-            sigma_max=self.levels.sigma_max,
-            mask_channels=source.design.unit_shape[0] if source.design else 1,
-            about={"data": source.reason, "subjects": len(set(source.measurements.subjects))},
-            generator=seeded(config.seed, INITIAL_WEIGHTS),
-        )
-
-    def _lowest_level(self) -> float:
-        """The level above which the network learns what it answers: the noise of the data, unless consistency goes below."""
-        consistency, unit = (
-            self.config.consistency,
-            self.source.data_std if self.config.levels.relative else 1.0,
-        )
-        if consistency is not None and consistency.mode == "joint":
-            return consistency.sigma_min * unit
-        return max(float(self.noise_std.min()), self.levels.floor)
+        self.batches = batches or Batches(source, config, accelerator)
+        self.module: nn.Module = initial or initial_prior(self.batches)
 
     @property
     def reason(self) -> str:
         """What this stage does and why, in words."""
         return self.source.reason
 
-    def indices(self, step: int) -> list[int]:
-        return self.loader.indices(step).tolist()
+    def indices(self, step: int, part: int = 0) -> list[int]:
+        """The samples of a part of the batch."""
+        return self.batches.indices(step, part)
 
-    def draw(self, step: int) -> Drawn:
-        """The batch of a step with the noise levels and the randomness of its loss, a function of (seed, step)."""
-        config, key = self.config, (step, self.rank)
-        raw = self.loader.batch(step)
-        draw = seeded(config.seed, LEVELS, *key)
-        noise_std = self.noise_std[raw.indices]
-        # Levels are drawn where they are cheap to look at, and moved without waiting.
-        sigma = self.levels.sample(len(noise_std), minimum=noise_std, generator=draw).to(
-            self.device, non_blocking=True
-        )
-        operator, y, sigma_y = self.source.ready(raw.operator, raw.y, raw.sigma_y, draw)
-        operator, y, sigma_y = augment(operator, y, config.augmentations, draw, sigma_y)
-        # Splits of masks are drawn on the CPU; without them noise is drawn where it is needed.
-        noise = seeded(config.seed, NOISE, *key, device=self.device if self.source.complete else "cpu")
-        return Drawn(operator, y, sigma_y, sigma, noise)
-
-    def ambient_step(self, prior: Prior, drawn: Drawn, sigma: Tensor | None = None) -> losses.AmbientStep:
-        """The operator-aware Tweedie loss of ``prior`` on a batch, at its own levels or at ``sigma``."""
-        settings = self.config.loss
-        return losses.ambient_step(
-            prior,
-            drawn.operator,
-            drawn.y,
-            drawn.sigma_y,
-            drawn.sigma if sigma is None else sigma,
-            keep=self.keep,
-            generator=drawn.noise,
-            weighting=settings.weighting,
-            c_min=settings.c_min,
-            tweedie=settings.tweedie,
-            held_out_weights=settings.held_out_weights,
-            hold_out_calibration=settings.hold_out_calibration,
-        )
-
-    def loss(self, step: int) -> Tensor:
-        drawn = self.draw(step)
-        if self.config.loss.kind == "denoising":
-            return losses.denoising(self.module, drawn.y, drawn.sigma, generator=drawn.noise)
-        return self.ambient_step(self.module, drawn).loss
-
-    def prior(self, average: nn.Module) -> Prior:
-        return average  # type: ignore[return-value]  # a NetworkPrior: a copy of ``module``
+    def loss(self, step: int, part: int = 0) -> Tensor:
+        """The Ambient loss of a part of the batch."""
+        return ambient_of(self.module, self.batches.draw(step, part), self.config.loss).loss  # type: ignore[arg-type]

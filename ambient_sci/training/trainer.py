@@ -14,14 +14,22 @@ from torch import Tensor
 from ambient_sci.errors import InputError
 from ambient_sci.operators import RowMaskedOperator
 from ambient_sci.priors import Prior
+from ambient_sci.training.below_noise import (
+    ConsistencyStage,
+    JointStage,
+    second_stage_config,
+    staged_levels,
+    staged_reason,
+)
 from ambient_sci.training.config import TrainConfig
-from ambient_sci.training.consistency import ConsistencyStage, JointStage, second_stage_config
 from ambient_sci.training.em import run_em
 from ambient_sci.training.loop import run_stage
+from ambient_sci.training.players import trainable_names
+from ambient_sci.training.processes import Processes
 from ambient_sci.training.report import Reporter
 from ambient_sci.training.run_folder import RunFolder
 from ambient_sci.training.source import open_source
-from ambient_sci.training.stage_configs import EMConfig
+from ambient_sci.training.stage_configs import EMConfig, JointConfig, StagedConfig
 from ambient_sci.training.stages import AmbientStage
 
 
@@ -56,6 +64,7 @@ def fit(
         InputError: unusable data or configuration, an occupied folder, or a run of other data or settings to resume.
         IdentifiabilityError: a mask design that leaves rows unsupervised.
         TrainingDiverged: loss or gradient not finite; names step and samples.
+        ProcessLost: another process of the run has ended.
         TrainingInterrupted: SIGINT or SIGTERM; after the step at hand, with a checkpoint where ``out`` is given.
     """
     if resume and out is None:
@@ -71,26 +80,26 @@ def fit(
     if config.em is not None:
         return run_em(measurements, config, folder, accelerator, reporter, resume)
     source = open_source(measurements, config)
-    settings = config.consistency
-    joint = settings is not None and settings.mode == "joint"
-    first = JointStage(source, config, accelerator) if joint else AmbientStage(source, config, accelerator)
+    kind = JointStage if isinstance(config.consistency, JointConfig) else AmbientStage
+    first = kind(source, config, accelerator)
     reasons = {first.name: first.reason}
-    staged = settings is not None and not joint
-    if staged:  # made before anything runs, so that what it refuses is refused now
-        reasons["consistency"] = ConsistencyStage(first, first.module, config).reason
+    staged = config.consistency if isinstance(config.consistency, StagedConfig) else None
+    if staged:  # judged before anything runs, so that what is refused is refused now
+        reasons["consistency"] = staged_reason(staged_levels(first.batches, staged)[0])
     description = describe(reasons, source.fingerprint(), first)
     if folder and accelerator.is_main_process:
         folder.reopen(config, description) if resume else folder.create(config, description)
-    accelerator.wait_for_everyone()
+    Processes(accelerator).wait()
     for reason in reasons.values():
         reporter.say(reason)
     options: Any = {"accelerator": accelerator, "folder": folder, "resume": resume, "reporter": reporter}
     try:
         prior = run_stage(first, config, **options)
         if staged:
-            prior = run_stage(ConsistencyStage(first, prior, config), second_stage_config(config), **options)
+            second = ConsistencyStage(first.batches, prior, config, trainable_names(first.module))
+            prior = run_stage(second, second_stage_config(config), **options)
     finally:
-        first.loader.close()
+        first.batches.close()
     return prior.eval()
 
 
