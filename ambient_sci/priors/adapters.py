@@ -86,6 +86,8 @@ class LoraPrior(Prior):
             "rank": self.rank,
             "alpha": self.alpha,
             "targets": list(self.targets),
+            "sigma_min": self.sigma_min,
+            "sigma_max": self.sigma_max,
             "base": {**place, "digest": self._base_digest},
         }
 
@@ -117,6 +119,7 @@ class LoraPrior(Prior):
         if expected != {k: t.shape for k, t in adapter.items()}:
             raise InputError("adapter: expected the tensors that its description asks for, got others")
         new.load_state_dict(adapter, strict=False, assign=True)
+        new.sigma_min, new.sigma_max = description["sigma_min"], description["sigma_max"]
         return new
 
 

@@ -314,7 +314,6 @@ class ConsistencyStage(OneModule):
     def prior(self, averages: dict[str, nn.Module]) -> Prior:
         """The anchor above sigma_n, the averaged copy below."""
         below: Any = averages["prior"]
-        below.config = dataclasses.replace(below.config, sigma_min=self.sigma_min)
         below.sigma_min = self.sigma_min
         return StagedPrior(self.anchor, below, self.sigma_n).eval()
 
@@ -341,9 +340,11 @@ class JointStage(AmbientStage):
 
     name = "joint"
 
-    def __init__(self, source: Source, config: TrainConfig, accelerator: Accelerator) -> None:
+    def __init__(
+        self, source: Source, config: TrainConfig, accelerator: Accelerator, initial: Prior | None = None
+    ) -> None:
         assert isinstance(config.consistency, JointConfig)
-        super().__init__(source, config, accelerator)
+        super().__init__(source, config, accelerator, initial)
         self.settings = config.consistency
         self.sigma_n, self.sigma_min = consistency_levels(self.batches, self.settings, 1.0)
 

@@ -123,7 +123,7 @@ def run_stage(
     if resume:
         loop.restore(reporter)
     loop.run(reporter)
-    return loop.prior()
+    return loop.trainable_prior()
 
 
 class _Loop:
@@ -144,6 +144,19 @@ class _Loop:
 
     def prior(self) -> Prior:
         return self.stage.prior({name: player.averaged() for name, player in self.players.items()})
+
+    def trainable_prior(self) -> Prior:
+        """The prior, its parameters as open to training as those of the modules, as they are when it is loaded.
+
+        Kernels choose their path by this flag even where no gradient is taken: a prior in memory answers with the bits of the
+        one in the file only if they agree.
+        """
+        modules = [player.module for player in self.players.values()]
+        frozen = {id(p) for module in modules for p in module.parameters() if not p.requires_grad}
+        prior = self.prior()
+        for p in prior.parameters():
+            p.requires_grad_(id(p) not in frozen)
+        return prior
 
     # -- the loop ------------------------------------------------------------------------------------------------------------
 

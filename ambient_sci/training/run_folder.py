@@ -101,7 +101,9 @@ class RunFolder:
                 f"resume {self.path}: expected {limits[0]} as it was, since the next stage has begun (consistency.{limits[0]} is free)"
             )
         data = self.read_json("run.json").get("data", {})
-        for key, value in description["data"].items():
+        now = description["data"]
+        for key in [*now, *(data.keys() - now.keys())]:
+            value = now.get(key)
             if data.get(key) != value:
                 raise InputError(
                     f"resume {self.path}: the run was trained on other data: {key} was {data.get(key)!r}, is {value!r}"

@@ -9,11 +9,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ambient_sci import losses
-from ambient_sci.priors import NetworkPrior, Prior
+from ambient_sci.errors import InputError
+from ambient_sci.priors import NetworkPrior, Prior, require_mask_conditional, require_unconditional
+from ambient_sci.priors.base import description_of
 from ambient_sci.randomness import seeded
 from ambient_sci.training.batches import INITIAL_WEIGHTS, Batches, Drawn
 from ambient_sci.training.config import LossConfig, TrainConfig
 from ambient_sci.training.loop import OneModule
+from ambient_sci.training.players import copy_sharing, trainable_names
 from ambient_sci.training.source import Source
 
 
@@ -45,6 +48,35 @@ def _lowest_level(batches: Batches) -> float:
     return max(float(batches.noise_std.min()), batches.levels.floor)
 
 
+def started_from(initial: Prior, source: Source, saved: bool) -> Prior:
+    """A copy of ``initial`` to be trained on ``source``: what is frozen in it is shared, what is trained is not.
+
+    Args:
+        initial: any prior that can answer for these data. Its levels stay what they are: below the noise of the data it goes
+            on answering as what it had learned before, moved by what it learns above.
+        source: the data.
+        saved: whether the run is written to a folder.
+
+    Raises:
+        InputError: another shape or kind than the data need, nothing to train, or a prior that cannot be saved.
+    """
+    if tuple(initial.shape) != source.image_shape:
+        raise InputError(
+            f"initial prior: expected images {source.image_shape}, got a prior of {tuple(initial.shape)}"
+        )
+    (require_unconditional if source.complete else require_mask_conditional)(
+        initial, "training on these data"
+    )
+    if saved:
+        description_of(initial)
+    trainable = trainable_names(initial)
+    if not trainable:
+        raise InputError(
+            f"initial prior: expected parameters that require a gradient, got none in {initial!r}"
+        )
+    return copy_sharing(initial, trainable)  # type: ignore[return-value]
+
+
 def ambient_of(
     prior: Prior, drawn: Drawn, settings: LossConfig, sigma: Tensor | None = None
 ) -> losses.AmbientStep:
@@ -63,13 +95,13 @@ def ambient_of(
 
 
 class AmbientStage(OneModule):
-    """Trains a `NetworkPrior` on measurements; unconditional where they are complete, mask-conditional where not.
+    """Trains a prior on measurements; unconditional where they are complete, mask-conditional where not.
 
     Args:
         source: the data, see `open_source`.
         config: the run.
         accelerator: device, and this process's share of each batch.
-        initial: the prior to start from; default: one with random weights.
+        initial: the prior to start from, which is trained in place; default: one with random weights.
         batches: what is drawn from the data; default: `Batches` of them.
 
     Raises:
@@ -83,7 +115,7 @@ class AmbientStage(OneModule):
         source: Source,
         config: TrainConfig,
         accelerator: Accelerator,
-        initial: NetworkPrior | None = None,
+        initial: Prior | None = None,
         batches: Batches | None = None,
     ) -> None:
         self.source, self.config = source, config

@@ -14,6 +14,7 @@ from torch import Tensor
 from ambient_sci.errors import InputError
 from ambient_sci.operators import RowMaskedOperator
 from ambient_sci.priors import Prior
+from ambient_sci.priors.adapters import digest_of
 from ambient_sci.training.below_noise import (
     ConsistencyStage,
     JointStage,
@@ -30,7 +31,7 @@ from ambient_sci.training.report import Reporter
 from ambient_sci.training.run_folder import RunFolder
 from ambient_sci.training.source import open_source
 from ambient_sci.training.stage_configs import EMConfig, JointConfig, StagedConfig
-from ambient_sci.training.stages import AmbientStage
+from ambient_sci.training.stages import AmbientStage, started_from
 
 
 def fit(
@@ -40,6 +41,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    initial: Prior | None = None,
 ) -> Prior:
     """Train a prior on measurements alone.
 
@@ -56,6 +58,8 @@ def fit(
             been interrupted (CPU, same number of threads). Limits, device and intervals may be changed; nothing else.
         overwrite: replace an earlier run in ``out``.
         progress: show a progress bar, or lines where standard error is no terminal.
+        initial: a prior to go on from instead of random weights: any that was trained or registered, a `LoraPrior` of one to
+            train an adapter alone. It is copied; ``config.network`` is not used.
 
     Returns:
         the prior with averaged weights, in evaluation mode, on the training device.
@@ -78,15 +82,23 @@ def fit(
     reporter = Reporter(progress and accelerator.is_main_process)
 
     if config.em is not None:
+        if initial is not None:
+            raise InputError(
+                "initial: expected no prior to start from with em, whose laps start from one another, got one"
+            )
         return run_em(measurements, config, folder, accelerator, reporter, resume)
     source = open_source(measurements, config)
     kind = JointStage if isinstance(config.consistency, JointConfig) else AmbientStage
-    first = kind(source, config, accelerator)
+    start = None if initial is None else started_from(initial, source, folder is not None)
+    first = kind(source, config, accelerator, start)
     reasons = {first.name: first.reason}
     staged = config.consistency if isinstance(config.consistency, StagedConfig) else None
     if staged:  # judged before anything runs, so that what is refused is refused now
         reasons["consistency"] = staged_reason(staged_levels(first.batches, staged)[0])
-    description = describe(reasons, source.fingerprint(), first)
+    fingerprint = source.fingerprint()
+    if initial is not None:
+        fingerprint["initial"] = digest_of(initial.saved_tensors())
+    description = describe(reasons, fingerprint, first)
     if folder and accelerator.is_main_process:
         folder.reopen(config, description) if resume else folder.create(config, description)
     Processes(accelerator).wait()
