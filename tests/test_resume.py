@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from ambient_sci.data import write_measurements
 from ambient_sci.operators import make_design
 from ambient_sci.priors import NetworkConfig
-from ambient_sci.training import TrainConfig, fit
+from ambient_sci.training import JointConfig, StagedConfig, TrainConfig, fit
 
 STEPS = 150
 TRAIN = "import sys; from ambient_sci.training import fit; fit(sys.argv[1], out=sys.argv[2], resume=True, progress=False)"
@@ -38,8 +39,7 @@ def configuration(**changes) -> TrainConfig:
     )
 
 
-@pytest.fixture
-def scans(tmp_path: Path) -> Path:
+def scans_file(tmp_path: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     design = make_design("lines-variable", image_shape=(2, 8, 8), acceleration=2, acs=2)
     mask = design.sample(20, generator)
@@ -53,6 +53,11 @@ def scans(tmp_path: Path) -> Path:
         image_shape=(2, 8, 8),
         design=design,
     )
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    return scans_file(tmp_path)
 
 
 def trace(out: Path) -> list[dict]:
@@ -95,25 +100,133 @@ def test_killed_and_resumed(tmp_path, scans, aim):
     assert not leftovers
 
 
-MULTI = """
-import sys, torch
-from accelerate import Accelerator
+SHARED = """
+import sys
 from ambient_sci.training import TrainConfig, fit
-prior = fit(sys.argv[1], TrainConfig.load(sys.argv[2]), out=sys.argv[3], progress=False)
-accelerator = Accelerator(cpu=True)
-flat = torch.cat([p.flatten() for p in prior.parameters()])
-both = accelerator.gather(flat).reshape(accelerator.num_processes, -1)
-assert accelerator.num_processes == 2 and torch.equal(both[0], both[1])
+fit(sys.argv[1], TrainConfig.load(sys.argv[2]), out=sys.argv[3], resume=sys.argv[4] == "resume", progress=False)
 """
 
 
-def test_two_processes_share_a_batch_and_hold_the_same_weights(tmp_path, scans):
-    (tmp_path / "multi.py").write_text(MULTI)
-    configuration(max_steps=12).save(tmp_path / "config.json")
+def launched(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The script above on two processes."""
+    (tmp_path / "shared.py").write_text(SHARED)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    names = ("multi.py", "config.json", "run")
-    arguments = [str(tmp_path / names[0]), str(scans), *(str(tmp_path / n) for n in names[1:])]
-    subprocess.run(
-        [*launch, *arguments], env={**environment(), "OMP_NUM_THREADS": "1"}, check=True, timeout=300
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launch, str(tmp_path / "shared.py"), *arguments]
+    return subprocess.run(command, env=one_thread, check=True, timeout=300, capture_output=True, text=True)
+
+
+def images(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    x = 0.6 * torch.randn(20, 1, 4, 4, generator=generator)
+    y = x + 0.4 * torch.randn(x.shape, generator=generator)
+    return write_measurements(
+        tmp_path / "images.h5",
+        measurements=y,
+        mask=None,
+        noise_std=0.4,
+        operator="identity",
+        image_shape=(1, 4, 4),
     )
-    assert [line["step"] for line in trace(tmp_path / "run")] == [7, 12]
+
+
+MLP = {"network": NetworkConfig(kind="mlp", channels=(16,)), "betas": (0.9, 0.9)}
+CASES = {
+    "masked k-space": ({"augmentations": ("phase", "gain")}, scans_file),
+    "images, parts": ({"micro_batches": 2, **MLP}, images),
+    "staged": (
+        {**MLP, "consistency": StagedConfig(max_steps=8, walk=(1, 2), margin=1.1, shrinkage=0.2)},
+        images,
+    ),
+    "staged, replay": ({**MLP, "consistency": StagedConfig(max_steps=8, replay=True, gap=2.0)}, images),
+    "joint": ({**MLP, "consistency": JointConfig(walk=(0, 2))}, images),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_are_one_with_twice_the_parts(tmp_path, name):
+    """The same samples, levels, splits and noise, the mean gradient of all: weights and losses agree to rounding.
+
+    Steps are small, so that rounding stays rounding; gradients are clipped, and AdamW divides by their size, so a sum in place of
+    the mean would be hidden: the norm of the gradient, before clipping, is in the log.
+    """
+    changes, data = CASES[name]
+    settings = {"max_steps": 8, "log_interval": 2, "warmup_steps": 1, "learning_rate": 1e-3, **changes}
+    parts = settings.pop("micro_batches", 1)
+    config = configuration(**settings, micro_batches=parts)
+    config.save(tmp_path / "two.json")
+    path = data(tmp_path)
+    launched(tmp_path, str(path), str(tmp_path / "two.json"), str(tmp_path / "two"), "new")
+    fit(path, replace(config, micro_batches=2 * parts), out=tmp_path / "one", progress=False)
+    check_same_run(tmp_path / "one", tmp_path / "two")
+    # One part takes other draws: agreement is not for want of randomness.
+    fit(path, replace(config, micro_batches=1), out=tmp_path / "other", progress=False)
+    with pytest.raises(AssertionError):
+        check_same_run(tmp_path / "one", tmp_path / "other")
+
+
+def check_same_run(one: Path, two: Path) -> None:
+    ours, theirs = trace(one), trace(two)
+    assert [(a["stage"], a["step"]) for a in ours] == [(b["stage"], b["step"]) for b in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-3)
+    a, b = (load_file(run / "prior" / "weights.safetensors") for run in (one, two))
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[k], b[k], rtol=1e-3, atol=2e-5) for k in a)
+
+
+def test_two_processes_go_on_with_their_own_chains(tmp_path):
+    """Replayed chains are gathered when they are saved, and each process goes on with its own."""
+    config = configuration(
+        **MLP,
+        max_steps=4,
+        log_interval=2,
+        schedule="constant",
+        consistency=StagedConfig(max_steps=8, replay=True, gap=2.0),
+    )
+    path = images(tmp_path)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    config.save(tmp_path / "whole.json")
+    launched(tmp_path, str(path), str(tmp_path / "whole.json"), str(whole), "new")
+    assert config.consistency is not None
+    replace(config, consistency=replace(config.consistency, max_steps=4)).save(tmp_path / "cut.json")
+    launched(tmp_path, str(path), str(tmp_path / "cut.json"), str(cut), "new")
+    chains = load_file(cut / "checkpoint" / "consistency.safetensors")["stage.states"]
+    assert len(chains) == 4 and not torch.allclose(chains[:2], chains[2:], atol=1e-2)
+    launched(tmp_path, str(path), str(tmp_path / "whole.json"), str(cut), "resume")
+    for name in ("prior/weights.safetensors", "checkpoint/consistency.safetensors"):
+        ours, theirs = load_file(cut / name), load_file(whole / name)
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs), name
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_with_a_message(tmp_path, victim):
+    """Within a minute, by a sentence and not by a traceback; the checkpoint is there to go on from."""
+    path, out = images(tmp_path), tmp_path / "run"
+    configuration(**MLP, max_steps=10**6, log_interval=5).save(tmp_path / "config.json")
+    script = (
+        "import os, pathlib, sys\n"
+        "from ambient_sci.cli import main\n"
+        "pathlib.Path(sys.argv[1], 'pid' + os.environ['RANK']).write_text(str(os.getpid()))\n"
+        "sys.exit(main(sys.argv[2:]))\n"
+    )
+    (tmp_path / "watched.py").write_text(script)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+        *(str(tmp_path / "watched.py"), str(tmp_path)),
+        *("train", str(path), "--config", str(tmp_path / "config.json"), "--out", str(out)),
+    ]
+    process = subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
+    log, deadline = out / "log.jsonl", time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.exists() and log.read_text().count("\n") >= 3 and (out / "checkpoint").exists():
+            break
+        time.sleep(0.01)
+    os.kill(int((tmp_path / f"pid{victim}").read_text()), signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    lines = [line for line in said.splitlines() if "another process of this run has ended" in line]
+    assert len(lines) == 1 and f"process {1 - victim} of 2" in lines[0] and "resume" in lines[0], said
