@@ -1,7 +1,8 @@
 """The command line: ``ambient-sci COMMAND …``. Argument parsing and calls, nothing else.
 
 Exit status: 0; 2 with one line on standard error for input that is not what was expected; 130 and 143 where SIGINT or SIGTERM
-ended it. Results go to standard output, progress and errors to standard error.
+ended it. Results go to standard output, progress and errors to standard error. Launched as several processes (torchrun), those commands that
+share their work do so; of the others the main process does it all.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"{PROG} {__version__}")
         return 0
-    from ambient_sci.commands.common import check_common
+    from ambient_sci.commands.common import check_common, main_process
     from ambient_sci.training.errors import TrainingInterrupted
 
     command = None
@@ -38,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _termination_unwinds(), _warnings_in_one_line():
             command = parse(arguments)
             check_common(command)
-            command.run()
+            if getattr(command, "shared", False) or main_process():
+                command.run()
     except InputError as error:
         return _fail(f"error: {error}", 2)
     except TrainingInterrupted as error:
@@ -54,7 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{word}; {left}", 128 + number)
     except OSError as error:
         return _fail(f"error: {error}", 2)
+    finally:
+        _leave_launch()
     return 0
+
+
+def _leave_launch() -> None:
+    """As one of several processes, give the connections to the others up in order; left to the end of Python they can abort it."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _again(arguments: Sequence[str]) -> str:

@@ -475,8 +475,8 @@ CASES = [
     Case("generate: none", "generate full_run --num 0 --out new.h5", ("--num: expected at least 1, got 0",)),
     Case(
         "generate: steps",
-        "generate full_run --num 1 --steps 1 --out new.h5",
-        ("--steps: expected at least 2",),
+        "generate full_run --num 1 --steps 0 --out new.h5",
+        ("--steps: expected at least 1",),
     ),
     Case(
         "generate: batch",

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from processes import launch
 
 from ambient_sci.cli import main
 from ambient_sci.data import write_measurements
@@ -199,6 +198,7 @@ accelerator = Accelerator(cpu=True)
 flat = torch.cat([p.flatten() for p in prior.state_dict().values()])
 both = accelerator.gather(flat).reshape(accelerator.num_processes, -1)
 assert accelerator.num_processes == 2 and torch.equal(both[0], both[1])
+accelerator.end_training()
 """
 
 
@@ -208,9 +208,7 @@ def test_two_processes_share_both_steps(tmp_path):
     settings = config(laps=1, m_step="gaussian", patience=5)
     settings.save(tmp_path / "c.json")
     path = masked_file(tmp_path / "m.h5", 150)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [str(tmp_path / "multi.py"), str(path), str(tmp_path / "c.json"), str(tmp_path / "two")]
-    subprocess.run([*launch, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=300)
+    launch(tmp_path / "multi.py", path, tmp_path / "c.json", tmp_path / "two").check_returncode()
     fit(path, settings, tmp_path / "one", progress=False)
     one, two = (load_prior(tmp_path / name / "laps" / "01" / "prior") for name in ("one", "two"))
     assert torch.allclose(one.cov, two.cov, atol=1e-5) and torch.allclose(one.mean, two.mean, atol=1e-5)
@@ -253,6 +251,7 @@ accelerator = Accelerator(cpu=True)
 flat = torch.cat([p.flatten() for p in prior.state_dict().values()])
 both = accelerator.gather(flat).reshape(accelerator.num_processes, -1)
 assert accelerator.num_processes == 2 and torch.equal(both[0], both[1])
+accelerator.end_training()
 """
 
 
@@ -263,9 +262,7 @@ def test_processes_that_disagree_do_as_the_main_one_says(tmp_path):
     (tmp_path / "multi.py").write_text(DISAGREE)
     config(laps=3, steps=2, patience=1).save(tmp_path / "c.json")
     path = masked_file(tmp_path / "m.h5", 60)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [str(tmp_path / "multi.py"), str(path), str(tmp_path / "c.json"), str(tmp_path / "two")]
-    subprocess.run([*launch, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=120)
+    launch(tmp_path / "multi.py", path, tmp_path / "c.json", tmp_path / "two").check_returncode()
     assert [r["crps"] for r in em_report(tmp_path / "two")] == [1.0, 0.9, 0.8, 0.7]
 
 

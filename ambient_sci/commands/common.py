@@ -6,6 +6,7 @@ Free of torch: ``--help`` must answer at once, so machinery is imported where a 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -45,9 +46,6 @@ CpuDeviceOption = Annotated[
     Device, arg(help="As every command takes one; this one has no network to run and computes on the CPU.")
 ]
 OverwriteOption = Annotated[bool, FlagCreatePairsOff, arg(help="Replace outputs that exist.")]
-StepsOption = Annotated[
-    int, arg(metavar="K", help="Noise levels of the sampler, >= 2; more is finer and slower.")
-]
 SigmaMinOption = Annotated[
     float | None,
     arg(
@@ -73,7 +71,7 @@ def check_common(command: Any) -> None:
 
 
 def find_device(name: Device) -> torch.device:
-    """The device for "auto", "cpu" or "cuda".
+    """The device for "auto", "cpu" or "cuda"; of several, this process's own.
 
     Raises:
         InputError: CUDA is asked for and not there.
@@ -84,7 +82,21 @@ def find_device(name: Device) -> torch.device:
     require(
         there or name != "cuda", "--device", "a machine with CUDA for cuda", "one without; use auto or cpu"
     )
-    return torch.device("cuda" if there and name != "cpu" else "cpu")
+    if not there or name == "cpu":
+        return torch.device("cpu")
+    if processes() == 1:
+        return torch.device("cuda")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def processes() -> int:
+    """Number of processes of this launch, by torchrun or `accelerate launch`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def main_process() -> bool:
+    """Whether this is the process of a launch that writes and speaks."""
+    return processes() == 1 or int(os.environ.get("RANK", "0")) == 0
 
 
 def generator(seed: int) -> torch.Generator:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from tyro.conf import FlagCreatePairsOff, arg
 
@@ -17,11 +17,11 @@ from ambient_sci.commands.common import (
     RunArgument,
     SeedOption,
     SigmaMinOption,
-    StepsOption,
     check_outputs,
     find_device,
     folder_of,
     generator,
+    main_process,
     require,
 )
 from ambient_sci.errors import InputError
@@ -41,6 +41,7 @@ class Train:
     (Ctrl-C) and SIGTERM finish the step at hand, save, and exit; --resume goes on.
     """
 
+    shared: ClassVar[bool] = True
     measurements: MeasurementsArgument
     out: Annotated[
         Path,
@@ -134,13 +135,23 @@ def _last_line(log: Path) -> str:
 class Generate:
     """Images drawn from an unconditional prior, and a contact sheet of them (S.png beside S.h5)."""
 
+    shared: ClassVar[bool] = True
     run_folder: RunArgument
     num: Annotated[int, arg(metavar="N", help="Number of images, >= 1.")]
     out: Annotated[Path, arg(metavar="S.h5", help="File of images to write (evaluate and inspect read it).")]
-    steps: StepsOption = 40
+    steps: Annotated[
+        int,
+        arg(
+            metavar="K",
+            help="Noise levels of the sampler, >= 1; more is finer and slower. 1: one evaluation at the highest level, for one-step "
+            "generators.",
+        ),
+    ] = 40
     sampler: Annotated[
-        Literal["heun", "ancestral"],
-        arg(help="Probability flow, second order; or the reverse SDE, first order."),
+        Literal["multistep", "heun", "ancestral"],
+        arg(
+            help="Probability flow, second order, with one (multistep) or two (heun) evaluations a level; or the reverse SDE, first order."
+        ),
     ] = "heun"
     sigma_min: SigmaMinOption = None
     batch_size: Annotated[
@@ -152,35 +163,40 @@ class Generate:
 
     def run(self) -> None:
         """Draw, write, and say down to which noise level."""
-        from ambient_sci.data import contact_sheet, write_images
-        from ambient_sci.data.sources import as_complex
+        from ambient_sci.data import contact_sheet
         from ambient_sci.priors import load_prior
-        from ambient_sci.sampling import generate, level_range
+        from ambient_sci.sampling import generate_to_file
+        from ambient_sci.sampling.unconditional import generation_grid
 
         check_outputs(self.out, overwrite=self.overwrite)
         sheet = self.out.with_suffix(".png")
         require(sheet != self.out, "--out", "a name like S.h5 (S.png will be the contact sheet)", self.out)
         check_outputs(sheet, overwrite=self.overwrite)
         require(self.num >= 1, "--num", "at least 1", self.num)
-        _check_sampling(self.steps, self.batch_size)
+        require(self.steps >= 1, "--steps", "at least 1 noise level", self.steps)
+        require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
         prior = load_prior(self.run_folder, find_device(self.device))
-        low, _ = level_range(prior, self.sigma_min, None)
-        images = generate(
-            prior,
-            self.num,
-            steps=self.steps,
-            sampler=self.sampler,
-            sigma_min=self.sigma_min,
-            batch_size=self.batch_size,
-            generator=generator(self.seed),
-            progress=True,
-        ).cpu()
-        history = f"generate {self.num} from {self.run_folder}: {self.sampler}, {self.steps} levels down to {low:.4g}, seed {self.seed}"
-        stored = as_complex(images) if prior.shape[0] == 2 else images
-        write_images(self.out, images=stored, subjects="generated", history=history, overwrite=self.overwrite)
+        low = float(generation_grid(prior, self.steps, self.sigma_min, None, 7.0)[-1])
+        with folder_of(self.out):
+            generate_to_file(
+                prior,
+                self.num,
+                self.out,
+                steps=self.steps,
+                sampler=self.sampler,
+                sigma_min=self.sigma_min,
+                batch_size=self.batch_size,
+                history=f"generate {self.num} from {self.run_folder}: {self.sampler}, {self.steps} levels down to {low:.4g}, "
+                f"seed {self.seed}",
+                overwrite=self.overwrite,
+                generator=generator(self.seed),
+                progress=True,
+            )
+        if not main_process():
+            return
         contact_sheet(self.out, sheet, overwrite=self.overwrite)
         print(f"images: {self.out}, contact sheet: {sheet}")
-        if prior.sigma_min > 0 and low >= prior.sigma_min:
+        if self.steps > 1 and prior.sigma_min > 0 and low >= prior.sigma_min:
             print(
                 f"note: sampling stopped at noise level {low:.3g}, the lowest the prior has learned; detail weaker than that "
                 "is averaged out"
@@ -199,6 +215,7 @@ SAMPLER_OPTIONS = ("precision", "integrator", "final", "max_iterations", "tolera
 class Reconstruct:
     """Posterior mean, standard deviation and samples of every scan in a measurement file."""
 
+    shared: ClassVar[bool] = True
     run_folder: RunArgument
     measurements: MeasurementsArgument
     out: Annotated[Path, arg(metavar="R.h5", help="Result file to write.")]
@@ -307,6 +324,8 @@ class Reconstruct:
                     **settings,
                 )
             count = len(file)
+        if not main_process():
+            return
         each = (
             "a point estimate"
             if self.sampler in POINT_ESTIMATES

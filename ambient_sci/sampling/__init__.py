@@ -11,7 +11,7 @@ from ambient_sci.sampling.reconstruct import reconstruct
 from ambient_sci.sampling.result import Reconstruction, ResultFile, ResultWriter, check_output
 from ambient_sci.sampling.samplers import POINT_ESTIMATES, POSTERIOR_SAMPLERS
 from ambient_sci.sampling.solvers import conjugate_gradient, gaussian_draw, minimal_residual
-from ambient_sci.sampling.streaming import reconstruct_to_file
+from ambient_sci.sampling.streaming import generate_to_file, reconstruct_to_file
 from ambient_sci.sampling.unconditional import (
     SAMPLERS,
     ancestral,
@@ -42,6 +42,7 @@ __all__ = [
     "gaussian_draw",
     "generate",
     "generate_fixed_mask",
+    "generate_to_file",
     "heun",
     "level_grid",
     "level_range",

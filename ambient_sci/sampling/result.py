@@ -112,20 +112,25 @@ class ResultFile:
 
     def mean(self, indices: Any) -> Tensor:
         """Posterior means."""
-        return torch.as_tensor(self._file["mean"][indices])
+        return self._finite("mean", torch.as_tensor(self._file["mean"][indices]))
 
     def std(self, indices: Any) -> Tensor:
         """Posterior standard deviations."""
-        return torch.as_tensor(self._file["std"][indices])
+        return self._finite("std", torch.as_tensor(self._file["std"][indices]))
 
     def samples(self, indices: Any) -> Tensor:
         """Posterior samples."""
-        return torch.as_tensor(self._file["samples"][:, indices])
+        return self._finite("samples", torch.as_tensor(self._file["samples"][:, indices]))
 
     def each_sample(self) -> Iterator[Tensor]:
         """One sample of all images after the other, (n, C, H, W)."""
         for k in range(self.shape[0]):
-            yield torch.as_tensor(self._file["samples"][k])
+            yield self._finite("samples", torch.as_tensor(self._file["samples"][k]))
+
+    def _finite(self, name: str, values: Tensor) -> Tensor:
+        if not bool(torch.isfinite(values).all()):
+            raise InputError(f"{self.path}: expected finite {name}, got NaN or infinity")
+        return values
 
     def __enter__(self) -> ResultFile:
         return self

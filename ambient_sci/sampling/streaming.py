@@ -1,30 +1,31 @@
-r"""Reconstructing a measurement file into a result file: in parts, by one process or several, and from where an earlier run stopped.
+r"""Results too large for memory: a measurement file reconstructed into a result file, images generated into a file of images.
 
-Images are worked off in groups. A finished group is a file of its own in a folder beside the result, named after a fingerprint of
-everything that decides what is in it (prior, measurements, settings, seed); so a run that was interrupted continues when it is
-repeated, and never with somebody else's parts. Processes of one `accelerate launch` share the groups out between them. The last step joins
-the parts into the result, which appears under its name only when it is complete.
+Both are cut into parts (`ambient_sci.sampling.parts`): repeated after an interruption they go on, and processes of one ``torchrun`` share them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ambient_sci.data import ImageWriter, ReferenceFile
 from ambient_sci.data.exporters import select_geometry
-from ambient_sci.priors.base import Prior
+from ambient_sci.data.sources import as_complex
+from ambient_sci.priors.base import Prior, require_unconditional
 from ambient_sci.progress import track
+from ambient_sci.sampling.parts import Parts, fingerprint
 from ambient_sci.sampling.reconstruct import POINT_ESTIMATES, Run, merge, notes
 from ambient_sci.sampling.result import ResultFile, ResultWriter, check_output
-from ambient_sci.sampling.unconditional import chain_seeds
+from ambient_sci.sampling.unconditional import (
+    chain_seeds,
+    chains,
+    check_generation,
+    generation_grid,
+    state_like,
+)
 
 
 @torch.no_grad()
@@ -46,7 +47,7 @@ def reconstruct_to_file(
     """Reconstruct a measurement file into a result file, at the memory of one batch of chains whatever the number of samples.
 
     Repeated with the same prior, measurements, settings and generator state after an interruption, it goes on where it was. Under
-    ``accelerate launch`` each process takes its share of the images.
+    ``torchrun`` each process takes its share of the images.
 
     Args:
         prior: as for `reconstruct`.
@@ -75,42 +76,40 @@ def reconstruct_to_file(
     request = {"samples": samples, "sampler": sampler, **settings}
     plan = {"first": chosen.start, "last": chosen.stop, "images_at_once": images_at_once, "seeds": seeds}
     # The batch size decides speed, not samples.
-    key = fingerprint(
-        prior, measurements, {**plan, **{k: v for k, v in request.items() if k != "batch_size"}}
-    )
-    folder = out.parent / f".{out.name}.parts-{key}"
-    rank, processes = process_share()
-
-    parts = [folder / f"{start:08d}.h5" for start in starts]
-    mine = [k for k in range(len(parts)) if k % processes == rank and not parts[k].exists()]
-    for k in track(mine, f"{sampler} reconstruction", enabled=progress and len(parts) > 1):
-        index = list(chosen[starts[k] : starts[k] + images_at_once])
-        run = prepare(prior, measurements, index, seeds[k], torch.device(device), request)
-        folder.mkdir(exist_ok=True)  # only now: a request that is refused leaves nothing behind
-        shape = (samples, len(index), *prior.shape)
-        try:
-            with ResultWriter(parts[k], shape) as writer:
-                for chunk, x in run.parts(progress=progress and len(parts) == 1):
+    plan |= {k: v for k, v in request.items() if k != "batch_size"}
+    device = torch.device(device)
+    with Parts(out, fingerprint(prior, [*source_of(measurements), plan]), len(starts), device) as parts:
+        missing, progress = parts.missing(ResultFile), progress and parts.main
+        for k in track(missing, f"{sampler} reconstruction", enabled=progress and len(starts) > 1):
+            index = list(chosen[starts[k] : starts[k] + images_at_once])
+            run = prepare(prior, measurements, index, seeds[k], device, request)
+            with ResultWriter(parts.paths[k], (samples, len(index), *prior.shape)) as writer:
+                for chunk, x in run.parts(progress=progress and len(starts) == 1):
                     writer.add(slice(chunk.images.start, chunk.images.stop), x)
                 writer.report = run.report()
-        except BaseException:
-            with suppress(OSError):
-                folder.rmdir()  # kept only if it holds finished parts, to go on from
-            raise
-    wait_for_everyone()
-    if rank == 0:
-        subjects = [measurements.subjects[i] for i in chosen] if measurements.subjects else []
-        scale = np.asarray(measurements.scale)
-        scale = scale if scale.ndim == 0 else scale[list(chosen)]
-        about = (subjects, scale, select_geometry(measurements.geometry, chosen))
-        join(parts, out, (samples, len(chosen), *prior.shape), about, prior, overwrite)
-        for leftover in out.parent.glob(
-            f".{out.name}.parts-*"
-        ):  # this run's, and those of others that were given up
-            shutil.rmtree(leftover)
-    wait_for_everyone()
+            request["batch_size"] = run.batch_size  # what has fitted once is not tried out again
+        parts.wait()
+        if parts.main:
+            shape = (samples, len(chosen), *prior.shape)
+            join(parts.paths, out, shape, about(measurements, chosen), prior, overwrite)
+            parts.remove()
+        parts.wait()
     with ResultFile(out) as result:
         return result.report
+
+
+def about(measurements: Any, chosen: range) -> tuple[list[str], float | np.ndarray, dict[str, Any]]:
+    """Subjects, scale and geometry of the images ``chosen``."""
+    subjects = [measurements.subjects[i] for i in chosen] if measurements.subjects else []
+    scale = np.asarray(measurements.scale)
+    scale = scale if scale.ndim == 0 else scale[list(chosen)]
+    return subjects, scale, select_geometry(measurements.geometry, chosen)
+
+
+def source_of(measurements: Any) -> list[Any]:
+    """What identifies a measurement file, without reading it."""
+    path = Path(measurements.path)
+    return [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
 
 
 def prepare(
@@ -162,38 +161,72 @@ def join(
         writer.report = {**totals, **notes(prior, totals["sigma_min"], totals)}
 
 
-def fingerprint(prior: Prior, measurements: Any, plan: dict[str, Any]) -> str:
-    """A short hash of what decides the samples."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(prior.state_dict().items()):
-        digest.update(name.encode())
-        flat = tensor.detach().cpu().flatten().clone(memory_format=torch.contiguous_format)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    path = Path(measurements.path)
-    description = [
-        str(path.resolve()),
-        path.stat().st_size,
-        path.stat().st_mtime_ns,
-        type(prior).__name__,
-        plan,
-    ]
-    digest.update(json.dumps(description, default=str, sort_keys=True).encode())
-    return digest.hexdigest()[:12]
+@torch.no_grad()
+def generate_to_file(
+    prior: Prior,
+    num: int,
+    out: str | Path,
+    *,
+    steps: int = 40,
+    sampler: str = "heun",
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float = 7.0,
+    batch_size: int = 64,
+    images_at_once: int = 256,
+    history: str = "",
+    overwrite: bool = False,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> Path:
+    """Generate images into a file of images, at the memory of one part whatever their number: those of `generate`, from the same generator.
+
+    Repeated with the same prior, settings and generator state after an interruption, it goes on where it was. Under ``torchrun`` each process
+    takes its share. Images of two channels are stored as complex ones, all in single precision.
+
+    Args:
+        prior: unconditional.
+        num: number of images.
+        out: file to make.
+        steps, sampler, sigma_min, sigma_max, rho, batch_size, generator, progress: as for `generate`.
+        images_at_once: images of one part: what an interruption can lose, and what is shared out to processes.
+        history: how the file was made, in words, to be stored in it.
+        overwrite: replace an existing file.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        InputError: as `generate`; the output exists and ``overwrite`` is not set.
+    """
+    require_unconditional(prior, "generate")
+    check_generation("generate", num, sampler, min(batch_size, images_at_once))
+    grid = generation_grid(prior, steps, sigma_min, sigma_max, rho)
+    out = Path(out)
+    check_output(out, overwrite)
+    seeds, starts = chain_seeds(num, generator), range(0, num, images_at_once)
+    key = fingerprint(prior, [images_at_once, seeds, grid.tolist(), sampler])
+    with Parts(out, key, len(starts), state_like(prior).device) as parts:
+        shown = progress and parts.main
+        for k in track(parts.missing(ReferenceFile), "generating", enabled=shown and len(starts) > 1):
+            some = seeds[starts[k] : starts[k] + images_at_once]
+            alone = shown and len(starts) == 1
+            images = chains(prior, some, grid, sampler, batch_size, progress=alone).float().cpu()
+            with ImageWriter(parts.paths[k]) as writer:
+                writer.append(as_complex(images) if prior.shape[0] == 2 else images, subjects="generated")
+        parts.wait()
+        if parts.main:
+            join_images(parts.paths, out, history, overwrite)
+            parts.remove()
+        parts.wait()
+    return out
 
 
-def process_share() -> tuple[int, int]:
-    """(rank, number) of the processes of this launch: (0, 1) unless one of `accelerate launch` or torchrun."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1
-    from accelerate import PartialState
-
-    state = PartialState()
-    return state.process_index, state.num_processes
-
-
-def wait_for_everyone() -> None:
-    """A barrier, if there is anybody to wait for."""
-    if process_share()[1] > 1:
-        from accelerate import PartialState
-
-        PartialState().wait_for_everyone()
+def join_images(parts: list[Path], out: Path, history: str, overwrite: bool) -> None:
+    """One file of images from the parts', one part in memory at a time."""
+    with ImageWriter(out, history=history, overwrite=overwrite) as writer:
+        for part in parts:
+            with ReferenceFile(part) as file:
+                images = file.images()
+                stored = as_complex(images) if images.shape[1] == 2 else images
+                writer.append(stored, subjects=file.subjects)
