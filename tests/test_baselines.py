@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import ambient_sci as asci
+from ambient_sci.baselines import BASELINES, l1_wavelet, linear_tv, sense, total_variation, zero_filled
 from ambient_sci.errors import InputError
-from ambient_sci.evaluation.baselines import l1_wavelet, sense, sweep, total_variation, zero_filled
+from ambient_sci.evaluation import sweep
 from ambient_sci.evaluation.metrics import psnr
-from ambient_sci.operators import MRI, Masking
+from ambient_sci.operators import MRI, Identity, Masking
 from ambient_sci.operators.mri import to_complex
+from ambient_sci.sampling import POINT_ESTIMATES
 
 SIZE, SIGMA = 32, 0.05
 
@@ -211,3 +216,138 @@ def test_bad_input_is_refused_in_one_line(call, message):
     with pytest.raises(InputError) as error:
         call(*problem(1))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# -- by name, as a sampler ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_every_baseline_is_a_sampler_without_a_prior(name):
+    operator, y, x = problem(1)
+    result = asci.reconstruct(None, operator, y, SIGMA, sampler=name)
+    assert result.samples.shape == (1, *x.shape) and result.mean.dtype == y.dtype
+    assert name in POINT_ESTIMATES and result.report["sampler"] == name and result.report["samples"] == 1
+    assert float(psnr(result.mean, x, 1.0).mean()) > 15
+    if name != "zero-filled":
+        assert result.report["converged"] and len(result.report["weight"]) == 2
+        json.dumps(result.report)
+
+
+@pytest.mark.parametrize("case", ["mri", "denoising", "blur"])
+def test_the_weight_of_least_estimated_risk_is_nearly_the_one_of_least_risk(case):
+    """Of each image, whose noise levels differ by three, against a fine sweep of the true risk ||A (x_w - x)||^2."""
+    import deepinv
+
+    blur = deepinv.physics.BlurFFT((2, SIZE, SIZE), torch.full((1, 1, 3, 3), 1 / 9)).double()
+    operator, _, x = problem(1)
+    operator = {"mri": operator, "denoising": Identity((2, SIZE, SIZE)), "blur": blur}[case]
+    sigma = torch.tensor([SIGMA, 3 * SIGMA], dtype=x.dtype)
+    clean = operator.A(x)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    y = clean + sigma[:, None, None, None] * noise * (operator.mask if case == "mri" else 1.0)
+    result = asci.reconstruct(None, operator, y, sigma, sampler="tv")
+
+    def risk(image: Tensor) -> Tensor:
+        return (operator.A(image) - clean).square().flatten(1).sum(1)
+
+    chosen = torch.tensor(result.report["weight"])
+    tried = torch.stack(
+        [risk(total_variation(operator, y, chosen * 2 ** (k / 2)).image) for k in range(-6, 7)]
+    )
+    assert (risk(result.mean) <= 1.1 * tried.amin(0)).all()
+    # The sweep tells weights apart: those eight times as large or small are far worse.
+    assert (tried[[0, -1]] > 1.2 * tried.amin(0)).all() and chosen[1] > 1.5 * chosen[0]
+
+
+def test_a_weight_for_each_image_is_that_image_alone():
+    operator, y, _ = problem(1, 3)  # an odd number: sigpy's wavelet transform pads it
+    weights = torch.tensor([0.01, 0.03, 0.02])
+    for solve in (total_variation, l1_wavelet, sense):
+        tight = {"tolerance": 1e-5, "max_iterations": 3000}
+        together = solve(operator, y, weights, **tight)
+        for k in range(3):
+            alone = solve(operator[k], y[k : k + 1], float(weights[k]), **tight)
+            assert float((together.image[k : k + 1] - alone.image).norm() / alone.image.norm()) < 2e-3
+        assert together.weight == pytest.approx([0.01, 0.03, 0.02])
+
+
+def test_options_without_a_meaning_are_refused():
+    operator, y, _ = problem(1)
+    with pytest.raises(InputError, match="tv: sigma_min has no meaning here"):
+        asci.reconstruct(None, operator, y, SIGMA, sampler="tv", sigma_min=0.1)
+    with pytest.raises(
+        InputError, match="expected options among weight, tolerance, max_iterations, got final"
+    ):
+        asci.reconstruct(None, operator, y, SIGMA, sampler="tv", final="mean")
+    with pytest.raises(InputError, match="zero-filled: expected options among none, got weight"):
+        asci.reconstruct(None, operator, y, SIGMA, sampler="zero-filled", weight=1.0)
+    with pytest.raises(InputError, match="expected finite values"):
+        asci.reconstruct(None, operator, y * torch.nan, SIGMA, sampler="tv")
+    cut = asci.reconstruct(None, operator, y, SIGMA, sampler="tv", weight=0.02, max_iterations=10)
+    assert "stopped after 10 steps" in cut.report["notes"][0]
+
+
+# -- total variation for any linear operator -----------------------------------------------------------------------------------
+
+
+def colours(num: int = 2) -> Tensor:
+    return torch.cat([phantoms(num), phantoms(num)[:, :1].flip(-1)], 1)
+
+
+def test_total_variation_of_noisy_images_is_deepinvs_denoiser():
+    """The same objective: not above what deepinv's solver reaches, and the same image."""
+    from deepinv.models import TVDenoiser
+    from deepinv.optim.prior import TVPrior
+
+    x = colours()
+    y = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    solution = total_variation(Identity(tuple(x.shape[1:])), y, 0.08, tolerance=1e-6, max_iterations=3000)
+    theirs = TVDenoiser(n_it_max=20_000, crit=1e-9)(y, 0.08)
+
+    def value(image: Tensor) -> float:
+        return float(0.5 * (image - y).square().sum() + 0.08 * TVPrior().fn(image).sum())
+
+    assert solution.converged and solution.objective == pytest.approx(value(solution.image), rel=1e-10)
+    assert value(solution.image) <= value(theirs) * (1 + 1e-7)
+    assert float((solution.image - theirs).norm() / theirs.norm()) < 1e-4
+    assert value(y) > 1.5 * value(theirs)  # the objective tells images apart
+
+
+def test_total_variation_for_inpainting_and_blur_meets_the_optimality_condition():
+    """Convex: at the minimiser no direction goes down. And it is closer to the truth than A^H y."""
+    import deepinv
+
+    x = colours()
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.rand(1, 1, SIZE, SIZE, generator=generator) < 0.6).double()
+    blur = deepinv.physics.BlurFFT(tuple(x.shape[1:]), torch.full((1, 1, 3, 3), 1 / 9)).double()
+    for operator in (Masking(mask, tuple(x.shape[1:])).double(), blur):
+        clean = operator.A(x)
+        kept = operator.mask if isinstance(operator, Masking) else 1.0
+        y = clean + SIGMA * kept * torch.randn(clean.shape, generator=generator, dtype=x.dtype)
+        weight = torch.tensor([0.02, 0.04])
+        found = total_variation(operator, y, weight, tolerance=2e-5, max_iterations=2000)
+        assert found.converged
+        lowest = linear_tv.objective(operator, y, weight, found.image)
+        for _ in range(20):
+            step = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+            for size in (1e-4, 1e-2):
+                assert (linear_tv.objective(operator, y, weight, found.image + size * step) >= lowest).all()
+            away = found.image + 0.01 * (x - found.image)
+            assert (linear_tv.objective(operator, y, weight, away) >= lowest).all()
+        result = asci.reconstruct(None, operator, y, SIGMA, sampler="tv")
+        assert (result.mean - x).square().mean() < 0.65 * (operator.A_adjoint(y) - x).square().mean()
+
+
+def test_linear_total_variation_treats_each_image_as_if_alone():
+    x = phantoms(2)
+    y = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    y[1] *= 100
+    operator = Identity((2, SIZE, SIZE))
+    weights = torch.tensor([0.05, 5.0])
+    together = total_variation(operator, y, weights, tolerance=1e-6)
+    for k in range(2):
+        alone = total_variation(operator, y[k : k + 1], float(weights[k]), tolerance=1e-6)
+        assert float((together.image[k] - alone.image[0]).norm() / alone.image.norm()) < 1e-4
+    start = total_variation(operator, y, weights, start=together, tolerance=1e-6)
+    assert start.iterations <= 10 < together.iterations

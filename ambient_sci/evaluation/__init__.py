@@ -1,4 +1,4 @@
-"""Evaluation: metrics, classic baselines, calibration, distribution distances, figures, reports."""
+"""Evaluation: metrics, sweeps of classic baselines, calibration, distribution distances, figures, reports."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _HOMES = {
     "nrmse": "metrics",
     "reconstruction_table": "metrics",
     "format_table": "metrics",
-    "zero_filled": "baselines",
-    "sense": "baselines",
-    "l1_wavelet": "baselines",
-    "total_variation": "baselines",
-    "sweep": "baselines",
+    "zero_filled": "ambient_sci.baselines",
+    "sense": "ambient_sci.baselines",
+    "l1_wavelet": "ambient_sci.baselines",
+    "total_variation": "ambient_sci.baselines",
+    "sweep": "sweeps",
     "with_truth": "calibration",
     "held_out_rows": "calibration",
     "hold_out": "calibration",
@@ -38,7 +38,8 @@ def __getattr__(name: str) -> Any:
     """Public names load their module on first use: importing this package imports no torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    home = _HOMES[name]
+    return getattr(importlib.import_module(home if "." in home else f"{__name__}.{home}"), name)
 
 
 def __dir__() -> list[str]:

@@ -14,11 +14,13 @@ import torch
 from deepinv.physics import LinearPhysics
 from torch import Tensor
 
+from ambient_sci.baselines import BASELINES
 from ambient_sci.errors import InputError
 from ambient_sci.operators.base import RowMaskedOperator
 from ambient_sci.priors.base import Prior, require_mask_conditional, require_unconditional
 from ambient_sci.progress import track
 from ambient_sci.sampling.batching import Chunk, chunks, default_batch_size
+from ambient_sci.sampling.classic import reconstruct_classically
 from ambient_sci.sampling.guided import stops_early
 from ambient_sci.sampling.problem import PosteriorSampler, Problem
 from ambient_sci.sampling.result import Reconstruction
@@ -30,7 +32,7 @@ __all__ = ["POINT_ESTIMATES", "POSTERIOR_SAMPLERS", "Run", "reconstruct"]
 
 @torch.no_grad()
 def reconstruct(
-    prior: Prior,
+    prior: Prior | None,
     operator: LinearPhysics,
     y: Tensor,
     sigma_y: float | Tensor,
@@ -49,13 +51,14 @@ def reconstruct(
     """Sample the posterior p(x_0 | y) of y = A x_0 + sigma_y n.
 
     Args:
-        prior: see the samplers for the kind they need.
+        prior: see the samplers for the kind they need; None for classic reconstructions.
         operator: A, an operator of this library or any deepinv ``LinearPhysics``.
         y: measurements, (B, ...).
         sigma_y: their noise level per real channel, >= 0: float, (B,), or of the shape of ``y`` where noise differs by entry.
         samples: number S of posterior samples for each image.
         sampler: a name in `POSTERIOR_SAMPLERS`: for unconditional priors "mmps" (moment matching, the default), "daps",
             "smc" (exact in the limit), "pnp-dm", "pigdm", "dps"; for mask-conditional ones "a-dps" and "one-step" (a point estimate).
+            Or a classic reconstruction, a point estimate without a prior: a name in `ambient_sci.baselines.BASELINES`, see `reconstruct_classically`.
         steps: noise levels; default: the sampler's.
         sigma_min, sigma_max: ends of the grid; by default what the prior has learned (see `level_range`).
         rho: bend of the grid, see `level_grid`; default: the sampler's.
@@ -72,6 +75,10 @@ def reconstruct(
             samples that are not finite.
         ConditioningError: a prior of the other kind.
     """
+    if sampler in BASELINES:
+        ignored = {"steps": steps, "sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
+        y, levels = check_measurements(prior, operator, y, sigma_y, sampler)
+        return reconstruct_classically(operator, y, levels, sampler, ignored, options)
     run = Run.prepare(
         prior,
         operator,
@@ -253,7 +260,9 @@ def check_sampler(
 ) -> PosteriorSampler:
     """The sampler of this name, if the numbers make sense and it has these options."""
     if name not in POSTERIOR_SAMPLERS:
-        raise InputError(f"sampler: expected one of {', '.join(POSTERIOR_SAMPLERS)}, got {name!r}")
+        raise InputError(
+            f"sampler: expected one of {', '.join(POSTERIOR_SAMPLERS)}, got {name!r}; a classic reconstruction: {', '.join(BASELINES)}"
+        )
     if samples < 1 or (batch_size is not None and batch_size < 1):
         raise InputError(
             f"{name}: expected samples and batch_size of at least 1, got {samples} and {batch_size}"
@@ -284,7 +293,9 @@ def sampler_options(name: str) -> list[str]:
     ]
 
 
-def check_measurements(prior: Prior, operator: Any, y: Any, sigma_y: Any, name: str) -> tuple[Tensor, Tensor]:
+def check_measurements(
+    prior: Prior | None, operator: Any, y: Any, sigma_y: Any, name: str
+) -> tuple[Tensor, Tensor]:
     """Measurements, in float32 or better, and their noise levels, if measurements, operator and prior fit each other."""
     if not isinstance(operator, LinearPhysics):
         raise InputError(
@@ -307,7 +318,7 @@ def check_measurements(prior: Prior, operator: Any, y: Any, sigma_y: Any, name: 
         raise InputError(
             f"measurements {tuple(y.shape)} do not fit the operator {type(operator).__name__}: {str(error).splitlines()[0]}"
         ) from None
-    if shape[1:] != tuple(prior.shape):
+    if prior is not None and shape[1:] != tuple(prior.shape):
         raise InputError(
             f"operator: expected images of the prior's shape {tuple(prior.shape)}, got {shape[1:]}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ambient_sci.baselines import BASELINES
 from ambient_sci.sampling.daps import sample_daps
 from ambient_sci.sampling.guided import sample_a_dps, sample_dps, sample_mmps, sample_one_step, sample_pigdm
 from ambient_sci.sampling.pnp_dm import sample_pnp_dm
@@ -38,4 +39,7 @@ POSTERIOR_SAMPLERS: dict[str, PosteriorSampler] = {
         point_estimate=True,
     ),
 }
-POINT_ESTIMATES = frozenset(name for name, sampler in POSTERIOR_SAMPLERS.items() if sampler.point_estimate)
+#: What draws no samples: one-step estimates and the classic reconstructions of `ambient_sci.baselines`.
+POINT_ESTIMATES = frozenset(
+    [*BASELINES, *(name for name, sampler in POSTERIOR_SAMPLERS.items() if sampler.point_estimate)]
+)

@@ -74,7 +74,7 @@ class SplitBregman(sp.alg.Alg):
         solve: (right, x, rho) -> (A^H A + rho G^H G)^-1 right, x being the last image.
         back: A^H y.
         sparsify: G.
-        weight: w.
+        weight: w, broadcastable to G x.
         rho: first penalty.
         start: (x, v, rho u) of a neighbouring problem (u scaled back to the dual variable, which does not
             depend on rho), or None.
@@ -86,7 +86,7 @@ class SplitBregman(sp.alg.Alg):
         solve: Solve,
         back: Array,
         sparsify: Any,
-        weight: float,
+        weight: Array,
         rho: float,
         start: tuple[Array, Array, Array] | None,
         tolerance: float,
@@ -134,17 +134,20 @@ def minimise(
     operator: MRI,
     y: Tensor,
     penalty: Callable[[tuple[int, ...]], tuple[Any, Array]],
-    weight: float,
+    weight: Array,
     start: tuple[Array, Array, Array] | None,
     tolerance: float,
     max_iterations: int,
 ) -> tuple[SplitBregman, float]:
-    """Run it with `finite_differences` or `wavelet`; returns the finished iteration and its objective."""
+    """Run it with `finite_differences` or `wavelet` and a weight for each slice, (B,); returns the finished iteration and its objective."""
     linop, data = encoding(operator, y)
     sparsify, symbol = penalty(linop.ishape)
+    # sigpy's wavelet transform makes an odd number of slices even by an empty one before the first.
+    weight = np.pad(weight, (sparsify.oshape[-3] - len(weight), 0), mode="edge")[:, None, None]
     back = linop.H(data)
     symbol = symbol.astype(back.real.dtype)
-    rho = weight / (SHRINKAGE * (float(np.abs(back).max()) or 1.0))
+    # One rho for the batch; the thresholds w / rho are those of each slice.
+    rho = float(weight.mean()) / (SHRINKAGE * (float(np.abs(back).max()) or 1.0))
     if operator.coil_maps is None:
         solve = _diagonal_solve(_mask(operator), symbol)
     else:
@@ -152,24 +155,24 @@ def minimise(
     algorithm = SplitBregman(solve, back, sparsify, weight, rho, start, tolerance, max_iterations)
     sp.app.App(algorithm, show_pbar=False).run()
     misfit = 0.5 * float(np.linalg.norm(linop(algorithm.x) - data)) ** 2
-    return algorithm, misfit + weight * float(np.abs(sparsify(algorithm.x)).sum())
+    return algorithm, misfit + float((weight * np.abs(sparsify(algorithm.x))).sum())
 
 
 def conjugate_gradients(
-    operator: MRI, y: Tensor, weight: float, start: Array | None, tolerance: float, max_iterations: int
+    operator: MRI, y: Tensor, weight: Array, start: Array | None, tolerance: float, max_iterations: int
 ) -> tuple[Array, int, float, float]:
-    """(A^H A + w) x = A^H y: returns x, iterations, relative residual and objective."""
+    """(A^H A + w) x = A^H y, w (B,): returns x, iterations, relative residual and objective."""
     linop, data = encoding(operator, y)
+    weight = weight.astype(data.real.dtype)[:, None, None]
     back = linop.H(data)
     x = np.array(back if start is None else start)
-    normal = linop.N + weight * sp.linop.Identity(linop.ishape)
+    normal = linop.N + sp.linop.Multiply(linop.ishape, weight)
     # Stops on the recursion's residual, which drifts from the true one in float32: aim lower, then measure.
     limit = 0.1 * tolerance * float(np.linalg.norm(back))
     algorithm = sp.alg.ConjugateGradient(normal, back, x, max_iter=max_iterations, tol=limit)
     sp.app.App(algorithm, show_pbar=False).run()
-    objective = (
-        0.5 * float(np.linalg.norm(linop(x) - data)) ** 2 + 0.5 * weight * float(np.linalg.norm(x)) ** 2
-    )
+    misfit = 0.5 * float(np.linalg.norm(linop(x) - data)) ** 2
+    objective = misfit + 0.5 * float((weight * np.abs(x) ** 2).sum())
     return x, algorithm.iter, _relative(normal(x) - back, back), objective
 
 
