@@ -23,8 +23,9 @@ from ambient_sci.data.exporters import select_geometry
 from ambient_sci.priors.base import Prior
 from ambient_sci.progress import track
 from ambient_sci.sampling.reconstruct import POINT_ESTIMATES, Run, merge, notes
-from ambient_sci.sampling.result import ResultFile, ResultWriter, check_output
+from ambient_sci.sampling.result import ResultFile, ResultWriter
 from ambient_sci.sampling.unconditional import chain_seeds
+from ambient_sci.whole_files import check_output
 
 
 @torch.no_grad()
@@ -68,7 +69,7 @@ def reconstruct_to_file(
         InputError: as `reconstruct`; the output exists and ``overwrite`` is not set.
     """
     out, chosen = Path(out), range(len(measurements)) if indices is None else indices
-    check_output(out, overwrite)
+    check_output(out, overwrite, folder_exists=True)
     samples = 1 if sampler in POINT_ESTIMATES else samples
     starts = range(0, len(chosen), images_at_once)
     seeds = chain_seeds(len(starts), generator)
