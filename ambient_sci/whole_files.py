@@ -43,23 +43,45 @@ _NO_LOCKS = (errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS, errno.EI
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
+class Part:
+    """A file in the making, for writers that are open for long; `whole_file` is the short form.
+
+    Args:
+        path: its name to be. Debris of killed writers of this name is removed.
+
+    Attributes:
+        path: the empty file to write. A library that locks what it opens (HDF5) must be told not to: it is locked already.
+    """
+
+    def __init__(self, path: PathLike) -> None:
+        self._goal = Path(path)
+        sweep(self._goal.parent, self._goal.name)
+        self.path, self._lock = _claim(self._goal, folder=False)
+
+    def commit(self) -> None:
+        """Bring it to the disk and give it its name."""
+        _to_disk(self.path)
+        os.replace(self.path, self._goal)
+        _to_disk(self._goal.parent)
+
+    def discard(self) -> None:
+        """Remove it unless it has its name; let go of the lock."""
+        if self._lock >= 0:
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = -1
+
+
 @contextmanager
 def whole_file(path: PathLike) -> Iterator[Path]:
-    """The path of an empty file to write, which takes the name ``path`` on leaving and disappears on an error.
-
-    A library that locks what it opens (HDF5) must be told not to: the part is locked already.
-    """
-    path = Path(path)
-    part, lock = _claim(path, folder=False)
+    """The path of an empty file to write, which takes the name ``path`` on leaving and disappears on an error."""
+    part = Part(path)
     try:
-        yield part
-        _to_disk(part)
-        os.replace(part, path)
-        _to_disk(path.parent)
+        yield part.path
+        part.commit()
     finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        os.close(lock)
+        part.discard()
 
 
 @contextmanager
@@ -71,7 +93,7 @@ def whole_folder(path: PathLike) -> Iterator[Path]:
     Raises:
         InputError: ``path`` is a file.
     """
-    path = Path(path)
+    path = Path(path).resolve() if Path(path).is_symlink() else Path(path)
     recover(path)
     sweep(path.parent, path.name)
     if path.exists() and not path.is_dir():
@@ -123,7 +145,10 @@ def sweep(folder: PathLike, name: str | None = None) -> list[Path]:
             recover(path.with_name(found["name"]))
         with _held(path, wait=False) as held:
             if held:
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
                 removed.append(path)
     return removed
 
@@ -261,9 +286,12 @@ def _to_disk(path: Path) -> None:
 
 def _take_place(part: Path, path: Path) -> None:
     """``part`` becomes ``path``; a folder that has the name becomes ``part``, or is removed."""
-    if not path.exists():
-        os.rename(part, path)
+    try:
+        os.rename(part, path)  # also over an empty folder
         return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
     if _exchange(part, path):
         return
     old = part.with_suffix(".old")
@@ -271,12 +299,12 @@ def _take_place(part: Path, path: Path) -> None:
     try:
         _lock(descriptor, wait=True)  # `recover` of a reader waits for this
         os.rename(path, old)
-        os.rename(part, path)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        if old.exists() and not path.exists():
+        try:
+            os.rename(part, path)
+        except BaseException:
             os.rename(old, path)
-        raise
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         os.close(descriptor)
 

@@ -32,10 +32,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ambient_sci.data.hdf5_writer import check_output
 from ambient_sci.data.images import percentile_scale, resize, slices
 from ambient_sci.data.writing import write_images
 from ambient_sci.errors import InputError
+from ambient_sci.whole_files import check_output, whole_file
 
 MIN_FOREGROUND = 0.15
 CACHE = Path.home() / ".cache" / "ambient_sci" / "brains"
@@ -164,12 +164,9 @@ def write_asset(sets: dict[str, dict[str, np.ndarray]], path: Path) -> None:
             [np.full(len(images), steps[name], np.float32) for name, images in persons.items()]
         )
         arrays[f"{which}_subjects"] = np.array([name for name, images in persons.items() for _ in images])
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(path)
+    with whole_file(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def main(

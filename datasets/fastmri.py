@@ -33,11 +33,11 @@ import h5py
 import numpy as np
 from tyro.conf import Positional
 
-from ambient_sci.data.hdf5_writer import check_output
 from ambient_sci.data.importers import ImportOptions, write_scans
 from ambient_sci.data.raw import RawScan, centred_fft, crop_centre, read_fastmri
 from ambient_sci.errors import InputError
 from ambient_sci.progress import track
+from ambient_sci.whole_files import check_output
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ambient_sci.data.hdf5_writer import check_output
 from ambient_sci.data.layout import channels_to_complex
 from ambient_sci.errors import InputError
+from ambient_sci.whole_files import check_output, whole_file
 
 
 def write_nifti(
@@ -106,12 +107,13 @@ def save_nifti(path: Path, volume: np.ndarray, affine: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nibabel.Nifti1Image(volume, np.asarray(affine, dtype=np.float64))
     image.header.set_xyzt_units("mm")
-    temporary = path.with_name(f".partial-{path.name}")
-    try:
-        nibabel.save(image, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as part, part.open("wb") as file:
+        # nibabel.save would choose by the name, and the part has another one. No time of day: the same volume gives the same bytes.
+        if path.suffix == ".gz":
+            with gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed:
+                image.to_stream(packed)
+        else:
+            image.to_stream(file)
 
 
 def volume_paths(folder: Path, volumes: Sequence[Mapping[str, Any]], suffix: str = "") -> list[Path]:

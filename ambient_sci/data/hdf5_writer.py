@@ -7,9 +7,7 @@ leaves nothing behind. Samples are appended in blocks, so a data set need never 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import h5py
@@ -18,16 +16,7 @@ import numpy as np
 from ambient_sci.data.files import FORMAT_VERSION
 from ambient_sci.data.layout import to_numpy
 from ambient_sci.errors import InputError
-
-
-def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """The output path; InputError when it exists (unless ``overwrite``) or is a folder."""
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: expected a file name for the output, got a folder")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path}: already exists; pass --overwrite to replace it")
-    return path
+from ambient_sci.whole_files import Part, check_output
 
 
 class Hdf5Writer:
@@ -44,7 +33,7 @@ class Hdf5Writer:
         self._scales: list[float] = []
         self._overwrite = overwrite
         self._file: h5py.File | None = None
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        self._part: Part | None = None
 
     def __len__(self) -> int:
         return len(self.subjects)
@@ -54,7 +43,8 @@ class Hdf5Writer:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Version 1.10 of the format stores attributes of more than 64 kB (the subjects of a large data
             # set).
-            self._file = h5py.File(self._temporary, "w", libver="v110")
+            self._part = Part(self.path)
+            self._file = h5py.File(self._part.path, "w", libver="v110", locking=False)
         return self._file
 
     def _extend(self, name: str, block: np.ndarray, **options: Any) -> None:
@@ -108,20 +98,21 @@ class Hdf5Writer:
 
     def close(self) -> None:
         """Complete the file and give it its name. Raises InputError when nothing was appended."""
-        if self._file is None:
+        if self._file is None or self._part is None:
             raise InputError(f"{self.path}: no sample to write")
         self._finish_attributes(self._file)
         self._file.close()
         self._file = None
         check_output(self.path, self._overwrite)
-        os.replace(self._temporary, self.path)
+        self._part.commit()
 
     def discard(self) -> None:
         """Throw the temporary file away."""
         if self._file is not None:
             self._file.close()
             self._file = None
-        self._temporary.unlink(missing_ok=True)
+        if self._part is not None:
+            self._part.discard()
 
     def __enter__(self):
         return self

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 
 from ambient_sci.data.files import IMAGE_FORMAT, MEASUREMENT_FORMAT
-from ambient_sci.data.hdf5_writer import check_output
 from ambient_sci.data.kspace import PreparedScan, combined_images, prepare
 from ambient_sci.data.layout import check_noise_std
 from ambient_sci.data.raw import RawScan, read_bart, read_cfl, read_fastmri, read_ismrmrd
@@ -34,6 +33,7 @@ from ambient_sci.errors import IdentifiabilityError, InputError
 from ambient_sci.operators import MaskDesign, estimate_design
 from ambient_sci.operators.noise_estimation import estimate_noise
 from ambient_sci.progress import track
+from ambient_sci.whole_files import check_output
 
 _BLOCK = 64
 #: Images looked at for a noise level, and masks for a design.

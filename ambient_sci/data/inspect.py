@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ambient_sci.data.files import IMAGE_FORMAT, MeasurementFile, ReferenceFile
-from ambient_sci.data.hdf5_writer import check_output
 from ambient_sci.errors import InputError
+from ambient_sci.whole_files import check_output, whole_file
 
 #: Masks and images looked at for the statistics of a description; a large file is sampled regularly.
 SAMPLED = 256
@@ -203,10 +203,6 @@ def _draw(panels: dict[str, np.ndarray], titles: list[str], turn: bool, heading:
                 axis.set_title(titles[column], fontsize=7)
         axes[row, 0].set_ylabel(name, fontsize=8)
     figure.suptitle(heading, fontsize=9)
-    temporary = out.with_name(f".partial-{out.name}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(temporary, dpi=110)
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(out) as part:
+        figure.savefig(part, dpi=110, format=out.suffix[1:].lower())

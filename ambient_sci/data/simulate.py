@@ -27,13 +27,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ambient_sci.data.hdf5_writer import check_output
 from ambient_sci.data.layout import OPERATORS, check_noise_std
 from ambient_sci.data.sources import ImageSource, as_complex, open_source
 from ambient_sci.data.writing import ImageWriter, MeasurementWriter
 from ambient_sci.errors import InputError
 from ambient_sci.operators import MRI, MaskDesign, birdcage_maps, make_design
 from ambient_sci.progress import track
+from ambient_sci.whole_files import check_output
 
 #: Images simulated at a time. Random draws follow these blocks, so the number is part of what a seed means.
 BLOCK = 64

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 
 from ambient_sci.data.files import DESIGN_STATUS, IMAGE_FORMAT, MEASUREMENT_FORMAT
-from ambient_sci.data.hdf5_writer import Hdf5Writer, check_output
+from ambient_sci.data.hdf5_writer import Hdf5Writer
 from ambient_sci.data.layout import (
     Layout,
     channels_to_complex,
@@ -24,6 +24,7 @@ from ambient_sci.data.layout import (
     to_numpy,
 )
 from ambient_sci.errors import InputError
+from ambient_sci.whole_files import check_output
 
 __all__ = ["ImageWriter", "MeasurementWriter", "check_output", "write_images", "write_measurements"]
 

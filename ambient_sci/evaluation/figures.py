@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ambient_sci.errors import InputError
 from ambient_sci.evaluation.metrics import graded, psnr, volume_peak
+from ambient_sci.whole_files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -249,12 +250,7 @@ def _numpy(image: Tensor) -> Any:
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Write the PNG under a temporary name in the same folder, then rename: whole or not at all."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    """Write the PNG, whole or not at all."""
+    with whole_file(path) as part:
         figure.savefig(part, format="png")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    return Path(path)

@@ -3,9 +3,6 @@ r"""Priors on disk: a folder with prior.json (what it is) and weights.safetensor
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -13,7 +10,7 @@ import torch
 from ambient_sci.errors import InputError
 from ambient_sci.priors.base import Prior, description_of, rebuild_prior
 from ambient_sci.priors.pretrained import PREFIX, pretrained_folder
-from ambient_sci.whole_files import read_tensors
+from ambient_sci.whole_files import read_tensors, whole_folder
 
 FORMAT = 1
 FILES = {"prior.json", "weights.safetensors"}
@@ -39,20 +36,9 @@ def save_prior(prior: Prior, path: str | Path) -> None:
         for k, v in prior.saved_tensors().items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        (temporary / "prior.json").write_text(json.dumps(description, indent=2) + "\n")
-        save_file(tensors, str(temporary / "weights.safetensors"))
-        old = None
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / "old"
-            os.rename(path, old)
-        os.rename(temporary, path)
-        if old is not None:
-            shutil.rmtree(old.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    os.chmod(path, 0o755)
+    with whole_folder(path) as part:
+        (part / "prior.json").write_text(json.dumps(description, indent=2) + "\n")
+        save_file(tensors, str(part / "weights.safetensors"))
 
 
 def load_prior(path: str | Path, device: str | torch.device = "cpu") -> Prior:

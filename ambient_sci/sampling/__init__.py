@@ -8,7 +8,7 @@ from ambient_sci.sampling.fixed_mask import generate_fixed_mask
 from ambient_sci.sampling.posterior import DPS, MMPS, PiGDM
 from ambient_sci.sampling.problem import PosteriorSampler, Problem
 from ambient_sci.sampling.reconstruct import reconstruct
-from ambient_sci.sampling.result import Reconstruction, ResultFile, ResultWriter, check_output
+from ambient_sci.sampling.result import Reconstruction, ResultFile, ResultWriter
 from ambient_sci.sampling.samplers import POINT_ESTIMATES, POSTERIOR_SAMPLERS
 from ambient_sci.sampling.solvers import conjugate_gradient, gaussian_draw, minimal_residual
 from ambient_sci.sampling.streaming import generate_to_file, reconstruct_to_file
@@ -21,6 +21,7 @@ from ambient_sci.sampling.unconditional import (
     level_range,
     multistep,
 )
+from ambient_sci.whole_files import check_output
 
 __all__ = [
     "DPS",

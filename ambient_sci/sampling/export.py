@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ambient_sci.data.exporters import fill_volume, rows_of, save_nifti, volume_paths, volumes_of
 from ambient_sci.errors import InputError
-from ambient_sci.sampling.result import ResultFile, check_output
+from ambient_sci.sampling.result import ResultFile
+from ambient_sci.whole_files import check_output
 
 SUFFIXES = (".nii.gz", ".nii")
 
@@ -51,8 +52,7 @@ def export_nifti(
         volumes = volumes_of(file.geometry, file.subjects, (num, *size))
         paths = _paths(out, volumes, what)
         for path in paths:
-            if path.exists() and not overwrite:
-                check_output(path, overwrite)
+            check_output(path, overwrite)
         scales = np.broadcast_to(np.asarray(file.scale, dtype=np.float32), (num,))
         for path, volume in zip(paths, volumes, strict=True):
             rows = rows_of(volume)

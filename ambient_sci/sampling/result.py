@@ -8,8 +8,6 @@ Mean and standard deviation are running ones (Welford), so a file holds as many 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ambient_sci.errors import InputError
+from ambient_sci.whole_files import Part, check_output
 
 FORMAT = "ambient_sci reconstruction 1"
 
@@ -163,13 +162,10 @@ class ResultWriter:
         *,
         overwrite: bool = False,
     ) -> None:
-        self.path = Path(path)
-        check_output(self.path, overwrite)
-        handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
-        os.close(handle)
-        self._temporary = Path(name)
+        self.path = check_output(path, overwrite, folder_exists=True)
+        self._part = Part(self.path)
         # Version 1.10 of the format stores attributes of more than 64 kB (the subjects of a large data set).
-        self._file = h5py.File(self._temporary, "w", libver="v110")
+        self._file = h5py.File(self._part.path, "w", libver="v110", locking=False)
         self._file.create_dataset("samples", shape, np.float32, chunks=(1, 1, *shape[2:]))
         self._file.create_dataset("mean", shape[1:], np.float32, chunks=(1, *shape[2:]))
         self._file.create_dataset("std", shape[1:], np.float32, chunks=(1, *shape[2:]))
@@ -203,20 +199,13 @@ class ResultWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self._file.attrs["report"] = json.dumps(self.report)
-        self._file.close()
-        if kind is None and self._missing == 0:
-            os.chmod(self._temporary, 0o644)
-            os.replace(self._temporary, self.path)
-            return
-        self._temporary.unlink(missing_ok=True)
-        if kind is None:
+        try:
+            self._file.attrs["report"] = json.dumps(self.report)
+            self._file.close()
+            if kind is None and self._missing == 0:
+                self._part.commit()
+        finally:
+            self._file.close()
+            self._part.discard()
+        if kind is None and self._missing:
             raise RuntimeError(f"{self.path}: {self._missing} samples were never added, no file written")
-
-
-def check_output(path: Path, overwrite: bool) -> None:
-    """Raise InputError if ``path`` exists (unless ``overwrite``) or cannot be made."""
-    if path.exists() and not overwrite:
-        raise InputError(f"{path}: output exists; give --overwrite (overwrite=True) to replace it")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: expected an existing folder to write to, got {path.parent}")

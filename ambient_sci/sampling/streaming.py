@@ -18,7 +18,7 @@ from ambient_sci.priors.base import Prior, require_unconditional
 from ambient_sci.progress import track
 from ambient_sci.sampling.parts import Parts, fingerprint
 from ambient_sci.sampling.reconstruct import POINT_ESTIMATES, Run, merge, notes
-from ambient_sci.sampling.result import ResultFile, ResultWriter, check_output
+from ambient_sci.sampling.result import ResultFile, ResultWriter
 from ambient_sci.sampling.unconditional import (
     chain_seeds,
     chains,
@@ -26,6 +26,7 @@ from ambient_sci.sampling.unconditional import (
     generation_grid,
     state_like,
 )
+from ambient_sci.whole_files import check_output
 
 
 @torch.no_grad()
@@ -69,7 +70,7 @@ def reconstruct_to_file(
         InputError: as `reconstruct`; the output exists and ``overwrite`` is not set.
     """
     out, chosen = Path(out), range(len(measurements)) if indices is None else indices
-    check_output(out, overwrite)
+    check_output(out, overwrite, folder_exists=True)
     samples = 1 if sampler in POINT_ESTIMATES else samples
     starts = range(0, len(chosen), images_at_once)
     seeds = chain_seeds(len(starts), generator)

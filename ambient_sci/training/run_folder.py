@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ambient_sci.errors import InputError
 from ambient_sci.training.config import TrainConfig, differences
-from ambient_sci.whole_files import read_tensors, write_json, write_text
+from ambient_sci.whole_files import read_tensors, recover, sweep, whole_file, write_json, write_text
 
 #: Settings that do not change what is learned; a run may be continued with others.
 FREE_ON_RESUME = (
@@ -108,8 +108,9 @@ class RunFolder:
                 raise InputError(
                     f"resume {self.path}: the run was trained on other data: {key} was {data.get(key)!r}, is {value!r}"
                 )
-        for part in self.path.rglob(".*.part"):
-            part.unlink(missing_ok=True)
+        recover(self.prior)
+        for folder in [self.path, *(p for p in self.path.rglob("*") if p.is_dir())]:
+            sweep(folder)
         config.save(self.path / "config.json")
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------------
@@ -117,13 +118,9 @@ class RunFolder:
     def save_checkpoint(self, stage: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Replace the checkpoint of ``stage``; ``values`` are JSON types (floats keep every bit)."""
         target = self.path / "checkpoint" / f"{stage}.safetensors"
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
-        save_file(
-            {k: v.contiguous() for k, v in tensors.items()}, part, metadata={"state": json.dumps(values)}
-        )
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, target)
+        whole = {k: v.contiguous() for k, v in tensors.items()}
+        with whole_file(target) as part:
+            save_file(whole, part, metadata={"state": json.dumps(values)})
 
     def load_checkpoint(self, stage: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What `save_checkpoint` wrote, on the CPU, or None if the stage has no checkpoint yet.
