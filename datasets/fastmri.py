@@ -25,7 +25,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +34,8 @@ import numpy as np
 from tyro.conf import Positional
 
 from ambient_sci.data.importers import ImportOptions, write_scans
-from ambient_sci.data.raw import RawScan, centred_fft, crop_centre, read_fastmri
+from ambient_sci.data.raw import RawScan, centred_fft, crop_centre
+from ambient_sci.data.readers.fastmri import read_fastmri
 from ambient_sci.errors import InputError
 from ambient_sci.progress import track
 from ambient_sci.whole_files import check_output
@@ -168,6 +169,8 @@ def crop(scan: RawScan, wanted: Selection) -> RawScan:
     scan.notes.append(
         f"slices {wanted.drop_first} to {last - 1}, cropped to {height} x {width} of {int(acquired.sum())} acquired columns"
     )
+    num = len(kspace)
+    scan.parts = [replace(part, numbers=np.arange(num), count=num) for part in scan.parts[:1]]
     scan.readout_size = None  # the oversampled field of view went with the crop
     return scan
 
@@ -230,7 +233,7 @@ def main(
     parts = split(chosen, test_fraction, seed)
     for part, (path, reference) in files.items():
         some = parts[part][:volumes]
-        options = ImportOptions(compress=coils)
+        options = ImportOptions(compress=coils, keep_padding=True)
         write_scans(scans(some, wanted, part), path, options, overwrite, reference)
         print(f"{path}: {len(some)} volumes of {len({v.person for v in some})} people; reference {reference}")
     if left_out:

@@ -50,7 +50,7 @@ def write_nifti(
         check_output(path, overwrite)
     built = [fill_volume(planes[rows_of(v)], v) for v in volumes]
     for path, volume, description in zip(paths, built, volumes, strict=True):
-        save_nifti(path, volume, description["affine"])
+        save_nifti(path, volume, description["affine"], positioned=description.get("positioned", True))
     return paths
 
 
@@ -100,13 +100,16 @@ def fill_volume(planes: np.ndarray, description: Mapping[str, Any]) -> np.ndarra
     return volume
 
 
-def save_nifti(path: Path, volume: np.ndarray, affine: Any) -> None:
-    """A NIfTI file in millimetres, whole or not at all."""
+def save_nifti(path: Path, volume: np.ndarray, affine: Any, positioned: bool = True) -> None:
+    """A NIfTI file in millimetres, whole or not at all; sform and qform codes 0 when nobody knows where the volume lies."""
     import nibabel
 
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nibabel.Nifti1Image(volume, np.asarray(affine, dtype=np.float64))
     image.header.set_xyzt_units("mm")
+    if not positioned:
+        image.set_sform(None, 0)
+        image.set_qform(np.asarray(affine, dtype=np.float64), 0)
     with whole_file(path) as part, part.open("wb") as file:
         # nibabel.save would choose by the name, and the part has another one. No time of day: the same volume gives the same bytes.
         if path.suffix == ".gz":
@@ -132,5 +135,5 @@ def _stacks(subjects: Sequence[str] | None, images: Sequence[int]) -> list[dict[
         count = stop - start
         shape = [*images[1:], count]
         volume = {"name": names[start], "affine": np.eye(4), "shape": shape, "axis": 2, "first": start}
-        volumes.append({**volume, "slices": list(range(count))})
+        volumes.append({**volume, "slices": list(range(count)), "positioned": False})
     return volumes

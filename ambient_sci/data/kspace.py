@@ -1,29 +1,31 @@
-r"""From a raw scan to measurements: whitening, oversampling, coil compression, scale, coil maps.
+r"""From a raw scan to measurements: whitening, oversampling, padding, coil compression, scale, coil maps.
 
 In this order, each step keeping the noise white:
 
-1. whitening: y <- s L^{-1} y, Psi = L L^H the covariance of the coils' noise, s^2 = tr(Psi) / N, so that
-every coil has
-   complex noise variance s^2 and the units stay the scanner's; sigma = s / sqrt(2) per real channel;
-2. readout oversampling: inverse transform along the readout, crop, transform back (orthonormal: noise stays
-white); 3. coil compression: y <- V^H y with orthonormal columns V, the leading singular vectors of the data
-over the coils; 4. scale: the 99.9th percentile of the zero-filled root-sum-of-squares volume becomes 1, and
-is recorded; 5. coil maps: ESPIRiT (Uecker et al., 2014; sigpy) on the whitened, compressed calibration
-region, normalised to
+1. whitening: y <- s L^{-1} y, Psi = L L^H the covariance of the coils' noise, s^2 = tr(Psi) / N, so that every coil has complex noise
+   variance s^2 and the units stay the scanner's; sigma = s / sqrt(2) per real channel;
+2. readout oversampling: inverse transform along the readout, crop, transform back (orthonormal: noise stays white);
+3. zero padding: outer lines of k-space that were never measured around a fully sampled matrix are cut off. The field of view stays;
+4. coil compression: y <- V^H y with orthonormal columns V, the leading singular vectors of the data over the coils;
+5. scale: the 99.9th percentile of the zero-filled root-sum-of-squares volume becomes 1, and is recorded;
+6. coil maps: ESPIRiT (Uecker et al., 2014; sigpy) on the whitened, compressed calibration region, normalised to
    sum_c |s_c|^2 = 1 on their support and zero elsewhere.
+
+Cropping moves pixels: ``grid`` takes array indices of what comes out to those of the k-space matrix that went in.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
+from ambient_sci.data.geometry import resampling, translation
 from ambient_sci.data.images import percentile_scale
 from ambient_sci.data.raw import RawScan, centred_fft, crop_centre
+from ambient_sci.data.readers.guard import say
 from ambient_sci.errors import InputError
 from ambient_sci.operators import normalise_maps
 from ambient_sci.operators.noise_estimation import (
@@ -43,8 +45,7 @@ MAX_CALIBRATION, MIN_CALIBRATION = 24, 8
 
 @dataclass
 class PreparedScan:
-    """k-space (S, N, H, W) scaled, its mask (S, H, W), coil maps (S, N, H, W) of several coils, sigma and its
-    standard error."""
+    """k-space (S, N, H, W) scaled, its mask (S, H, W), coil maps (S, N, H, W) of several coils, sigma and its standard error."""
 
     kspace: np.ndarray
     mask: np.ndarray
@@ -52,8 +53,11 @@ class PreparedScan:
     noise_std: float
     noise_std_error: float | None
     scale: float
+    #: which slices of the scan these are
     slices: np.ndarray
     notes: list[str] = field(default_factory=list)
+    #: indices (h, w, s) of these arrays to those of the scan's matrix, (4, 4)
+    grid: np.ndarray = field(default_factory=lambda: np.eye(4))
 
 
 def prepare(
@@ -63,42 +67,79 @@ def prepare(
     noise_scaled: bool = True,
     compress: int | None = None,
     remove_oversampling: bool = True,
+    padding: int | None = 0,
 ) -> PreparedScan:
     """Whiten, crop, compress, scale and calibrate one scan.
 
-    noise_std: per real channel, after scaling if ``noise_scaled``, else in the units of the scan; the coils are then
-    taken for white and are not whitened. Without it, the noise scan decides, or else the corners of k-space.
-    compress: number of virtual coils.
+    Args:
+        scan: what a reader returned.
+        noise_std: per real channel, after scaling if ``noise_scaled``, else in the units of the scan; the coils are then taken for
+            white and are not whitened. Without it, the noise scan decides, or else the corners of k-space.
+        noise_scaled: see ``noise_std``.
+        compress: number of virtual coils.
+        remove_oversampling: crop the readout to its field of view.
+        padding: lines of zero padding cut off on each side at most; None: all.
 
-    Raises: InputError for NaN, a mask that contradicts the data, empty slices, or too small a calibration region.
+    Raises:
+        InputError: NaN, a mask that contradicts the data, nothing measured, or too small a calibration region.
     """
+    notes = list(scan.notes)
     kspace = scan.kspace.astype(np.complex64)
     if not np.isfinite(kspace).all():
         raise InputError(f"{scan.origin}: NaN or infinite values in k-space")
     mask = sampled(kspace, scan.mask, scan.origin)
     maps = None if scan.coil_maps is None else _stated_maps(scan)
-    notes = list(scan.notes)
+    kspace, mask, maps, kept = _with_signal(scan, kspace, mask, maps, notes)
     kspace, maps, sigma, error = _whiten(scan, kspace, mask, maps, noise_std, notes)
-    if remove_oversampling and scan.readout_size is not None:
-        kspace, mask = _remove_oversampling(kspace, mask, scan.readout_size, notes)
-    maps = None if maps is None else _fit_maps(maps, kspace, scan.origin)
+    grid = np.eye(4)
+    if remove_oversampling and scan.readout_size is not None and not scan.sliced_readout:
+        kspace, mask, grid = _remove_oversampling(kspace, mask, scan.readout_size, notes)
+    if maps is None:
+        kspace, mask, padded = _remove_padding(kspace, mask, padding, notes)
+        grid = grid @ padded
+    else:
+        maps = _fit_maps(maps, kspace, scan.origin)
     if compress is not None and compress < kspace.shape[1]:
         kspace, maps = _compress(kspace, maps, compress, notes)
     scale = percentile_scale(np.sqrt((np.abs(_image(kspace)) ** 2).sum(1)))
     kspace = kspace / np.float32(scale)
-    kept = np.arange(len(kspace))
+    seen = np.arange(len(kspace))
     if kspace.shape[1] > 1:
-        maps, kept = _calibrate(kspace, mask, maps, scan.origin, notes)
+        maps, seen = _calibrate(kspace, mask, maps, scan.origin, notes)
     return PreparedScan(
-        kspace[kept],
-        mask[kept],
-        None if kspace.shape[1] == 1 or maps is None else maps[kept],
+        kspace[seen],
+        mask[seen],
+        None if kspace.shape[1] == 1 or maps is None else maps[seen],
         sigma if noise_std is not None and noise_scaled else sigma / scale,
         None if error is None else error / scale,
         scale,
-        kept,
+        kept[seen],
         notes,
+        grid,
     )
+
+
+def crop_slices(scan: RawScan) -> RawScan:
+    """A scan that was cut into slices along an oversampled readout, without the slices outside the field of view."""
+    size = scan.readout_size
+    if not scan.sliced_readout or size is None:
+        return scan
+    readout = scan.parts[0].count
+    start = readout // 2 - size // 2
+    kept = np.concatenate([p.first + np.arange(start, start + size) for p in scan.parts])
+    parts = [
+        replace(
+            p,
+            first=n * size,
+            numbers=np.arange(size),
+            count=size,
+            affine=None if p.affine is None else p.affine @ translation(k=start),
+        )
+        for n, p in enumerate(scan.parts)
+    ]
+    notes = [*scan.notes, f"readout oversampling removed, {readout} to {size} slices"]
+    mask = None if scan.mask is None else scan.mask[kept]
+    return replace(scan, kspace=scan.kspace[kept], mask=mask, parts=parts, notes=notes, readout_size=None)
 
 
 def combined_images(ready: PreparedScan) -> np.ndarray:
@@ -119,9 +160,7 @@ def _calibrate(
     if len(kept) == 0:
         raise InputError(f"{origin}: the coil maps are zero everywhere")
     if len(kept) < len(kspace):
-        message = f"{len(kspace) - len(kept)} slices without signal in any coil left out"
-        warnings.warn(f"{origin}: {message}", stacklevel=2)
-        notes.append(message)
+        say(notes, origin, f"{len(kspace) - len(kept)} slices without signal in any coil left out")
     return maps, kept
 
 
@@ -129,7 +168,7 @@ def sampled(kspace: np.ndarray, stated: np.ndarray | None, origin: str) -> np.nd
     """Where k-space (S, N, H, W) was measured, (S, H, W) bool: where the mask says so and some coil is not
     exactly zero.
 
-    Raises: InputError when there are non-zero samples outside the stated mask, or a slice without any.
+    Raises: InputError when there are non-zero samples outside the stated mask.
     """
     measured = np.asarray(kspace.any(axis=1))
     if stated is not None:
@@ -139,10 +178,25 @@ def sampled(kspace: np.ndarray, stated: np.ndarray | None, origin: str) -> np.nd
             raise InputError(
                 f"{origin}: the mask contradicts the data, {outside} samples outside it are not zero"
             )
-    empty = np.flatnonzero(~measured.reshape(len(measured), -1).any(axis=1))
-    if len(empty):
-        raise InputError(f"{origin}: slice {int(empty[0])} of k-space is all zero")
     return measured
+
+
+def _with_signal(
+    scan: RawScan, kspace: np.ndarray, mask: np.ndarray, maps: np.ndarray | None, notes: list[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
+    """k-space, mask and maps without the slices that are zero in every coil, and the numbers of those that stay."""
+    kept = np.flatnonzero(mask.reshape(len(mask), -1).any(axis=1))
+    if len(kept) == 0:
+        raise InputError(f"{scan.origin}: k-space is all zero")
+    if len(kept) == len(kspace):
+        return kspace, mask, maps, kept
+    empty = np.setdiff1d(np.arange(len(kspace)), kept)
+    say(
+        notes,
+        scan.origin,
+        f"slices {', '.join(map(str, empty[:8]))} of k-space are all zero and are left out",
+    )
+    return kspace[kept], mask[kept], None if maps is None else maps[kept], kept
 
 
 def _stated_maps(scan: RawScan) -> np.ndarray:
@@ -208,16 +262,46 @@ def _whiten(
 
 def _remove_oversampling(
     kspace: np.ndarray, mask: np.ndarray, size: int, notes: list[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Crop the readout's field of view to ``size`` samples; only where every measured line is a full
-    readout."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Crop the readout's field of view to ``size`` samples; only where every measured line is a full readout."""
     lines = mask.any(axis=1)
     if (mask != lines[:, None]).any():
         notes.append("readout oversampling kept: partial echo")
-        return kspace, mask
+        return kspace, mask, np.eye(4)
+    readout = kspace.shape[-2]
     image = crop_centre(centred_fft(kspace, axis=-2, inverse=True), axis=-2, size=size)
-    notes.append(f"readout oversampling removed, {kspace.shape[-2]} to {size} samples")
-    return centred_fft(image, axis=-2), np.repeat(lines[:, None], size, axis=1)
+    notes.append(f"readout oversampling removed, {readout} to {size} samples")
+    grid = translation(i=readout // 2 - size // 2)
+    return centred_fft(image, axis=-2), np.repeat(lines[:, None], size, axis=1), grid
+
+
+def _remove_padding(
+    kspace: np.ndarray, mask: np.ndarray, most: int | None, notes: list[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut off outer lines that were never measured around a matrix that is fully sampled, the centre n // 2 kept."""
+    grid = np.eye(4)
+    rows, columns = (np.flatnonzero(mask.any(axis=axes)) for axes in ((0, 2), (0, 1)))
+    inner = mask[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    if not inner.all():
+        return kspace, mask, grid
+    for axis, name, filled in ((1, "rows", rows), (2, "columns", columns)):
+        old = mask.shape[axis]
+        size = _unpadded(old, int(filled[0]), int(filled[-1]), most)
+        if size == old:
+            continue
+        kspace, mask = crop_centre(kspace, axis + 1, size), crop_centre(mask, axis, size)
+        grid = grid @ resampling(axis - 1, old, size)
+        notes.append(f"zero padding of k-space cut off, {old} to {size} {name}")
+    return kspace, mask, grid
+
+
+def _unpadded(old: int, first: int, last: int, most: int | None) -> int:
+    """The smallest size about the centre that holds lines first to last, at most ``most`` fewer on each side."""
+    for size in range(1, old):
+        start = old // 2 - size // 2
+        if start <= first and start + size > last and (most is None or start <= most):
+            return size
+    return old
 
 
 def _compress(

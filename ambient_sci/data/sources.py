@@ -1,18 +1,14 @@
-"""Where images come from: arrays, npy/npz, image folders and zips, NIfTI volumes, reference files, packaged
-slices.
+"""Where images come from: arrays, npy/npz, pictures, volumes, DICOM, reference files, packaged slices.
 
-Every source becomes an ``ImageSource``: N images (C, H, W) in their natural range that are read lazily, the
-subject each shows, the scale (original = value * scale) and the geometry. 8- and 16-bit pictures and integer
-arrays are divided by the largest value of their type; a volume by its 99.9th percentile; floating-point
-arrays are left as they are.
+Every source becomes an ``ImageSource``: N images (C, H, W) in their natural range that are read lazily, the subject each shows, the
+scale (original = value * scale) and the geometry. 8- and 16-bit pictures and integer arrays are divided by the largest value of their
+type; a volume by its 99.9th percentile; floating-point arrays are left as they are. What a reader left out or guessed is in ``notes``.
 """
 
 from __future__ import annotations
 
-import io
 import os
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,15 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ambient_sci.data.dicom import read_dicom_folder
 from ambient_sci.data.files import ReferenceFile
 from ambient_sci.data.images import SLICE_AXES, percentile_scale, resize, slices
-from ambient_sci.data.layout import channels_to_complex, complex_to_channels, to_numpy
+from ambient_sci.data.layout import channels_to_complex, complex_to_channels
 from ambient_sci.data.packaged import brains
+from ambient_sci.data.readers.arrays import as_array, channels_first, image_arrays, stated_noise
+from ambient_sci.data.readers.dicom import Frames, is_dicom, read_dicom
+from ambient_sci.data.readers.guard import listed, naming, say
+from ambient_sci.data.readers.pictures import PICTURES, PictureSet, hidden, open_pictures
+from ambient_sci.data.readers.volumes import Volume, is_volume, read_volumes
+from ambient_sci.data.subjects import stem, subjects_of
 from ambient_sci.errors import InputError
-
-PICTURES = (".png", ".jpg", ".jpeg", ".pgm", ".ppm", ".pnm", ".bmp", ".tif", ".tiff", ".gif", ".webp")
-VOLUMES = (".nii", ".nii.gz")
 
 
 @dataclass
@@ -44,6 +42,10 @@ class ImageSource:
     geometry: dict[str, Any] = field(default_factory=dict)
     #: True when the numbers are magnitudes of MR images: their noise is Rician, not Gaussian.
     magnitude: bool = False
+    #: what was left out, guessed or turned; it may grow while images are read
+    notes: list[str] = field(default_factory=list)
+    #: noise level that the source states, in its original units; one number or (N,)
+    noise_std: float | np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.subjects)
@@ -72,17 +74,22 @@ def open_source(
 ) -> ImageSource:
     """Images from anything this module knows.
 
-    source: array or tensor; path of .npy, .npz, .h5 (reference file), .nii, .nii.gz, a picture, a zip or
-    folder of pictures, a folder of NIfTI volumes; or "brains:train", "brains:test".
-    size: resize to squares of this many pixels (zero-padded, anti-aliased). plane, min_foreground: which
-    slices of volumes are taken (axial, coronal, sagittal; those with more foreground than this fraction).
+    Args:
+        source: array or tensor; path of .npy, .npz, .h5 (reference file), a volume (NIfTI and what else nibabel reads), a DICOM file,
+            a picture, a zip or folder of pictures, a folder of volumes or DICOM files; or "brains:train", "brains:test".
+        size: resize to squares of this many pixels (zero-padded, anti-aliased).
+        plane: which slices of volumes are taken: axial, coronal, sagittal.
+        min_foreground: those with more foreground than this fraction.
 
-    Raises: InputError for anything missing, unreadable, of mixed shapes, or empty.
+    Raises:
+        InputError: anything missing, unreadable, ambiguous, of mixed shapes, or empty.
     """
     if size is not None and size < 1:
         raise InputError(f"size: expected at least 1 pixel, got {size}")
+    if plane not in SLICE_AXES:
+        raise InputError(f"plane: expected one of {', '.join(SLICE_AXES)}, got {plane!r}")
     if not isinstance(source, (str, os.PathLike)):
-        return _resized(_from_array(to_numpy(source, "images"), "array"), size)
+        return _resized(_from_array(as_array(source, "images"), "array"), size)
     if str(source).startswith("brains:"):
         images, subjects = brains(str(source).removeprefix("brains:"))
         found = ImageSource((1, 64, 64), subjects, lambda rows: images[rows], str(source))
@@ -91,35 +98,71 @@ def open_source(
     path = Path(source)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
+    stacks = _Stacks(str(path), plane, min_foreground, size)
     name = path.name.lower()
     if path.is_dir():
-        return _from_folder(path, plane, min_foreground, size)
-    if name.endswith(VOLUMES):
-        return _from_volumes(_nifti_volumes([path]), str(path), plane, min_foreground, size)
-    if name.endswith((".dcm", ".ima")):
-        return _from_volumes(read_dicom_folder(path), str(path), plane, min_foreground, size)
+        return _from_folder(path, stacks)
+    if is_volume(path):
+        return stacks.source(read_volumes(path, stem(path.name), stem(path.name)))
     if name.endswith((".zip", *PICTURES)):
         return _from_pictures(path, size)
     if name.endswith((".npy", ".npz")):
         return _resized(_from_numpy(path), size)
     if name.endswith((".h5", ".hdf5")):
         return _resized(_from_reference(path), size)
+    if name.endswith((".dcm", ".ima")) or is_dicom(path):
+        return stacks.source(read_dicom(path, [path]))
     raise InputError(
-        f"{path}: expected .npy, .npz, .h5, .nii, .nii.gz, .dcm, a picture, a zip, or a folder of pictures or volumes"
+        f"{path}: expected .npy, .npz, .h5, a volume (.nii, .nii.gz, .mgz, .mnc, .par, .hdr), DICOM, a picture, a zip, or a "
+        "folder of pictures or volumes"
     )
 
 
-def _from_folder(path: Path, plane: str, min_foreground: float, size: int | None) -> ImageSource:
-    """NIfTI volumes if there are any, else pictures, else DICOM series (whose files have any name)."""
-    names = sorted(p for p in path.rglob("*") if p.is_file())
-    volumes = [p for p in names if p.name.lower().endswith(VOLUMES)]
+def _from_folder(path: Path, stacks: _Stacks) -> ImageSource:
+    """Volumes, or else DICOM, or else pictures. Of pictures beside volumes or DICOM it is said that they are left out."""
+    files = sorted(p for p in path.rglob("*") if not p.is_dir())
+    seen = [p for p in files if not hidden(str(p.relative_to(path)))]
+    volumes = [p for p in seen if is_volume(p)]
+    dicom = [p for p in seen if p not in set(volumes) and is_dicom(p)]
+    damaged = [p for p in seen if p not in set(dicom) and p.name.lower().endswith((".dcm", ".ima"))]
+    if volumes and dicom:
+        raise InputError(
+            f"{path}: {len(volumes)} volumes ({volumes[0].name}) and {len(dicom)} DICOM files ({dicom[0].name}); import them separately"
+        )
     if volumes:
-        return _from_volumes(_nifti_volumes(volumes), str(path), plane, min_foreground, size)
-    if any(p.name.lower().endswith(PICTURES) for p in names):
-        return _from_pictures(path, size)
-    if not names:
-        raise InputError(f"{path}: no pictures, volumes or DICOM files in it")
-    return _from_volumes(read_dicom_folder(path), str(path), plane, min_foreground, size)
+        taken, sets = volumes, _each_volume(path, volumes)
+    elif dicom:
+        taken, sets = dicom, read_dicom(path, dicom)
+    elif any(p.name.lower().endswith(PICTURES) for p in seen):
+        return _from_pictures(path, stacks.size)
+    else:
+        what = f"only {listed([p.name for p in seen])}" if seen else "nothing"
+        raise InputError(f"{path}: no pictures, volumes or DICOM files in it, got {what}")
+    partners = {p.stem for p in taken}
+    values = (".rec", ".brik", ".brik.gz", ".img", ".img.gz", ".mat")
+    others = (
+        set(seen) - set(taken) - {p for p in seen if p.name.lower().endswith(values) and p.stem in partners}
+    )
+    broken = [str(p.relative_to(path)) for p in damaged]
+    rest = sorted(str(p.relative_to(path)) for p in others if p not in set(damaged))
+    found = stacks.source(sets)
+    if broken:
+        say(
+            found.notes,
+            path,
+            f"{len(broken)} damaged DICOM files (no DICM in them) are left out: {listed(broken)}",
+        )
+    if rest:
+        say(found.notes, path, f"{len(rest)} other files are left out: {listed(rest)}")
+    if len(files) > len(seen):
+        found.notes.append(f"{len(files) - len(seen)} hidden files left out")
+    return found
+
+
+def _each_volume(path: Path, files: list[Path]) -> Iterable[Volume]:
+    names = [str(p.relative_to(path)) for p in files]
+    for file, subject in zip(files, subjects_of(names), strict=True):
+        yield from read_volumes(file, subject, subject)
 
 
 def _resized(source: ImageSource, size: int | None) -> ImageSource:
@@ -130,204 +173,196 @@ def _resized(source: ImageSource, size: int | None) -> ImageSource:
     source.read = lambda rows: torch.from_numpy(resize(read(rows).numpy(), size))
     source.image_shape = (source.image_shape[0], size, size)
     source.geometry = {k: v for k, v in source.geometry.items() if k == "orientation"}
+    source.notes.append(f"resized to {size} pixels; the noise is no longer white")
     return source
 
 
-def _channels_first(array: np.ndarray, origin: str) -> np.ndarray:
-    """(H, W), (N, H, W), (N, C, H, W) or (N, H, W, C) to (N, C, H, W); complex to two channels."""
-    if array.ndim == 2:
-        array = array[None]
-    if array.dtype.kind == "c":
-        if array.ndim != 3:
-            raise InputError(f"{origin}: expected complex images (N, H, W), got {array.shape}")
-        return complex_to_channels(array).numpy()
-    if array.ndim == 4 and array.shape[-1] in (1, 3) and array.shape[1] > 4:
-        array = np.moveaxis(array, -1, 1)
-    array = array[:, None] if array.ndim == 3 else array
-    if array.ndim != 4 or array.size == 0:
-        raise InputError(
-            f"{origin}: expected images (N, H, W), (N, C, H, W) or (N, H, W, C), got {array.shape}"
-        )
-    return array
+# -- arrays and pictures
 
 
 def _unit_range(dtype: np.dtype) -> float:
-    """What a stored value is divided by: the largest value of an unsigned integer type, 1 for anything
-    else."""
+    """What a stored value is divided by: the largest value of an unsigned integer type, 1 for anything else."""
     return float(np.iinfo(dtype).max) if dtype.kind == "u" else 1.0
 
 
 def _from_array(array: np.ndarray, origin: str, subjects: Sequence[str] | None = None) -> ImageSource:
-    images = _channels_first(array, origin)
+    images, turned = channels_first(array, origin)
     scale = _unit_range(images.dtype)
     names = list(subjects) if subjects is not None else ["unknown"] * len(images)
     if len(names) != len(images):
         raise InputError(f"{origin}: expected {len(images)} subjects, one an image, got {len(names)}")
 
     def read(rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(images[rows], dtype=np.float32) / np.float32(scale))
+        with np.errstate(over="ignore"):
+            return torch.from_numpy(np.ascontiguousarray(images[rows], dtype=np.float32) / np.float32(scale))
 
-    return ImageSource((images.shape[1], images.shape[2], images.shape[3]), names, read, origin, scale)
+    found = ImageSource((images.shape[1], images.shape[2], images.shape[3]), names, read, origin, scale)
+    if turned:
+        found.notes.append(turned)
+    if images.dtype.kind in "iu" and images.dtype.itemsize > 2 and int(np.abs(images).max()) > 1 << 24:
+        say(found.notes, origin, "integers above 2^24 are rounded to float32")
+    return found
 
 
 def _from_numpy(path: Path) -> ImageSource:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return _from_array(to_numpy(loaded, str(path)), str(path))
-        with loaded as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not a readable numpy file ({' '.join(str(error).split())})") from None
-    pictures = [name for name, a in arrays.items() if a.dtype.kind in "fciub" and a.ndim >= 2]
-    chosen = "images" if "images" in arrays else pictures[0] if len(pictures) == 1 else None
-    if chosen is None:
-        raise InputError(f"{path}: expected an array named 'images' or a single array, got {sorted(arrays)}")
-    subjects = [str(s) for s in arrays["subjects"]] if "subjects" in arrays else None
-    return _from_array(to_numpy(arrays[chosen], str(path)), str(path), subjects)
+    arrays, notes = image_arrays(path)
+    subjects = [str(s) for s in arrays["subjects"].ravel()] if "subjects" in arrays else None
+    found = _from_array(arrays["images"], str(path), subjects)
+    found.notes += notes
+    if "noise_std" in arrays:
+        found.noise_std = stated_noise(arrays, path, len(found))
+    return found
 
 
 def _from_reference(path: Path) -> ImageSource:
     file = ReferenceFile(path)
-    found = ImageSource(file.image_shape, file.subjects, file.images, str(path), file.scale, file.geometry)
-    return found
-
-
-def _decode_picture(data: bytes, name: str) -> tuple[np.ndarray, float]:
-    """A picture as (C, H, W) and the largest value of its type; palettes and alpha become RGB."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.mode not in ("L", "RGB", "I;16", "I;16B", "I", "F"):
-                picture = picture.convert("L" if picture.mode in ("1", "LA", "La") else "RGB")
-            array = np.asarray(picture)
-            sixteen = picture.mode.startswith("I")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{name}: not a readable picture ({' '.join(str(error).split())})") from None
-    array = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
-    return array, 65535.0 if sixteen else 255.0 if array.dtype == np.uint8 else 1.0
+    return ImageSource(file.image_shape, file.subjects, file.images, str(path), file.scale, file.geometry)
 
 
 def _from_pictures(path: Path, size: int | None) -> ImageSource:
-    """Pictures of a folder, a zip or a single file. A picture's subject is the folder it lies in, or else its
-    own name."""
-    if path.suffix.lower() == ".zip":
-        try:
-            archive = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise InputError(f"{path}: not a readable zip file ({error})") from None
-        names = [n for n in archive.namelist() if n.lower().endswith(PICTURES) and "__MACOSX" not in n]
-        load = archive.read
-    else:
-        root = path if path.is_dir() else path.parent
-        files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-        names = [str(p.relative_to(root)) for p in files if p.name.lower().endswith(PICTURES)]
-
-        def load(name: str) -> bytes:
-            return (root / name).read_bytes()
-
-    if not names:
-        raise InputError(f"{path}: no pictures ({', '.join(PICTURES)}) in it")
-    names.sort()
-    first, largest = _decode_picture(load(names[0]), names[0])
-
-    def read(rows: np.ndarray) -> Tensor:
-        images = []
-        for row in rows:
-            picture, top = _decode_picture(load(names[row]), f"{path}/{names[row]}")
-            if (
-                top != largest
-                or len(picture) != len(first)
-                or (size is None and picture.shape != first.shape)
-            ):
-                raise InputError(
-                    f"{path}: mixed pictures, {names[0]} is {first.shape} of {largest:g} and {names[row]} {picture.shape} "
-                    f"of {top:g} grey levels; resize or sort them first"
-                )
-            picture = picture.astype(np.float32) / np.float32(top)
-            images.append(picture if size is None else resize(picture[None], size)[0])
-        return torch.from_numpy(np.stack(images))
-
-    folders = [str(Path(n).parent) for n in names]
-    by_folder = len(set(folders)) > 1
-    subjects = folders if by_folder else [Path(n).stem for n in names]
-    shape = first.shape if size is None else (len(first), size, size)
-    return ImageSource((shape[0], shape[1], shape[2]), subjects, read, str(path), largest)
+    """Pictures of a folder, a zip or a single file. Their subjects: see ``subjects.py``."""
+    pictures = open_pictures(path)
+    names = pictures.names
+    first = pictures.read(0)
+    subjects = subjects_of(names)
+    if len(set(subjects)) < len(set(names)):
+        pictures.notes.append("subjects by folder (or BIDS name)")
+    shape = first.values.shape if size is None else (len(first.values), size, size)
+    found = ImageSource(
+        (shape[0], shape[1], shape[2]),
+        subjects,
+        lambda rows: _read_pictures(pictures, rows, size),
+        str(path),
+        first.largest,
+        notes=pictures.notes,
+    )
+    if size is not None:
+        found.notes.append(
+            f"resized to {size} pixels where their size was another; the noise is no longer white"
+        )
+    return found
 
 
-def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """A NIfTI volume in RAS axes, float32 or complex64 (X, Y, Z), and its affine (4, 4)."""
-    import nibabel
-    from nibabel.filebasedimages import ImageFileError
-
-    try:
-        image = nibabel.as_closest_canonical(nibabel.load(path))  # pyright: ignore[reportArgumentType]
-        volume = np.asarray(image.dataobj)  # pyright: ignore[reportAttributeAccessIssue]
-        affine = np.asarray(image.affine, dtype=np.float64)  # pyright: ignore[reportAttributeAccessIssue]
-    except (ImageFileError, OSError, EOFError, ValueError) as error:
-        raise InputError(f"{path}: not a readable NIfTI file ({' '.join(str(error).split())})") from None
-    volume = volume[..., 0] if volume.ndim == 4 and volume.shape[-1] == 1 else volume
-    volume = volume[..., None] if volume.ndim == 2 else volume
-    if volume.ndim != 3 or volume.dtype.kind not in "fciu":
-        raise InputError(f"{path}: expected a 3-D volume of numbers, got {volume.dtype} {volume.shape}")
-    return volume.astype(np.complex64 if volume.dtype.kind == "c" else np.float32), affine
-
-
-def _nifti_volumes(paths: list[Path]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    for path in paths:
-        yield path.name.removesuffix(".gz").removesuffix(".nii"), *read_volume(path)
-
-
-def _from_volumes(
-    volumes: Iterable[tuple[str, np.ndarray, np.ndarray]],
-    origin: str,
-    plane: str,
-    min_foreground: float,
-    size: int | None,
-) -> ImageSource:
-    """Slices of volumes (subject, RAS array, affine), each volume scaled by its own 99.9th percentile."""
-    stacks: list[np.ndarray] = []
-    subjects: list[str] = []
-    scales: list[float] = []
-    geometry: list[dict[str, Any]] = []
-    for name, volume, affine in volumes:
-        scale = percentile_scale(volume)
-        stack, numbers = slices(volume, plane, min_foreground)
-        images = _channels_first(stack, name) / np.float32(scale)
-        images = images if size is None else resize(images, size)
-        if stacks and images.shape[1:] != stacks[0].shape[1:]:
+def _read_pictures(pictures: PictureSet, rows: np.ndarray, size: int | None) -> Tensor:
+    first, images = pictures.read(0), []
+    for row in rows:
+        one = pictures.read(int(row))
+        alike = one.largest == first.largest and len(one.values) == len(first.values)
+        if not alike or (size is None and one.values.shape != first.values.shape):
             raise InputError(
-                f"{origin}: mixed volumes, {name} has slices {images.shape[1:]} and {subjects[0]} {stacks[0].shape[1:]}; "
-                "give a common size"
+                f"{pictures.path}: mixed pictures, {pictures.names[0]} is {first.values.shape} of {first.largest:g} and "
+                f"{pictures.names[row]} {one.values.shape} of {one.largest:g} grey levels; resize or sort them first"
             )
-        geometry.append(
+        lossy = "compressed with loss (JPEG, WebP): the noise is not white"
+        if one.lossy and lossy not in pictures.notes:
+            pictures.notes.append(lossy)
+        picture = one.values.astype(np.float32) / np.float32(one.largest)
+        images.append(picture if size is None else resize(picture[None], size)[0])
+    return torch.from_numpy(np.stack(images))
+
+
+# -- volumes
+
+
+class _Stacks:
+    """Slices of volumes and frames, collected into one source; each volume is scaled by its own 99.9th percentile."""
+
+    def __init__(self, origin: str, plane: str, min_foreground: float, size: int | None):
+        self.origin, self.plane, self.min_foreground, self.size = origin, plane, min_foreground, size
+        self.stacks: list[np.ndarray] = []
+        self.subjects: list[str] = []
+        self.scales: list[float] = []
+        self.geometry: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.names: list[str] = []
+
+    def source(self, sets: Iterable[Volume | Frames]) -> ImageSource:
+        """All slices of all of them.
+
+        Raises: InputError for mixed shapes, empty volumes, or no slice with enough foreground.
+        """
+        placed, magnitude = [], False
+        for one in sets:
+            self.notes += [n for n in one.notes if n not in self.notes]
+            placed.append(isinstance(one, Volume))
+            magnitude |= one.magnitude
+            self._add_volume(one) if isinstance(one, Volume) else self._add_frames(one)
+        if not self.stacks or sum(map(len, self.stacks)) == 0:
+            raise InputError(f"{self.origin}: no slice has more than {self.min_foreground:g} foreground")
+        images = torch.from_numpy(np.concatenate(self.stacks))
+        if not torch.isfinite(images).all():
+            raise InputError(f"{self.origin}: values too large for float32")
+        geometry: dict[str, Any] = {"orientation": "RAS"} if any(placed) else {}
+        if not self.size and any(placed):
+            geometry["volumes"] = self.geometry
+        return ImageSource(
+            (images.shape[1], images.shape[2], images.shape[3]),
+            self.subjects,
+            lambda rows: images[rows],
+            self.origin,
+            np.asarray(self.scales),
+            geometry,
+            magnitude=magnitude and images.shape[1] == 1,
+            notes=self.notes,
+        )
+
+    def _add_volume(self, volume: Volume) -> None:
+        with naming(f"{self.origin}: {volume.name}" if volume.name not in self.origin else self.origin):
+            scale = percentile_scale(volume.values)
+        if volume.present is not None and SLICE_AXES[self.plane] != volume.axis:
+            own = next(plane for plane, axis in SLICE_AXES.items() if axis == volume.axis)
+            raise InputError(
+                f"{self.origin}: slices of {volume.name} are missing, so only the plane they were acquired in has whole images; "
+                f"give plane {own}"
+            )
+        stack, numbers = slices(volume.values, self.plane, self.min_foreground)
+        if volume.present is not None:
+            kept = np.isin(numbers, volume.present)
+            stack, numbers = stack[kept], numbers[kept]
+        images = complex_to_channels(stack).numpy() if stack.dtype.kind == "c" else stack[:, None]
+        self.geometry.append(
             {
-                "name": name,
-                "affine": affine.tolist(),
-                "shape": list(volume.shape),
-                "axis": SLICE_AXES[plane],
-                "first": len(subjects),
+                "name": volume.name,
+                "affine": volume.affine.tolist(),
+                "shape": list(volume.values.shape),
+                "axis": SLICE_AXES[self.plane],
+                "first": len(self.subjects),
                 "slices": numbers.tolist(),
+                **({} if volume.positioned else {"positioned": False}),
             }
         )
-        stacks.append(images.astype(np.float32))
-        subjects += [name] * len(numbers)
-        scales += [scale] * len(numbers)
-    images = torch.from_numpy(np.concatenate(stacks))
-    if len(images) == 0:
-        raise InputError(f"{origin}: no slice has more than {min_foreground:g} foreground")
-    return ImageSource(
-        (images.shape[1], images.shape[2], images.shape[3]),
-        subjects,
-        lambda rows: images[rows],
-        origin,
-        np.asarray(scales),
-        {"orientation": "RAS"} | ({} if size else {"volumes": geometry}),
-        magnitude=images.shape[1] == 1,
-    )
+        self._append(images, scale, volume.subject, volume.name)
+
+    def _add_frames(self, frames: Frames) -> None:
+        with naming(self.origin):
+            scale = percentile_scale(frames.values)
+        num, _, height, width = frames.values.shape
+        self.geometry.append(
+            {
+                "name": frames.name,
+                "affine": np.eye(4).tolist(),
+                "shape": [height, width, num],
+                "axis": 2,
+                "first": len(self.subjects),
+                "slices": list(range(num)),
+                "positioned": False,
+            }
+        )
+        self._append(frames.values, scale, frames.subject, frames.name)
+
+    def _append(self, images: np.ndarray, scale: float, subject: str, name: str) -> None:
+        images = images / np.float32(scale)
+        images = images if self.size is None or not len(images) else resize(images, self.size)
+        if self.stacks and len(images) and images.shape[1:] != self.stacks[0].shape[1:]:
+            raise InputError(
+                f"{self.origin}: mixed volumes, {name} has slices {images.shape[1:]} and {self.names[0]} "
+                f"{self.stacks[0].shape[1:]}; give a common size"
+            )
+        if len(images):
+            self.stacks.append(images.astype(np.float32))
+            self.names.append(name)
+        self.subjects += [subject] * len(images)
+        self.scales += [scale] * len(images)
 
 
 def as_complex(images: Tensor) -> np.ndarray:

@@ -1,0 +1,285 @@
+"""Pictures (PNG, JPEG, TIFF, GIF, WebP, BMP, PGM and the like), one at a time, folders and zips of them.
+
+Every mode is read exactly or refused: grey, bilevel, RGB and palettes of 8 bits, grey of 16 bits, 32-bit integers and floats. Alpha is
+taken off when it is opaque everywhere. What Pillow would reduce to 8 bits (RGB of 16 bits) is refused, as are CMYK, Lab and the like.
+Pages of a TIFF and frames of an animation are images of their own. EXIF orientation is applied. Colour profiles and gamma are not.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ambient_sci.data.readers.guard import check_claim, check_regular, listed, one_line, reading, say
+from ambient_sci.errors import InputError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".pgm", ".ppm", ".pnm", ".bmp", ".tif", ".tiff", ".gif", ".webp")
+#: Formats that may hold several images, looked into before anything is read.
+_PAGED = (".tif", ".tiff", ".gif", ".webp")
+_LARGEST = {
+    "1": 255.0,
+    "L": 255.0,
+    "P": 255.0,
+    "RGB": 255.0,
+    "I;16": 65535.0,
+    "I;16B": 65535.0,
+    "I;16L": 65535.0,
+}
+_ALPHA = {"LA": "L", "La": "L", "RGBA": "RGB", "RGBa": "RGB", "PA": "RGB"}
+# TIFF tags
+_SUBFILE, _BITS, _PHOTOMETRIC, _DESCRIPTION = 254, 258, 262, 270
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image (C, H, W), the largest value of its type (1: values are left as they are), and whether it was compressed with loss."""
+
+    values: np.ndarray
+    largest: float
+    lossy: bool
+    #: what a reader should know
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    load: Callable[[], bytes]
+    page: int = 0
+
+
+@dataclass
+class PictureSet:
+    """Pictures below a folder, in a zip, or a single one, in the order of their names."""
+
+    path: Path
+    entries: list[_Entry]
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def names(self) -> list[str]:
+        """The name of each image's file, relative to the folder or zip."""
+        return [e.name for e in self.entries]
+
+    def read(self, number: int) -> Picture:
+        """One picture. InputError when it is damaged or not exact."""
+        entry = self.entries[number]
+        label = self.path if self.path.name == entry.name else f"{self.path}/{entry.name}"
+        found = decode(entry.load(), str(label), entry.page)
+        if found.note and found.note not in self.notes:
+            say(self.notes, label, found.note)
+        return found
+
+
+# -- one picture
+
+
+def decode(data: bytes, name: str, page: int = 0) -> Picture:
+    """One page of a picture file.
+
+    Raises: InputError for damaged pictures, modes that are not exact, and sizes that look like a bomb.
+    """
+    from PIL import ImageOps
+
+    with reading(name, "picture"), _opened(data, name) as picture:
+        if page:
+            picture.seek(page)
+        _check_exact(picture, data, name, page)
+        lossy = picture.format in ("JPEG", "MPO") or (picture.format == "WEBP" and b"VP8 " in data[:64])
+        whole_png = picture.format in ("PNG", "PPM")
+        note = (
+            "the first picture of an MPO file; further ones (previews, depth, stereo) are left out"
+            if picture.format == "MPO"
+            else ""
+        )
+        picture.load()
+        upright = ImageOps.exif_transpose(picture)
+        array, largest = _values(upright, whole_png, name)
+    array = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+    return Picture(array, largest, lossy, note)
+
+
+def _opened(data: bytes, name: str) -> Any:
+    import warnings
+
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        picture = Image.open(io.BytesIO(data))
+    width, height = picture.size
+    check_claim(name, (width, height, len(picture.getbands())), 4, len(data), "pixels")
+    return picture
+
+
+def _check_exact(picture: Any, data: bytes, name: str, page: int) -> None:
+    """InputError for what Pillow reads, but not exactly."""
+    if picture.format == "PNG" and data[24:25] == b"\x10" and data[25:26] != b"\x00":
+        raise InputError(f"{name}: a PNG of 16-bit colour, which would be cut to 8 bits; save it as .npy")
+    if picture.format == "PNG" and getattr(picture, "n_frames", 1) > 1:
+        raise InputError(
+            f"{name}: an animated PNG of {picture.n_frames} frames; save the frames as files of their own"
+        )
+    if picture.format == "PPM" and picture.mode == "L" and (largest := _pgm_largest(data)) not in (None, 255):
+        raise InputError(
+            f"{name}: grey values up to {largest} would be rescaled to 255; save it as .npy or .png"
+        )
+    if picture.format != "TIFF":
+        return
+    tags = picture.tag_v2
+    bits = tuple(np.atleast_1d(tags.get(_BITS, 1)).tolist())
+    if len(bits) > 1 and max(bits) > 8:
+        raise InputError(
+            f"{name}: page {page} is a TIFF of {max(bits)}-bit colour, which would be cut to 8 bits; save it as .npy"
+        )
+    if max(bits) > 8 and tags.get(_PHOTOMETRIC) == 0:
+        raise InputError(
+            f"{name}: page {page} is a TIFF whose zero is white, of more than 8 bits; save it as .npy"
+        )
+    description = str(tags.get(_DESCRIPTION, ""))
+    pages = [line[7:] for line in description.splitlines() if line.startswith("images=")]
+    if description.startswith("ImageJ=") and pages and pages[0] != str(picture.n_frames):
+        raise InputError(
+            f"{name}: an ImageJ stack of {one_line(pages[0], 20)} images in {picture.n_frames} pages; save it as .npy"
+        )
+
+
+def _pgm_largest(data: bytes) -> int | None:
+    """The largest grey value a PGM or PPM header states, None for bitmaps."""
+    lines = [line.split(b"#")[0] for line in data[:512].split(b"\n")]
+    words = b" ".join(lines).split()
+    return int(words[3]) if words[0] in (b"P2", b"P3", b"P5", b"P6") and len(words) > 3 else None
+
+
+def _values(picture: Any, whole_png: bool, name: str) -> tuple[np.ndarray, float]:
+    mode = picture.mode
+    if mode in _ALPHA or (mode in ("P", "L", "RGB", "1") and "transparency" in picture.info):
+        rgba = picture.convert("RGBA")
+        if np.asarray(rgba)[..., 3].min() < 255:
+            raise InputError(
+                f"{name}: has transparent pixels ({mode}), which have no one colour; flatten it first"
+            )
+        mode = _ALPHA.get(mode, "L" if mode == "1" else "RGB" if mode == "P" else mode)
+        picture = picture.convert("RGB").convert(mode)
+    if mode == "P":
+        picture = picture.convert("RGB")
+    elif mode == "1":
+        picture = picture.convert("L")
+    elif mode in ("I", "F"):
+        array = np.asarray(picture)
+        if mode == "I" and np.abs(array.astype(np.int64)).max() > 1 << 24:
+            raise InputError(f"{name}: integers above 2^24 are not exact in float32; rescale them first")
+        return array, 65535.0 if mode == "I" and whole_png else 1.0
+    elif mode not in _LARGEST:
+        raise InputError(f"{name}: pictures of mode {mode} are not read; convert it to grey or RGB first")
+    return np.asarray(picture), _LARGEST[mode]
+
+
+# -- many pictures
+
+
+def open_pictures(path: Path) -> PictureSet:
+    """The pictures in a folder, a zip or a single file.
+
+    Raises: InputError when there are none, or the zip is damaged, encrypted or a bomb.
+    """
+    notes: list[str] = []
+    check = path.suffix.lower() == ".zip" and not path.is_dir()
+    entries, others = _members(path) if check else _files(path)
+    if not entries:
+        raise InputError(f"{path}: no pictures ({', '.join(PICTURES)}) in it")
+    if others:
+        say(notes, path, f"{len(others)} files are no pictures and are left out: {listed(sorted(others))}")
+    entries.sort(key=lambda e: e.name)
+    return PictureSet(path, [page for e in entries for page in _pages(e, path, notes)], notes)
+
+
+def hidden(name: str) -> bool:
+    """Files that systems leave behind: dot files (macOS ``._x``), __MACOSX, Thumbs.db."""
+    parts = Path(name).parts
+    return any(p.startswith(".") or p == "__MACOSX" for p in parts) or parts[-1].lower() in (
+        "thumbs.db",
+        "desktop.ini",
+    )
+
+
+def _files(path: Path) -> tuple[list[_Entry], list[str]]:
+    root = path if path.is_dir() else path.parent
+    found = [p for p in path.rglob("*") if not p.is_dir()] if path.is_dir() else [path]
+
+    def loader(file: Path) -> Callable[[], bytes]:
+        def load() -> bytes:
+            stored = check_regular(file)
+            check_claim(file, (stored,), 1, stored)
+            with reading(file, "picture"):
+                return file.read_bytes()
+
+        return load
+
+    names = [(str(p.relative_to(root)), p) for p in found]
+    names = [(n, p) for n, p in names if not hidden(n) or p == path]
+    entries = [_Entry(n, loader(p)) for n, p in names if n.lower().endswith(PICTURES)]
+    return entries, [n for n, _ in names if not n.lower().endswith(PICTURES)]
+
+
+def _members(path: Path) -> tuple[list[_Entry], list[str]]:
+    check_regular(path)
+    with reading(path, "zip file"):
+        archive = zipfile.ZipFile(path)
+        members = [m for m in archive.infolist() if not m.is_dir() and not hidden(m.filename)]
+    encrypted = [m.filename for m in members if m.flag_bits & 1]
+    if encrypted:
+        raise InputError(f"{path}: encrypted, {listed(encrypted)}; unpack it first")
+
+    def loader(member: zipfile.ZipInfo) -> Callable[[], bytes]:
+        def load() -> bytes:
+            label = f"{path}/{member.filename}"
+            check_claim(label, (member.file_size,), 1, member.compress_size)
+            with reading(one_line(label), "picture in the zip"):
+                return archive.read(member)
+
+        return load
+
+    pictures = [m for m in members if m.filename.lower().endswith(PICTURES)]
+    names = [m.filename for m in pictures]
+    if len(set(names)) < len(names):
+        raise InputError(
+            f"{path}: holds several files of one name, {listed([n for n in names if names.count(n) > 1])}"
+        )
+    others = [m.filename for m in members if not m.filename.lower().endswith(PICTURES)]
+    return [_Entry(m.filename, loader(m)) for m in pictures], others
+
+
+def _pages(entry: _Entry, path: Path, notes: list[str]) -> list[_Entry]:
+    """The pages of a picture that are images: thumbnails and masks of a TIFF are left out."""
+    if not entry.name.lower().endswith(_PAGED):
+        return [entry]
+    name, data = entry.name, entry.load()
+    with reading(f"{path}/{name}" if path.name != name else path, "picture"), _opened(data, name) as picture:
+        count = int(getattr(picture, "n_frames", 1))
+        if count > 1 << 16:
+            raise InputError(f"{path}: {count} pages in {name}")
+        chosen = [k for k in range(count) if picture.format != "TIFF" or not _is_side_page(picture, k)]
+    if len(chosen) < count:
+        say(
+            notes,
+            path,
+            f"{name}: {count - len(chosen)} of {count} pages are thumbnails or masks and are left out",
+        )
+    if count > 1:
+        notes.append(f"{name}: {len(chosen)} pages as images of their own")
+    return [_Entry(name, entry.load, k) for k in chosen]
+
+
+def _is_side_page(picture: Any, page: int) -> bool:
+    picture.seek(page)
+    return bool(int(picture.tag_v2.get(_SUBFILE, 0)) & 0b101)
