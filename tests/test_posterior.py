@@ -355,3 +355,28 @@ def test_multi_coil_measurements():
     )
     error = (result.mean - mean).square().sum() * 64 / cov.diagonal(dim1=1, dim2=2).sum()
     assert error.sqrt() < 1.25
+
+
+@pytest.mark.parametrize("fault", ["adjoint", "sign", "square", "shape"])
+def test_a_foreign_physics_is_looked_at_once(fault):
+    """Its adjoint and its linearity; posteriors would come out wrong and no residual show it. What is right passes in single precision."""
+
+    class Half(deepinv.physics.LinearPhysics):
+        def A(self, x, **_):
+            if fault == "square":
+                return x[..., ::2] ** 2
+            return x if fault == "shape" else 2 * x[..., ::2]
+
+        def A_adjoint(self, y, **_):
+            if fault == "adjoint":  # interpolation instead of zero filling
+                return torch.nn.functional.interpolate(y, scale_factor=(1, 2), mode="nearest")
+            x = torch.zeros(*y.shape[:-1], 2 * y.shape[-1], dtype=y.dtype)
+            x[..., ::2] = -2 * y if fault == "sign" else 2 * y
+            return x
+
+    prior, y = GaussianPrior(torch.zeros(1, 8, 8), torch.eye(64)), torch.ones(2, 1, 8, 4)
+    expected = {"square": "linear A", "shape": "the shape of the measurements"}.get(fault, "the adjoint of A")
+    with pytest.raises(InputError, match=expected):
+        reconstruct(prior, Half(), y, 0.1, samples=1, steps=2)
+    fault = "none"
+    reconstruct(prior, Half(), y, 0.1, samples=1, steps=2)

@@ -154,7 +154,7 @@ class _Loop:
         modules = [player.module for player in self.players.values()]
         frozen = {id(p) for module in modules for p in module.parameters() if not p.requires_grad}
         prior = self.prior()
-        for p in prior.parameters():
+        for p in prior.parameters() if isinstance(prior, nn.Module) else ():
             p.requires_grad_(id(p) not in frozen)
         return prior
 
