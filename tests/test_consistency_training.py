@@ -144,7 +144,9 @@ def test_a_chain_that_has_reached_the_bottom_starts_again_from_the_data():
     stage.chains = {0: (states, levels)}
     asked: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, prior in (("anchor", stage.anchor), ("copy", stage.module)):
-        prior.register_forward_hook(lambda m, inputs, out, name=name: asked.setdefault(name, inputs[:2]))
+        prior.register_forward_pre_hook(
+            lambda m, inputs, name=name: asked.setdefault(name, inputs[:2]) and None
+        )
     drawn = stage.batches.draw(0)
     stage.loss(0)
     x, t = asked["anchor"]
