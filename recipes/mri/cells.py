@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +126,17 @@ def classic(cell: Cell, scans: Evaluation) -> Reconstruction:
     return Reconstruction.from_samples(best.image[None], report)
 
 
+def device_of(prior: Prior) -> torch.device:
+    """Where a prior is; a Gaussian, which EM may end with, has buffers alone."""
+    return next(chain(prior.parameters(), prior.buffers())).device
+
+
 def sampled(
     cell: Cell, prior: Prior, profile: dict[str, Any], scans: Evaluation, folder: Path, device: str
 ) -> Reconstruction:
     """By the sampler of the cell with the profile's settings; goes on where it was interrupted."""
     path = folder / f"{cell.name}.h5"
-    where = next(prior.parameters()).device
+    where = device_of(prior)
     with MeasurementFile(scans.path) as file:
         reconstruct_to_file(
             prior,
@@ -148,7 +154,7 @@ def sampled(
 
 def held_out(prior: Prior, profile: dict[str, Any], scans: Evaluation, device: str) -> dict[str, Any]:
     """Calibration on held-out rows of the test scans, from measurements alone."""
-    settings, where = dict(profile["held_out"]), next(prior.parameters()).device
+    settings, where = dict(profile["held_out"]), device_of(prior)
     keep, samples = settings.pop("keep"), settings.pop("samples")
     generator = torch.Generator().manual_seed(profile["scans"]["seed"] + 1)
     with MeasurementFile(scans.path) as file:
