@@ -136,6 +136,27 @@ def test_network_evaluations_of_a_step():
         assert len(sizes) == calls and sizes[-1] == 8 * settings.draws
 
 
+def test_a_chain_that_has_reached_the_bottom_starts_again_from_the_data():
+    """At sigma_n, where the anchor answers; the other chains go on where they were, with the copy."""
+    _, stage = stages(data(), small(below(replay=True)))
+    bottom = torch.arange(8) % 2 == 0
+    states, levels = torch.randn(8, *SHAPE, generator=rng()), torch.where(bottom, 0.005, 0.2)
+    stage.chains = {0: (states, levels)}
+    asked: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name, prior in (("anchor", stage.anchor), ("copy", stage.module)):
+        prior.register_forward_pre_hook(
+            lambda m, inputs, name=name: asked.setdefault(name, inputs[:2]) and None
+        )
+    drawn = stage.batches.draw(0)
+    stage.loss(0)
+    x, t = asked["anchor"]
+    assert torch.equal(x, drawn.y[bottom]) and torch.allclose(t, torch.full((4,), stage.sigma_n))
+    x, t = asked["copy"]
+    assert torch.equal(x, states[~bottom]) and torch.equal(t, levels[~bottom])
+    after = stage.chains[0][1]
+    assert bool((after[bottom] > 0.2).all()) and bool((after < torch.where(bottom, stage.sigma_n, 0.2)).all())
+
+
 def test_gradients_reach_the_copy_and_never_the_anchor():
     """At t = sigma_n the anchor answers D_t, and the copy learns by D_s."""
     for settings in (below(walk=(0, 0)), below(walk=(3, 3))):

@@ -21,16 +21,20 @@ from ambient_sci.randomness import forked, number, seeded
 from ambient_sci.training import (
     AmbientStage,
     ConsistencyStage,
+    JointConfig,
     OneModule,
     RunFolder,
     StagedConfig,
     TrainConfig,
     TrainingInterrupted,
+    below_noise,
     fit,
     make_accelerator,
     open_source,
     run_stage,
 )
+from ambient_sci.training import batches as batches_module
+from ambient_sci.training import loop as loop_module
 from ambient_sci.training.players import Player, copy_sharing
 
 CPU = torch.device("cpu")
@@ -461,3 +465,40 @@ def test_parts_are_trained_on_and_resumed(tmp_path):
     assert not same(
         fit(data, dataclasses.replace(config, micro_batches=1, **constant), progress=False), whole
     )
+
+
+@pytest.mark.parametrize(
+    "consistency",
+    [StagedConfig(max_steps=2, shrinkage=0.1, margin=1.1, replay=True), JointConfig(), None],
+    ids=["staged", "joint", "ambient"],
+)
+def test_no_two_shares_have_a_stream_in_common(monkeypatch, consistency):
+    """Of all streams that a run draws from, two parts share the length of walks alone, and no stream serves twice."""
+    x = torch.randn(32, *SHAPE, generator=torch.Generator().manual_seed(0))
+    config = small(
+        micro_batches=2,
+        max_steps=2,
+        consistency=consistency,
+        network=NetworkConfig(kind="mlp", channels=(16,)),
+    )
+    used: list[tuple[int, ...]] = []
+
+    def noted(plain):
+        def call(seed, *key, **options):
+            used.append(key)
+            return plain(seed, *key, **options)
+
+        return call
+
+    for module in (batches_module, below_noise):
+        monkeypatch.setattr(module, "seeded", noted(seeded))
+    monkeypatch.setattr(loop_module, "number", noted(number))
+    fit((Identity(SHAPE), x, 0.4), config, progress=False)
+    stages = 2 if isinstance(consistency, StagedConfig) else 1
+    counts = {key: used.count(key) for key in used}
+    assert all(len(key) >= 3 or key[0] == 10 for key in counts)  # purpose, step, share; 10: walks
+    per_purpose = {p: sum(n for k, n in counts.items() if k[0] == p) for p in {k[0] for k in counts}}
+    assert {1, 2, 3, 4} <= set(per_purpose)
+    for key, times in counts.items():
+        # Walks are as long in both parts; a second stage has the batches of the first.
+        assert times <= (2 if key[0] == 10 else stages if key[0] <= 4 else 1), (key, times)

@@ -21,10 +21,11 @@ import recipes.mri.scans as recipe_scans
 import recipes.mri.ship as recipe_ship
 from ambient_sci.data import MeasurementFile, ReferenceFile, write_measurements
 from ambient_sci.errors import InputError
-from ambient_sci.losses import estimate
+from ambient_sci.losses import denoise_measurement
 from ambient_sci.operators import make_design
 from ambient_sci.priors import load_prior
 from ambient_sci.training import RunFolder, TrainConfig, make_accelerator, run_stage
+from recipes.mri.ablation_stages import ARMS
 from recipes.mri.ablations import run_ablation
 from recipes.mri.ssdu import SplittingStage
 
@@ -152,7 +153,7 @@ def test_a_model_of_several_accelerations(scans, config):
     configs = [dataclasses.replace(config, loss=dataclasses.replace(config.loss, keep=k)) for k in (0.6, 0.8)]
     both = recipe_priors.SeveralAccelerations(files, configs, accelerator)
     one, other = both.stages
-    assert one.module is other.module is both.module and (one.keep, other.keep) == (0.6, 0.8)
+    assert one.module is other.module is both.module and (one.batches.keep, other.batches.keep) == (0.6, 0.8)
     assert one.source.design.budget > other.source.design.budget
     assert both.module.conditioning == "mask-conditional"
     with MeasurementFile(files[0]) as f4, MeasurementFile(files[1]) as f8:
@@ -160,9 +161,9 @@ def test_a_model_of_several_accelerations(scans, config):
         assert torch.equal(other.source.measurements.measurements([1]), f8.measurements([3]))
     for step in range(2):
         assert torch.equal(both.loss(step), both.stages[step].loss(step))
-        fraction = float(both.stages[step].draw(step).operator.mask.mean())
+        fraction = float(both.stages[step].batches.draw(step).operator.mask.mean())
         assert fraction == pytest.approx((1 / 4, 1 / 8)[step])
-    assert not torch.equal(one.draw(0).sigma, other.draw(0).sigma)
+    assert not torch.equal(one.batches.draw(0).sigma, other.batches.draw(0).sigma)
 
 
 def splitting(scans, config, robust: bool, **changes) -> SplittingStage:
@@ -192,7 +193,7 @@ def test_ssdu_by_hand(scans, config):
     fraction = shown.flatten(1).sum(1) / measured.flatten(1).sum(1)
     assert torch.allclose(fraction, torch.full((4,), 0.6), atol=0.01)
     assert len(torch.unique(shown.flatten(1), dim=0)) == 4
-    h = estimate(stage.module, drawn.operator.with_mask(shown), drawn.y, drawn.sigma_y)
+    h = denoise_measurement(stage.module, drawn.operator.with_mask(shown), drawn.y, drawn.sigma_y)
     rest = measured - shown
     by_hand = ((drawn.operator.transform(h) - drawn.y) * rest).square().mean() / rest.mean()
     assert loss.shape == (4,) and torch.allclose(loss, by_hand.expand(4), rtol=1e-5)
@@ -224,7 +225,7 @@ def test_robust_ssdu_by_hand(scans, config):
     inner = slice(8, 25)  # deepinv estimates them from 2,000 masks, of which few measure the outer lines
     assert torch.allclose(found[inner].double(), weight[inner], rtol=0.1)
     operator, mask = drawn.operator, drawn.operator.mask
-    h = estimate(stage.module, operator.with_mask(shown), seen[0], drawn.sigma_y)
+    h = denoise_measurement(stage.module, operator.with_mask(shown), seen[0], drawn.sigma_y)
     error = operator.A(h) - drawn.y
     split = (found * (mask - shown) * error).square().mean()
     kept = ((1 + 1 / 0.75**2) * shown * error).square().mean()
@@ -397,20 +398,30 @@ def test_a_prior_is_shipped_with_the_numbers_of_its_cells(finished, tmp_path, ca
 
 def test_an_entry_may_have_levels_and_loss_of_its_own(profile, scans, tmp_path):
     own = copy.deepcopy(profile)
-    entry = {**own["priors"]["k-space-R4"], "keep": 0.5, "steps": 1, "levels": {"mean": -1.45}, "loss": {"hold_out_calibration": False}}  # fmt: skip
+    entry = {**own["priors"]["k-space-R4"], "keep": 0.5, "steps": 1, "levels": {"mean": -1.45}, "loss": {"c_min": 0.1}, "ablation": "keep-acs"}  # fmt: skip
     own["priors"]["k-space-R4"] = entry
     recipe_priors.train("k-space-R4", own, scans, tmp_path, "cpu")
     config = json.loads((tmp_path / "k-space-R4" / "config.json").read_text())
     assert config["levels"]["mean"] == -1.45 and config["levels"]["std"] == profile["levels"]["std"]
-    assert config["loss"]["hold_out_calibration"] is False and config["loss"]["keep"] == 0.5
+    assert config["loss"]["c_min"] == 0.1 and config["loss"]["keep"] == 0.5
+    said = json.loads((tmp_path / "k-space-R4" / "run.json").read_text())
+    assert said["data"]["ablation"] == "keep-acs"
+    own["priors"]["k-space-R4"] = {**entry, "ablation": "keep-all"}
+    with pytest.raises(InputError, match="ablation: expected one of full, no-tweedie"):
+        recipe_priors.train("k-space-R4", own, scans, tmp_path / "other", "cpu")
 
 
 def test_an_ablation(tmp_path, profile):
-    """Each arm differs in its loss alone, and says so in its run folder."""
-    small = copy.deepcopy(profile)
-    found = run_ablation("keep-acs", 0, small, tmp_path, "cpu")
-    assert math.isfinite(found["scores"]["psnr"]["mean"])
-    loss = json.loads((tmp_path / "keep-acs-s0" / "config.json").read_text())["loss"]
-    assert loss["hold_out_calibration"] is False and loss["held_out_weights"] == "exact" and loss["tweedie"]
+    """Each arm says in its run folder what it is, and trains another network from the same batches."""
+    small, weights = copy.deepcopy(profile), {}
+    for arm in ARMS:
+        found = run_ablation(arm, 0, small, tmp_path, "cpu")
+        assert found["arm"] == arm and math.isfinite(found["scores"]["psnr"]["mean"])
+        assert json.loads((tmp_path / f"{arm}-s0" / "run.json").read_text())["data"]["ablation"] == arm
+        prior = load_prior(tmp_path / f"{arm}-s0")
+        weights[arm] = torch.cat([p.detach().flatten() for p in prior.parameters()])
+    assert len({tuple(w.tolist()) for w in weights.values()}) == len(ARMS)
+    configs = {(tmp_path / f"{arm}-s0" / "config.json").read_text() for arm in ARMS}
+    assert len(configs) == 1
     with ReferenceFile(next((tmp_path / "scans" / "test").glob("*truth.h5"))) as truth:
         assert truth.image_shape[-1] == 32

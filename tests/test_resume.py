@@ -101,19 +101,11 @@ def test_killed_and_resumed(tmp_path, scans, aim):
 
 
 SHARED = """
-import sys
+import json, sys
 from ambient_sci.training import TrainConfig, fit
-fit(sys.argv[1], TrainConfig.load(sys.argv[2]), out=sys.argv[3], resume=sys.argv[4] == "resume", progress=False)
+for path, config, out, resume in json.load(open(sys.argv[1])):
+    fit(path, TrainConfig.load(config), out=out, resume=resume, progress=False)
 """
-
-
-def launched(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The script above on two processes."""
-    (tmp_path / "shared.py").write_text(SHARED)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launch, str(tmp_path / "shared.py"), *arguments]
-    return subprocess.run(command, env=one_thread, check=True, timeout=300, capture_output=True, text=True)
 
 
 def images(tmp_path: Path) -> Path:
@@ -143,22 +135,52 @@ CASES = {
 }
 
 
+CHAINS = configuration(
+    **MLP,
+    max_steps=4,
+    log_interval=2,
+    schedule="constant",
+    consistency=StagedConfig(max_steps=8, replay=True, gap=2.0),
+)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> tuple[Path, dict[str, tuple[Path, TrainConfig]]]:
+    """All runs on two processes, one after the other in one launch: starting them is what takes time."""
+    folder = tmp_path_factory.mktemp("shared")
+    jobs, runs = [], {}
+    files = {make: make(folder) for make in (scans_file, images)}
+
+    def add(name: str, path: Path, config: TrainConfig, out: str, resume: bool = False) -> None:
+        config.save(folder / f"{name}.json")
+        jobs.append((str(path), str(folder / f"{name}.json"), str(folder / out), resume))
+        runs[name] = (path, config)
+
+    for name, (changes, data) in CASES.items():
+        settings = {"max_steps": 8, "log_interval": 2, "warmup_steps": 1, **changes}
+        add(name, files[data], configuration(**settings), name)
+    shorter = replace(CHAINS, consistency=StagedConfig(max_steps=4, replay=True, gap=2.0))
+    add("chains", files[images], CHAINS, "chains")
+    add("shorter chains", files[images], shorter, "resumed chains")
+    add("resumed chains", files[images], CHAINS, "resumed chains", True)
+    (folder / "shared.py").write_text(SHARED)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(folder / "shared.py"), str(folder / "jobs.json")]
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=600)
+    return folder, runs
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_are_one_with_twice_the_parts(tmp_path, name):
+def test_two_processes_are_one_with_twice_the_parts(tmp_path, shared, name):
     """The same samples, levels, splits and noise, the mean gradient of all: weights and losses agree to rounding.
 
-    Steps are small, so that rounding stays rounding; gradients are clipped, and AdamW divides by their size, so a sum in place of
-    the mean would be hidden: the norm of the gradient, before clipping, is in the log.
+    Gradients are clipped, and AdamW divides by their size, so a sum in place of the mean would be hidden in the weights: the norm
+    of the gradient, before clipping, is in the log.
     """
-    changes, data = CASES[name]
-    settings = {"max_steps": 8, "log_interval": 2, "warmup_steps": 1, "learning_rate": 1e-3, **changes}
-    parts = settings.pop("micro_batches", 1)
-    config = configuration(**settings, micro_batches=parts)
-    config.save(tmp_path / "two.json")
-    path = data(tmp_path)
-    launched(tmp_path, str(path), str(tmp_path / "two.json"), str(tmp_path / "two"), "new")
-    fit(path, replace(config, micro_batches=2 * parts), out=tmp_path / "one", progress=False)
-    check_same_run(tmp_path / "one", tmp_path / "two")
+    folder, (path, config) = shared[0], shared[1][name]
+    fit(path, replace(config, micro_batches=2 * config.micro_batches), out=tmp_path / "one", progress=False)
+    check_same_run(tmp_path / "one", folder / name)
     # One part takes other draws: agreement is not for want of randomness.
     fit(path, replace(config, micro_batches=1), out=tmp_path / "other", progress=False)
     with pytest.raises(AssertionError):
@@ -176,28 +198,14 @@ def check_same_run(one: Path, two: Path) -> None:
     assert all(torch.allclose(a[k], b[k], rtol=1e-3, atol=2e-5) for k in a)
 
 
-def test_two_processes_go_on_with_their_own_chains(tmp_path):
-    """Replayed chains are gathered when they are saved, and each process goes on with its own."""
-    config = configuration(
-        **MLP,
-        max_steps=4,
-        log_interval=2,
-        schedule="constant",
-        consistency=StagedConfig(max_steps=8, replay=True, gap=2.0),
-    )
-    path = images(tmp_path)
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    config.save(tmp_path / "whole.json")
-    launched(tmp_path, str(path), str(tmp_path / "whole.json"), str(whole), "new")
-    assert config.consistency is not None
-    replace(config, consistency=replace(config.consistency, max_steps=4)).save(tmp_path / "cut.json")
-    launched(tmp_path, str(path), str(tmp_path / "cut.json"), str(cut), "new")
-    chains = load_file(cut / "checkpoint" / "consistency.safetensors")["stage.states"]
-    assert len(chains) == 4 and not torch.allclose(chains[:2], chains[2:], atol=1e-2)
-    launched(tmp_path, str(path), str(tmp_path / "whole.json"), str(cut), "resume")
+def test_two_processes_go_on_with_their_own_chains(shared):
+    """Replayed chains are gathered when they are saved, and each process goes on with its own: the same bits."""
+    whole, resumed = shared[0] / "chains", shared[0] / "resumed chains"
     for name in ("prior/weights.safetensors", "checkpoint/consistency.safetensors"):
-        ours, theirs = load_file(cut / name), load_file(whole / name)
+        ours, theirs = load_file(resumed / name), load_file(whole / name)
         assert all(torch.equal(ours[k], theirs[k]) for k in theirs), name
+    states = load_file(whole / "checkpoint" / "consistency.safetensors")["stage.states"]
+    assert len(states) == 4 and not torch.allclose(states[:2], states[2:], atol=1e-2)
 
 
 @pytest.mark.parametrize("victim", [0, 1])

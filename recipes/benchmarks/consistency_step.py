@@ -25,7 +25,6 @@ from ambient_sci.training import (
     AmbientStage,
     ConsistencyConfig,
     ConsistencyStage,
-    LossConfig,
     TrainConfig,
     make_accelerator,
     open_source,
@@ -72,18 +71,12 @@ def build(arguments: argparse.Namespace) -> dict:
     network = NetworkConfig(kind=arguments.network, channels=tuple(arguments.channels))
     config = TrainConfig(batch_size=arguments.batch, network=network, device=arguments.device)
     accelerator = make_accelerator(arguments.device)
-    measurements = (Identity(shape), x + 0.2 * torch.randn(x.shape, generator=generator), 0.2)
+    y = x + 0.2 * torch.randn(x.shape, generator=generator)
 
-    def data(config: TrainConfig) -> AmbientStage:
-        return AmbientStage(open_source(measurements, config), config, accelerator)
+    def data(config: TrainConfig, noise: float = 0.2) -> AmbientStage:
+        return AmbientStage(open_source((Identity(shape), y, noise), config), config, accelerator)
 
-    plain = TrainConfig(
-        batch_size=arguments.batch,
-        network=network,
-        device=arguments.device,
-        loss=LossConfig(kind="denoising"),
-    )
-    steps = {"denoising": trainer(data(plain)), "ambient": trainer(data(config))}
+    steps = {"denoising": trainer(data(config, noise=0.0)), "ambient": trainer(data(config))}
     for draws in (2, 4):
         for name, more in KINDS.items():
             settings = ConsistencyConfig(draws=draws, **more)
@@ -91,16 +84,16 @@ def build(arguments: argparse.Namespace) -> dict:
                 batch_size=arguments.batch, network=network, device=arguments.device, consistency=settings
             )
             first = data(both)
-            stage = ConsistencyStage(first, first.module, both)
+            stage = ConsistencyStage(first.batches, first.module, both)
             steps[f"m = {draws}, {name}"] = trainer(stage, walks=not settings.replay)
     return steps
 
 
 def trainer(stage, walks: bool = False):
     """One training step of ``stage``, as the training loop takes it; walk lengths 0, 1, 2, 3 in turn."""
-    module = stage.module.to(stage.device if isinstance(stage, AmbientStage) else stage.data.device)
+    module = stage.module.to(stage.batches.device)
     if not isinstance(stage, AmbientStage):
-        stage.hybrid.to(stage.data.device)
+        stage.anchor.to(stage.batches.device)
     average = copy.deepcopy(module).requires_grad_(False)
     optimizer = torch.optim.AdamW(module.parameters(), fused=True)
 

@@ -1,12 +1,8 @@
-"""What the parts of the k-space loss are good for: three switches, one at a time, several seeds, a small setting.
+"""What the parts of the k-space loss are good for: one taken away at a time, several seeds, a small setting.
 
-    full             the loss as it is
-    no-tweedie       c = 1: kept rows are fitted noise and all
-    unit-weights     held-out rows count 1 instead of 1 / P(measured | kept); coil maps vary from scan to scan
-    keep-acs         calibration lines are always shown to the network, never held out
-
-The score is the one-step estimate at the noise level of the data, on people that were not trained on. A seed decides phases, maps, noise,
-masks, initial weights and batches of the training; the test scans are the same for all.
+The arms are those of `ablation_stages`; coil maps vary from scan to scan. The score is the one-step estimate at the noise level
+of the data, on people that were not trained on. A seed decides phases, maps, noise, masks, initial weights and batches of the
+training; the test scans are the same for all.
 """
 
 from __future__ import annotations
@@ -18,17 +14,11 @@ from typing import Any
 from ambient_sci.data import MeasurementFile
 from ambient_sci.evaluation import reconstruction_table
 from ambient_sci.sampling import reconstruct
-from ambient_sci.training import LossConfig, fit
+from ambient_sci.training import LossConfig, make_accelerator, open_source
 from recipes.grid import Cell
-from recipes.mri.priors import configuration
+from recipes.mri.ablation_stages import ARMS
+from recipes.mri.priors import configuration, run_in_folder
 from recipes.mri.scans import Scans
-
-ARMS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "no-tweedie": {"tweedie": False},
-    "unit-weights": {"held_out_weights": "unit"},
-    "keep-acs": {"hold_out_calibration": False},
-}
 
 
 def ablation_cells(profile: dict[str, Any]) -> list[Cell]:
@@ -46,9 +36,11 @@ def run_ablation(arm: str, seed: int, profile: dict[str, Any], folder: Path, dev
     test = Scans(scans_of["test"], folder / "scans" / "test").test(settings["R"])
     small = {k: {**profile.get(k, {}), **settings.get(k, {})} for k in ("network", "training", "levels")}
     config = configuration({"kind": "k-space"}, small, device)
-    config = replace(config, seed=seed, loss=LossConfig(keep=settings["keep"], **ARMS[arm]))
-    run = folder / f"{arm}-s{seed}"
-    prior = fit(train, config, run, resume=(run / "config.json").exists())
+    config = replace(config, seed=seed, loss=LossConfig(keep=settings["keep"]))
+    source, accelerator = open_source(train, config), make_accelerator(config.device)
+    stage = ARMS[arm](source, config, accelerator)
+    data = {**source.fingerprint(), "ablation": arm}
+    prior = run_in_folder(stage, config, accelerator, folder / f"{arm}-s{seed}", data)
     where = next(prior.parameters()).device
     with MeasurementFile(test.path) as file:
         result = reconstruct(

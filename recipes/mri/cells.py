@@ -8,6 +8,7 @@ held out    the same for a fifth of the measured rows, which samples from the ot
 from __future__ import annotations
 
 import fnmatch
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +122,17 @@ def classic(method: str, scans: Evaluation) -> Reconstruction:
     return Reconstruction.from_samples(best.image[None], report)
 
 
+def device_of(prior: Prior) -> torch.device:
+    """Where a prior is; a Gaussian, which EM may end with, has buffers alone."""
+    return next(chain(prior.parameters(), prior.buffers())).device
+
+
 def sampled(
     cell: Cell, prior: Prior, profile: dict[str, Any], scans: Evaluation, folder: Path
 ) -> Reconstruction:
     """By the sampler of the cell with the profile's settings; goes on where it was interrupted."""
     path, method = folder / f"{cell.name}.h5", cell.settings["method"]
-    where = next(prior.parameters()).device
+    where = device_of(prior)
     with MeasurementFile(scans.path) as file:
         reconstruct_to_file(
             prior,
@@ -144,7 +150,7 @@ def sampled(
 
 def held_out(prior: Prior, profile: dict[str, Any], scans: Evaluation) -> dict[str, Any]:
     """Calibration on held-out rows of the test scans, from measurements alone."""
-    settings, where = dict(profile["held_out"]), next(prior.parameters()).device
+    settings, where = dict(profile["held_out"]), device_of(prior)
     keep, samples = settings.pop("keep"), settings.pop("samples")
     generator = torch.Generator().manual_seed(profile["scans"]["seed"] + 1)
     with MeasurementFile(scans.path) as file:

@@ -1,9 +1,11 @@
 """What is trained: one prior for each entry of ``priors`` in config.yaml, all with the same network.
 
-clean            every row, no noise: denoising. The upper bound (on measured scans, which have noise: taken for clean, as published)
+clean            every row, declared free of noise: denoising. The upper bound (on measured scans, which have noise: taken for
+                 clean, as published)
 noisy            every row, with noise: Ambient loss, unconditional
 em               rows missing: expectation maximisation, unconditional
-k-space          rows missing: operator-aware Ambient loss, mask-conditional; one acceleration, or several in one model
+k-space          rows missing: operator-aware Ambient loss, mask-conditional; one acceleration, or several in one model;
+                 ``ablation`` takes a part of the loss away (`ablation_stages`)
 ssdu, robust     rows missing: deepinv's losses (`ssdu`), a network that reconstructs in one step
 """
 
@@ -26,6 +28,7 @@ from ambient_sci.training import (
     EMConfig,
     LevelConfig,
     LossConfig,
+    OneModule,
     Reporter,
     RunFolder,
     TrainConfig,
@@ -36,6 +39,7 @@ from ambient_sci.training import (
     run_stage,
 )
 from ambient_sci.whole_files import write_json
+from recipes.mri.ablation_stages import ARMS
 from recipes.mri.scans import Scans
 from recipes.mri.ssdu import SplittingStage
 
@@ -69,9 +73,7 @@ def configuration(entry: dict[str, Any], profile: dict[str, Any], device: str) -
         own = {**profile["em"], **({"laps": entry["laps"]} if "laps" in entry else {})}
         em = EMConfig(**{k: v for k, v in own.items() if k not in ("levels", "slices")})
         return replace(base, max_steps=None, em=em, levels=levels)
-    if kind == "clean":
-        return replace(base, loss=LossConfig(kind="denoising"))
-    if kind == "noisy":
+    if kind in ("clean", "noisy"):
         return base
     # Masks do not survive a transposition; nor does their design survive reflections about another centre than its own.
     names = tuple(a for a in base.augmentations if a != "transpose")
@@ -87,7 +89,7 @@ def kept_fraction(keep: float | str, acceleration: float) -> float:
     return keep
 
 
-class SeveralAccelerations:
+class SeveralAccelerations(OneModule):
     """One mask-conditional network for scans of several accelerations, a batch of each in turn, each with the weights of its own design.
 
     Every acceleration has slices of its own: two scans of one slice would share noise, and together be less undersampled than either.
@@ -95,11 +97,15 @@ class SeveralAccelerations:
     Args:
         files: measurement files, one an acceleration, of the same slices.
         configs: one each; they differ in the loss.
+        arm: of `ablation_stages`.
     """
 
     name = "ambient"
 
-    def __init__(self, files: list[Path], configs: list[TrainConfig], accelerator: Any) -> None:
+    def __init__(
+        self, files: list[Path], configs: list[TrainConfig], accelerator: Any, arm: str = "full"
+    ) -> None:
+        self.arm = arm
         self.stages: list[AmbientStage] = []
         for k, (path, config) in enumerate(zip(files, configs, strict=True)):
             with MeasurementFile(path) as scans:
@@ -107,24 +113,21 @@ class SeveralAccelerations:
                 data = (scans.operator(rows), scans.measurements(rows), scans.sigma(rows))
             initial: Any = self.stages[0].module if self.stages else None
             own = replace(config, seed=config.seed + k * _SEED_STRIDE)
-            self.stages.append(AmbientStage(open_source(data, own), own, accelerator, initial=initial))
+            self.stages.append(ARMS[arm](open_source(data, own), own, accelerator, initial=initial))
         self.module: nn.Module = self.stages[0].module
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data."""
-        return {f"part {k}": stage.source.fingerprint() for k, stage in enumerate(self.stages)}
+        parts = {f"part {k}": stage.source.fingerprint() for k, stage in enumerate(self.stages)}
+        return {**parts, "ablation": self.arm}
 
-    def loss(self, step: int) -> Tensor:
+    def loss(self, step: int, part: int = 0) -> Tensor:
         """Of a batch of one acceleration."""
-        return self.stages[step % len(self.stages)].loss(step)
+        return self.stages[step % len(self.stages)].loss(step, part)
 
-    def indices(self, step: int) -> list[int]:
+    def indices(self, step: int, part: int = 0) -> list[int]:
         """Slices of that batch, counted within its acceleration."""
-        return self.stages[step % len(self.stages)].indices(step)
-
-    def prior(self, average: nn.Module) -> Prior:
-        """The averaged network."""
-        return average  # type: ignore[return-value]
+        return self.stages[step % len(self.stages)].indices(step, part)
 
 
 def train(name: str, profile: dict[str, Any], scans: Scans, folder: Path, device: str) -> Prior:
@@ -156,8 +159,12 @@ def _trained(
 ) -> Prior:
     kind, rates = entry["kind"], accelerations(entry)
     resume = (run / "config.json").exists()
-    if kind in ("clean", "noisy"):
-        return fit(scans.training(1, clean=kind == "clean"), config, run, resume=resume)
+    if kind == "noisy":
+        return fit(scans.training(1), config, run, resume=resume)
+    if kind == "clean":
+        with MeasurementFile(scans.training(1, clean=True)) as file:
+            declared = (file.operator(), file.measurements(), 0.0)
+        return fit(declared, config, run, resume=resume)
     if kind == "em":
         return fit(scans.training(rates[0], slices=profile["em"].get("slices")), config, run, resume=resume)
     files = [scans.training(r) for r in rates]
@@ -167,14 +174,20 @@ def _trained(
             replace(config, loss=LossConfig(keep=kept_fraction(entry["keep"], r), **entry.get("loss", {})))
             for r in rates
         ]
-        return _run(SeveralAccelerations(files, configs, accelerator), configs[0], accelerator, run)
+        arm = entry.get("ablation", "full")
+        if arm not in ARMS:
+            raise InputError(f"priors: ablation: expected one of {', '.join(ARMS)}, got {arm!r}")
+        together = SeveralAccelerations(files, configs, accelerator, arm)
+        return run_in_folder(together, configs[0], accelerator, run, together.fingerprint())
     stage = SplittingStage(files[0], config, accelerator, robust=kind == "robust", **profile["ssdu"])
-    return _run(stage, config, accelerator, run)
+    return run_in_folder(stage, config, accelerator, run, stage.fingerprint())
 
 
-def _run(stage: Any, config: TrainConfig, accelerator: Any, path: Path) -> Prior:
-    """A stage of this recipe in a run folder, from its checkpoint if there is one."""
-    run, description = RunFolder(path), {"data": stage.fingerprint()}
+def run_in_folder(
+    stage: Any, config: TrainConfig, accelerator: Any, path: Path, data: dict[str, Any]
+) -> Prior:
+    """A stage of this recipe in a run folder, from its checkpoint if there is one; ``data`` must then be the same."""
+    run, description = RunFolder(path), {"data": data}
     run.reopen(config, description) if (path / "config.json").exists() else run.create(config, description)
     options: Any = {"folder": run, "resume": True, "reporter": Reporter()}
     return run_stage(stage, config, accelerator=accelerator, **options).eval()

@@ -23,11 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from ambient_sci.errors import InputError
-from ambient_sci.losses import estimate
+from ambient_sci.losses import denoise_measurement
 from ambient_sci.operators import MaskDesign, make_design
-from ambient_sci.priors import Prior
-from ambient_sci.training import AmbientStage, TrainConfig, open_source
-from ambient_sci.training.stages import seeded
+from ambient_sci.randomness import seeded
+from ambient_sci.training import Batches, OneModule, TrainConfig, initial_prior, open_source
 
 #: Stream of randomness of the splits, beside those of the other stages.
 _SPLITS = 30
@@ -121,10 +120,10 @@ class OneStep(nn.Module):
         if len(parts) > 1:
             operator = operator.with_mask(operator.mask * parts[1].mask)
         prior: Any = self.prior
-        return estimate(prior, operator, y, self.sigma_y)
+        return denoise_measurement(prior, operator, y, self.sigma_y)
 
 
-class SplittingStage:
+class SplittingStage(OneModule):
     """A stage of training for `run_stage`.
 
     Args:
@@ -160,8 +159,9 @@ class SplittingStage:
         if source.design is None:
             raise InputError(f"{path}: SSDU: expected undersampled scans, got fully sampled ones")
         # Batches, symmetries, network and initial weights are those of the Ambient stage; only the loss is another.
-        self.batches = AmbientStage(source, config, accelerator)
-        self.module, self.seed, self.alpha = self.batches.module, config.seed, alpha
+        self.batches = Batches(source, config, accelerator)
+        self.module: nn.Module = initial_prior(self.batches)
+        self.seed, self.alpha = config.seed, alpha
         self.generator = torch.Generator().manual_seed(config.seed)
         self.noise_generator = torch.Generator(accelerator.device)
         further = make_design(
@@ -182,10 +182,10 @@ class SplittingStage:
         """What identifies the data."""
         return self.batches.source.fingerprint()
 
-    def loss(self, step: int) -> Tensor:
-        """The loss of a batch, which deepinv means over it, for each of its samples."""
-        drawn = self.batches.draw(step)
-        splits, noise = torch.randint(2**62, (2,), generator=seeded(self.seed, _SPLITS, step)).tolist()
+    def loss(self, step: int, part: int = 0) -> Tensor:
+        """The loss of a part of a batch, which deepinv means over it, for each of its samples."""
+        drawn, key = self.batches.draw(step, part), (_SPLITS, step, self.batches.share(part))
+        splits, noise = torch.randint(2**62, (2,), generator=seeded(self.seed, *key)).tolist()
         self.generator.manual_seed(splits)
         self.one_step.sigma_y = drawn.sigma_y
         if hasattr(self.splitting, "noise_model"):
@@ -196,10 +196,6 @@ class SplittingStage:
         loss = self.splitting(estimated, drawn.y, drawn.operator, self.model)
         return loss.expand(len(drawn.y))
 
-    def indices(self, step: int) -> list[int]:
-        """Samples of that batch."""
-        return self.batches.indices(step)
-
-    def prior(self, average: nn.Module) -> Prior:
-        """The averaged network."""
-        return average  # type: ignore[return-value]
+    def indices(self, step: int, part: int = 0) -> list[int]:
+        """Samples of that part."""
+        return self.batches.indices(step, part)
