@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from ambient_sci.data.files import IMAGE_FORMAT, MEASUREMENT_FORMAT
+from ambient_sci.data.hdf5_file import format_of
 from ambient_sci.data.hdf5_writer import check_output
 from ambient_sci.data.kspace import PreparedScan, combined_images, prepare
 from ambient_sci.data.layout import check_noise_std
@@ -140,7 +141,7 @@ def _npz_names(path: Path) -> list[str]:
 def _identify_hdf5(path: Path) -> str:
     try:
         with h5py.File(path, "r") as file:
-            kind = file.attrs.get("format")
+            kind = format_of(file)
             names = sorted(file)
             acquisitions = any(isinstance(g, h5py.Group) and {"xml", "data"} <= set(g) for g in file.values())
     except OSError as error:
