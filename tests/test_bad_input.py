@@ -133,7 +133,7 @@ SPOILED: dict[str, tuple[str, Change, str]] = {
     "wrong type": (
         "scans",
         put("measurements", lambda y: y, np.complex128),
-        "measurements: expected complex64 or float32, got complex128",
+        "measurements: expected complex64 or float32 or float16 or uint8, got complex128",
     ),
     "real k-space": (
         "scans",
@@ -209,7 +209,7 @@ SPOILED: dict[str, tuple[str, Change, str]] = {
     "subjects": ("scans", attribute("subjects", ["ann"]), "subjects: expected 4, one a sample, got 1"),
     "scale": ("scans", attribute("scale", -1.0), "scale: expected one positive number"),
     "design": ("scans", attribute("design", "{"), "design: expected JSON"),
-    "version": ("scans", attribute("format_version", 99), "expected format version 1, got 99"),
+    "version": ("scans", attribute("format_version", 99), "expected format version 1 or 2, got 99"),
 }
 
 

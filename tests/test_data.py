@@ -24,6 +24,7 @@ from ambient_sci.data import (
     contact_sheet,
     describe,
     files,
+    hdf5_file,
     loader,
     open_source,
     simulate,
@@ -31,6 +32,7 @@ from ambient_sci.data import (
     write_images,
     write_measurements,
 )
+from ambient_sci.data.checksums import row_checksums
 from ambient_sci.data.images import resize, slices, square_pad
 from ambient_sci.errors import InputError
 from ambient_sci.operators import MRI, FixedBudget, Independent, Masking
@@ -193,17 +195,272 @@ def test_reference_files(tmp_path: Path):
     )
 
 
-def test_large_files_are_checked_batch_by_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_large_foreign_files_are_checked_batch_by_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = write_mri(tmp_path / "m.h5")
     with h5py.File(path, "r+") as raw:
+        del raw.attrs["verified"]
         raw["measurements"][3, 0, 0, 4] = np.nan
     with pytest.raises(InputError, match="sample 3"):
         MeasurementFile(path)
     monkeypatch.setattr(files, "FULL_SCAN_BYTES", 0)
     file = MeasurementFile(path)
     assert torch.isfinite(file.measurements([0, 1, 2])).all()
-    with pytest.raises(InputError, match="NaN"):
-        file.measurements([3])
+    with pytest.raises(InputError, match="m.h5: measurements: NaN or infinite values in sample 3"):
+        file.measurements([1, 3])
+
+
+# ---------------------------------------------------------------------------------------------- files: trust
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, name: str = "_read") -> list[str]:
+    """The datasets that are read from here on."""
+    seen: list[str] = []
+    read = getattr(MeasurementFile, name)
+
+    def spy(self, dataset, *rest):
+        seen.append(dataset)
+        return read(self, dataset, *rest)
+
+    monkeypatch.setattr(MeasurementFile, name, spy)
+    return seen
+
+
+def test_a_file_of_the_library_is_opened_without_reading_its_samples(tmp_path, monkeypatch):
+    """However many they are: masks, maps and measurements are read when somebody asks for them, and not looked at then."""
+    path = write_mri(tmp_path / "m.h5", num=6)
+    monkeypatch.setattr(hdf5_file, "FULL_CHECK_BYTES", 0)
+    seen, looked = counted(monkeypatch), counted(monkeypatch, "_check_values")
+    file = MeasurementFile(path)
+    assert file.trusted and seen == []
+    y, operator = file.measurements([4, 1]), file.operator([4, 1])
+    assert sorted(seen) == ["coil_maps", "mask", "measurements"] and looked == []
+    foreign = tmp_path / "f.h5"
+    foreign.write_bytes(path.read_bytes())
+    _edit(lambda raw: raw.attrs.__delitem__("verified"))(foreign)
+    other = MeasurementFile(foreign)
+    assert not other.trusted and set(looked) == {"mask", "coil_maps", "measurements"}
+    assert torch.equal(other.measurements([4, 1]), y) and other.measured_fraction == file.measured_fraction
+    assert operator.isometry and other.operator([4, 1]).isometry
+    assert torch.equal(other.operator([4, 1]).A_adjoint(y), operator.A_adjoint(y))
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("name", ["measurements", "mask", "coil_maps"])
+def test_a_changed_sample_is_refused_by_name(tmp_path, monkeypatch, name: str, small: bool):
+    """One bit of one value, and a value that would be allowed: at once in a small file, when it is read in a large one."""
+    path = write_mri(tmp_path / "m.h5", num=4, coil_maps=kspace(4, 3, 8, 8, seed=2))
+    mask = MeasurementFile(path).mask()
+    row, column = (int(i) for i in mask[2, 0, 0].nonzero()[0])
+    where = {"measurements": (2, 1, row, column), "mask": (2, 3, column), "coil_maps": (2, 1, 0, 0)}[name]
+    _edit(lambda raw: raw[name].__setitem__(where, 1 - raw[name][where]))(path)
+    told = "m.h5: (mask: sample 2|measurements: 6 non-zero values outside the mask in sample 2|measurements: sample 2|coil_maps: sample 2)"
+    if small:
+        with pytest.raises(InputError, match=told):
+            MeasurementFile(path)
+        return
+    monkeypatch.setattr(hdf5_file, "FULL_CHECK_ROWS", 0)
+    file = MeasurementFile(path)
+    assert len(file.measurements([0, 1, 3])) == 3 and file.operator([0, 1, 3]).batch_size == 3
+    with pytest.raises(InputError, match=told):
+        file.measurements([0, 2]), file.operator([0, 2])
+
+
+def test_every_bit_of_a_file_is_guarded(tmp_path: Path):
+    """A flipped bit is refused in one line, or lies where nothing of the file lies: what is read is what was written."""
+    path, spoilt = (
+        write_mri(tmp_path / "m.h5", num=2, scale=[1.0, 2.0], labels=[3, 1], history="x" * 50),
+        tmp_path / "n.h5",
+    )
+    clean = MeasurementFile(path)
+    content, generator = path.read_bytes(), rng(3)
+
+    def facts(file: MeasurementFile) -> list:
+        maps, labels = file.coil_maps(), file.labels()
+        assert maps is not None and labels is not None
+        tensors = [file.measurements(), file.mask(), maps, file.sigma(), labels]
+        texts = {k: v for k, v in file.attributes.items() if k != "verified"}
+        return [*(t.tolist() for t in tensors), np.asarray(file.scale).tolist(), file.subjects, texts]
+
+    expected, refused = facts(clean), 0
+    for place in generator.integers(0, len(content), 400):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << int(generator.integers(8))
+        spoilt.write_bytes(damaged)
+        try:
+            with MeasurementFile(spoilt) as file:
+                assert facts(file) == expected
+        except InputError as error:
+            assert "\n" not in str(error) and "n.h5" in str(error)
+            refused += 1
+    assert refused > 40
+
+
+def test_an_edited_description_is_checked_like_a_foreign_one(tmp_path: Path):
+    """Attributes may be edited by hand: the file is then no longer trusted, and read through."""
+    path = write_mri(tmp_path / "m.h5")
+    _edit(lambda raw: raw.attrs.__setitem__("history", "edited"))(path)
+    file = MeasurementFile(path)
+    assert not file.trusted and file.history == "edited" and len(file.measurements()) == 5
+    file.close()
+    _assign("mask", (1, 0, 4), 2)(path)
+    with pytest.raises(InputError, match="mask: expected only 0 and 1"):
+        MeasurementFile(path)
+
+
+def test_checksums_tell_words_and_places_apart():
+    block = rng(1).integers(0, 255, (50, 3, 7), dtype=np.uint8)
+    sums = row_checksums(block)
+    assert sums.dtype == np.uint64 and len(set(sums.tolist())) == 50
+    assert np.array_equal(sums, row_checksums(np.asfortranarray(block))) and row_checksums(
+        block[:0]
+    ).shape == (0,)
+    swapped = block.reshape(50, 21).copy()
+    swapped[:, [0, 8]] = swapped[:, [8, 0]]
+    changed = (swapped != block.reshape(50, 21)).any(1)
+    assert ((row_checksums(swapped.reshape(block.shape)) != sums) == changed).all() and changed.sum() > 40
+    shifted = np.frombuffer(b"x" + block.tobytes(), np.uint8)[1:].reshape(
+        block.shape
+    )  # memory of another alignment
+    assert np.array_equal(row_checksums(shifted), sums)
+
+
+VERSION_1 = {"format_version": 1, "subjects": ["a", "b", "a"], "scale": [1.0, 2.0, 3.0]}
+
+
+def test_files_of_version_1_are_read(tmp_path: Path):
+    """Subjects and scales are attributes there, and nothing is recorded: every value is looked at."""
+    path = write_mri(tmp_path / "m.h5", num=3)
+
+    def age(raw: h5py.File) -> None:
+        for name in ("checksums", "subject", "subject_names", "isometric"):
+            del raw[name]
+        for name in ("verified", "measured"):
+            del raw.attrs[name]
+        for name, value in VERSION_1.items():
+            raw.attrs[name] = np.array(value, h5py.string_dtype()) if name == "subjects" else value
+
+    _edit(age)(path)
+    file = MeasurementFile(path)
+    assert file.subjects == ["a", "b", "a"] and np.array_equal(file.scale, [1, 2, 3]) and not file.trusted
+    assert file.subject_names == ["a", "b"] and file.labels() is None and file.operator().isometry
+    file.close()
+    _assign("mask", (1, 0, 4), 2)(path)
+    with pytest.raises(InputError, match="only 0 and 1"):
+        MeasurementFile(path)
+
+
+def test_a_million_samples_cost_no_million_objects(tmp_path: Path):
+    """Subjects are numbers until somebody asks for the names; long texts and names of any kind survive."""
+    names = [f"naïve \n {k % 300}" for k in range(3000)]
+    y = np.zeros((3000, 1, 1, 1), np.float32)
+    long = "history " * 20_000
+    path = write_measurements(
+        tmp_path / "m.h5", measurements=y, mask=None, noise_std=0.1, operator="identity", image_shape=(1, 1, 1),
+        subjects=names, history=long, attributes={"note": "n" * 70_000, "empty": ""},
+    )  # fmt: skip
+    file = MeasurementFile(path)
+    assert file.trusted and file._subject_list is None and file.history == long
+    assert file.attributes["note"] == "n" * 70_000 and file.attributes["empty"] == ""
+    assert file.subject_codes.dtype == np.int32 and len(file.subject_names) == 300
+    assert file.subjects == names
+
+
+# -- what a file may not be
+
+
+def _linked(kind: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        secret = path.with_name("secret.bin")
+        with h5py.File(path, "r+") as raw:
+            shape, dtype, values = (
+                raw["measurements"].shape,
+                raw["measurements"].dtype,
+                raw["measurements"][()],
+            )
+            secret.write_bytes(values.tobytes())
+            with h5py.File(path.with_name("secret.h5"), "w") as other:
+                other["measurements"] = values
+            del raw["measurements"]
+            if kind == "external link":
+                raw["measurements"] = h5py.ExternalLink("secret.h5", "measurements")
+            elif kind == "external storage":
+                raw.create_dataset(
+                    "measurements", shape, dtype, external=[(str(secret), 0, h5py.h5f.UNLIMITED)]
+                )
+            elif kind == "virtual":
+                layout = h5py.VirtualLayout(shape, dtype)
+                layout[...] = h5py.VirtualSource(str(path.with_name("secret.h5")), "measurements", shape)
+                raw.create_virtual_dataset("measurements", layout)
+            elif kind == "soft link":
+                raw["elsewhere"] = values
+                raw["measurements"] = h5py.SoftLink("/elsewhere")
+            elif kind == "link to itself":
+                raw["measurements"] = h5py.SoftLink("/measurements")
+            elif kind == "group":
+                raw.create_group("measurements")
+            else:
+                raw.create_dataset("measurements", (5, 3, 100_000, 100_000), dtype, chunks=(1, 1, 10, 10))
+
+    return change
+
+
+@pytest.mark.parametrize("mark", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("external link", "a link to another place"),
+        ("external storage", "lie in other files"),
+        ("virtual", "lie in other files"),
+        ("soft link", "a link to another place"),
+        ("link to itself", "a link to another place"),
+        ("group", "missing"),
+        ("sparse", "claims .* bytes"),
+    ],
+)
+def test_a_file_is_no_way_to_other_files(tmp_path: Path, kind: str, message: str, mark: bool):
+    path = write_mri(tmp_path / "m.h5")
+    _linked(kind)(path)
+    if not mark:
+        _edit(lambda raw: raw.attrs.__delitem__("verified"))(path)
+    with pytest.raises(InputError, match=message) as caught:
+        MeasurementFile(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mask", "coil_maps", "noise_std", "subject", "checksums/mask", "foreign"])
+def test_no_part_of_a_file_lies_elsewhere(tmp_path: Path, name: str):
+    path = write_mri(tmp_path / "m.h5")
+
+    def change(raw: h5py.File) -> None:
+        if name in raw:
+            del raw[name]
+        raw[name] = h5py.ExternalLink("secret.h5", "x")
+
+    _edit(change)(path)
+    with pytest.raises(InputError, match="a link to another place"):
+        MeasurementFile(path)
+
+
+def test_a_mask_that_claims_more_than_the_file_can_hold(tmp_path: Path):
+    path = write_mri(tmp_path / "m.h5", mask=np.ones((1, 8, 8), np.uint8), coil_maps=kspace(1, 3, 8, 8))
+
+    def change(raw: h5py.File) -> None:
+        del raw["mask"]
+        raw.create_dataset("mask", (1, 1 << 18, 1 << 18), np.uint8, chunks=(1, 64, 64), compression="gzip")
+
+    _edit(change)(path)
+    with pytest.raises(InputError, match="mask: claims 68719476736 bytes"):
+        MeasurementFile(path)
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("Can't decrement id ref count (file write failed: No space left on device)")
+
+    monkeypatch.setattr(h5py.File, "close", full)
+    with pytest.raises(InputError, match="m.h5: cannot be written .*No space left"):
+        write_mri(tmp_path / "m.h5")
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------- files: bad
@@ -235,6 +492,7 @@ def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:3000])
 
 
+PARTS = {"mask", "measurements", "noise_std", "subject", "subject_names", "checksums"}
 BAD_FILES = {
     "missing file": (lambda p: p.unlink(), "no such file"),
     "empty file": (lambda p: p.write_bytes(b""), "not an HDF5 file|truncated"),
@@ -247,7 +505,7 @@ BAD_FILES = {
     ),
     "other version": (
         _edit(lambda raw: raw.attrs.__setitem__("format_version", 99)),
-        "format version 1, got 99",
+        "format version 1 or 2, got 99",
     ),
     "no measurements": (_edit(lambda raw: raw.__delitem__("measurements")), "'measurements' is missing"),
     "no mask": (_edit(lambda raw: raw.__delitem__("mask")), "'mask' is missing"),
@@ -485,7 +743,7 @@ def test_a_seed_fixes_everything_and_streams_are_separate(tmp_path: Path):
 def test_no_clean_image_is_in_the_measurement_file(tmp_path: Path):
     simulated(tmp_path, gray(), "masking", noise_std=0.1, keep=0.5)
     with h5py.File(tmp_path / "m.h5") as raw:
-        assert sorted(raw) == ["mask", "measurements", "noise_std"]
+        assert {"mask", "measurements", "noise_std"} <= set(raw) <= PARTS
 
 
 def test_phases_are_smooth_random_and_of_full_range():

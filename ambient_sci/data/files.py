@@ -1,25 +1,25 @@
-"""Measurement files and reference files (HDF5), read lazily and validated when opened.
+"""Measurement files and reference files (HDF5), read lazily; checked when written, or when opened.
 
 A measurement file holds what a scanner delivers, ``y = M (T x + sigma_y n)``, and nothing else:
 
-- ``measurements`` (N, ...) complex64 or float32, chunked by sample; ``mask`` (N or 1, ...) uint8;
-  ``coil_maps`` (N or 1, coils, H, W) complex64; ``noise_std`` (N or scalar) float32, per *real channel*
-  (layouts: ``layout.py``);
+- ``measurements`` (N, ...) complex64, float32, float16 or uint8, chunked by sample; ``mask`` (N or 1, ...) uint8;
+  ``coil_maps`` (N or 1, coils, H, W) complex64; ``noise_std`` float32, per *real channel*: one number, (N,), or
+  (N or 1, ...) of the shape of a measurement in memory for noise that differs by entry (layouts: ``layout.py``);
+- ``labels`` (N,) int32, optional; ``subject`` (N,) int32, numbers into the JSON text ``subject_names``; ``scale`` (N,)
+  where it differs between samples;
 - attributes: ``format``, ``format_version``, ``operator``, ``design`` (JSON) with ``design_status`` (given,
-  estimated or unknown), ``image_shape``, ``scale``, ``subjects``, ``history``, ``geometry`` (JSON:
-  orientation, and for each volume its affine, shape, slice axis, slice numbers and first sample).
+  estimated or unknown), ``image_shape``, ``scale``, ``history``, ``geometry`` (JSON: orientation, and for each volume
+  its affine, shape, slice axis, slice numbers and first sample); ``step`` for uint8, value = stored * step;
+- ``checksums`` of every sample and the attribute ``verified``: see ``checksums.py``. A file that has them, unchanged, is
+  opened without reading masks, maps and values again; any other is read through, value by value.
 
-``scale`` turns stored values into the original units: original = stored * scale. Clean images live in a
-*separate* reference file (``images`` (N, C, H, W) float32 or (N, H, W) complex64), which the trainer has no
-argument for.
+``scale`` turns values into the original units: original = value * scale. Clean images live in a *separate* reference
+file (``images`` (N, C, H, W) float32, float16 or uint8, or (N, H, W) complex64), which the trainer has no argument for.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import math
 from typing import Any
 
 import h5py
@@ -27,248 +27,107 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ambient_sci.data.hdf5_file import Hdf5File, Indices, parse_json
 from ambient_sci.data.layout import (
     Layout,
+    Numbers,
     check_coil_map_values,
     check_image_shape,
+    check_levels,
     check_mask_values,
+    check_noise_map_shape,
     check_noise_std,
     check_values,
-    complex_to_channels,
 )
 from ambient_sci.errors import InputError
 
 MEASUREMENT_FORMAT = "ambient_sci measurements"
 IMAGE_FORMAT = "ambient_sci images"
-FORMAT_VERSION = 1
 DESIGN_STATUS = ("given", "estimated", "unknown")
-#: Files below this size are read through once when opened; larger ones are checked batch by batch as they are
-#: read.
+#: Files without checksums have their measurements read through when opened if they are below this size; those of
+#: larger ones are checked batch by batch as they are read.
 FULL_SCAN_BYTES = 2 << 30
-_CHUNK_BYTES = 32 << 20
 
-Indices = int | slice | Sequence[int] | np.ndarray | Tensor | None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+_TYPES = {"c": "float32", "f2": "float16", "f4": "float32", "u1": "uint8"}
+_NO_ROWS = np.zeros(1, np.int64)
 
 
-def _python(value: Any) -> Any:
-    """An HDF5 attribute as a plain Python value."""
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, np.ndarray):
-        return [v.decode() if isinstance(v, bytes) else v for v in value.tolist()]
-    return value.item() if isinstance(value, np.generic) else value
+def _numbers(dataset: h5py.Dataset, attributes: dict[str, Any]) -> Numbers:
+    name = _TYPES["c" if dataset.dtype.kind == "c" else dataset.dtype.str[1:]]
+    return Numbers(name, float(attributes.get("step", 1.0)) if name == "uint8" else 1.0)
 
 
-class _Hdf5File:
-    """A read-only HDF5 file that opens its own handle in each process, so that workers may fork or be
-    spawned."""
+class MeasurementFile(Hdf5File):
+    """Measurements with their masks, coil maps and noise levels, read lazily.
 
-    kind: str
-    attributes: dict[str, Any]  # the root attributes as plain Python values
+    A file of the library's own writer is trusted once its recorded checksum fits (``trusted``): types and shapes are looked
+    at, and each sample is compared with its checksum when it is read; files below 64 MB and 4,096 samples at once. Any other file
+    is checked value by value: 0/1 masks, maps, noise levels; and, for files under 2 GB (``FULL_SCAN_BYTES``), all
+    measurements (finite, zero outside the mask). Larger ones have their measurements checked as they are read.
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
-        self._handle: h5py.File | None = None
-        self._owner: int | None = None
-        try:
-            self._load(self._open())
-        except InputError as error:
-            self.close()
-            raise type(error)(f"{self.path}: {_one_line(error)}") from None
-        except (OSError, RuntimeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            self.close()
-            raise InputError(f"{self.path}: damaged file ({_one_line(error)})") from None
-
-    def _load(self, file: h5py.File) -> None:
-        raise TypeError("use MeasurementFile or ReferenceFile")
-
-    def _open(self) -> h5py.File:
-        """This process's handle. A handle inherited through fork is left to the parent."""
-        if self._handle is None or self._owner != os.getpid():
-            if not self.path.is_file():
-                raise InputError(
-                    "no such file" if not self.path.exists() else "expected an HDF5 file, got a folder"
-                )
-            try:
-                self._handle = h5py.File(self.path, "r")
-            except OSError as error:
-                what = (
-                    "truncated or damaged"
-                    if "truncated" in str(error)
-                    else "not an HDF5 file, or a damaged one"
-                )
-                raise InputError(f"{what} ({_one_line(error)})") from None
-            self._owner = os.getpid()
-        return self._handle
-
-    def _read_attributes(self, file: h5py.File) -> dict[str, Any]:
-        attributes = {name: _python(value) for name, value in file.attrs.items()}
-        found = attributes.get("format")
-        if found != self.kind:
-            what = f"a file of format {found!r}" if found else f"a foreign HDF5 file with {sorted(file)[:6]}"
-            hint = "; `ambient-sci import` reads fastMRI and ISMRMRD files" if not found else ""
-            raise InputError(f"expected {self.kind}, got {what}{hint}")
-        if attributes.get("format_version") != FORMAT_VERSION:
-            raise InputError(
-                f"expected format version {FORMAT_VERSION}, got {attributes.get('format_version')}"
-            )
-        return attributes
-
-    def _dataset(self, file: h5py.File, name: str, dtypes: Sequence[type]) -> h5py.Dataset:
-        dataset = file.get(name)
-        if not isinstance(dataset, h5py.Dataset):
-            raise InputError(f"the dataset {name!r} is missing")
-        if dataset.dtype not in [np.dtype(d) for d in dtypes]:
-            raise InputError(
-                f"{name}: expected {' or '.join(d.__name__ for d in dtypes)}, got {dataset.dtype}"
-            )
-        return dataset
-
-    def _read_common(self, num: int) -> None:
-        """The attributes that both kinds of file share: subjects, scale, history, geometry."""
-        self._num = num
-        self.subjects: list[str] = [str(s) for s in self.attributes.get("subjects") or ["unknown"] * num]
-        if len(self.subjects) != num:
-            raise InputError(f"subjects: expected {num}, one a sample, got {len(self.subjects)}")
-        scale = np.asarray(self.attributes.get("scale", 1.0), dtype=np.float64)
-        if scale.shape not in ((), (num,)) or not np.isfinite(scale).all() or (scale <= 0).any():
-            raise InputError(
-                f"scale: expected one positive number or {num} of them, got {_one_line(ValueError(scale))}"
-            )
-        #: original units = stored value * scale; a float, or (N,) when it differs between samples.
-        self.scale: float | np.ndarray = float(scale) if scale.ndim == 0 else scale
-        self.history: str = str(self.attributes.get("history", ""))
-        self.geometry: dict[str, Any] = _json(self.attributes.get("geometry") or "{}", "geometry") or {}
-
-    @property
-    def orientation(self) -> str:
-        """ "RAS" for anatomical slices ``volume[:, :, k]`` (display them with ``np.rot90``), else ""."""
-        return str(self.geometry.get("orientation", ""))
-
-    def rows(self, indices: Indices) -> np.ndarray:
-        """Sample numbers (B,) for an int, slice, sequence, or None for all."""
-        if indices is None:
-            return np.arange(self._num)
-        if isinstance(indices, slice):
-            return np.arange(self._num)[indices]
-        if isinstance(indices, Tensor):
-            indices = indices.cpu().numpy()
-        rows = np.atleast_1d(np.asarray(indices, dtype=np.int64))
-        if rows.ndim != 1 or (rows < -self._num).any() or (rows >= self._num).any():
-            raise IndexError(f"{self.path}: samples 0 to {self._num - 1} exist, asked for {indices}")
-        return np.where(rows < 0, rows + self._num, rows)
-
-    def _read(self, name: str, rows: np.ndarray) -> np.ndarray:
-        dataset = self._open()[name]
-        assert isinstance(dataset, h5py.Dataset)
-        try:
-            if len(rows) and (np.diff(rows) == 1).all():
-                return dataset[int(rows[0]) : int(rows[-1]) + 1]
-            block = np.empty((len(rows), *dataset.shape[1:]), dataset.dtype)
-            for k, row in enumerate(rows):
-                block[k] = dataset[int(row)]
-            return block
-        except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot read {name!r}, the file is damaged ({_one_line(error)})"
-            ) from None
-
-    def _chunks(self, dataset: h5py.Dataset) -> Iterator[np.ndarray]:
-        per_sample = max(1, dataset.dtype.itemsize * int(np.prod(dataset.shape[1:])))
-        step = max(1, _CHUNK_BYTES // per_sample)
-        for start in range(0, len(dataset), step):
-            yield np.arange(start, min(start + step, len(dataset)))
-
-    def __len__(self) -> int:
-        return self._num
-
-    def close(self) -> None:
-        """Close this process's handle; the next read opens it again."""
-        if self._handle is not None and self._owner == os.getpid():
-            self._handle.close()
-        self._handle = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None, "_owner": None}
-
-
-def _json(text: str, name: str) -> Any:
-    try:
-        return json.loads(text)
-    except (TypeError, ValueError):
-        raise InputError(f"{name}: expected JSON, got {str(text)[:60]!r}") from None
-
-
-class MeasurementFile(_Hdf5File):
-    """Measurements with their masks, coil maps and noise levels; validated when opened, read lazily.
-
-    Every array is checked on opening: types, shapes, 0/1 masks, maps, noise levels; and, for files under 2 GB
-    (``FULL_SCAN_BYTES``), every value (finite, zero outside the mask). Larger files have their values checked
-    as they are read.
-
-    Raises: InputError (one line) for a missing, truncated or foreign file, or any of the above.
+    Raises:
+        InputError: a missing, truncated, foreign or damaged file, in one line.
     """
 
     kind = MEASUREMENT_FORMAT
 
     def _load(self, file: h5py.File) -> None:
         self.attributes = self._read_attributes(file)
-        measurements = self._dataset(file, "measurements", (np.complex64, np.float32))
+        self._num = 0
+        types = (np.complex64, np.float32, np.float16, np.uint8)
+        measurements = self._dataset(file, "measurements", types)
         if measurements.ndim < 3 or len(measurements) == 0:
             raise InputError(f"measurements: expected (N, ...) with N >= 1, got shape {measurements.shape}")
         self.operator_name: str = str(self.attributes.get("operator"))
-        self.layout = Layout.infer(
-            self.operator_name,
-            self.attributes.get("image_shape"),
-            measurements.shape[1:],
-            measurements.dtype.kind == "c",
-        )
+        self.layout = self._layout_of(measurements)
         self.image_shape: tuple[int, int, int] = self.layout.image_shape
-        self._read_common(len(measurements))
-        self._check_masks(file)
-        self._check_coil_maps(file)
-        if "noise_std" not in file:
-            raise InputError("noise_std: the noise level is absent")
-        levels = self._dataset(file, "noise_std", (np.float32, np.float64))[()]
-        #: noise level of each sample (N,), per real channel
-        self.noise_std = torch.from_numpy(check_noise_std(levels, self._num))
-        self._check_design()
-        self._verified = False
-        if self.path.stat().st_size < FULL_SCAN_BYTES:
-            for rows in self._chunks(measurements):
-                check_values(self._raw_measurements(rows), self._mask_of(rows), int(rows[0]))
+        self._read_common(file, len(measurements))
+        self._shared: dict[str, Any] = {}  # what serves every sample, read once
+        self._measured = [0, 0]
+        self._find_masks(file)
+        self._find_coil_maps(file)
+        self._read_noise(file)
+        self._read_design()
+        self._verified = self.trusted
+        if self.trusted:
+            self._check_rows("measurements", file)
+        elif self.path.stat().st_size < FULL_SCAN_BYTES:
+            self._check_rows("measurements", file)
             self._verified = True
 
-    def _check_masks(self, file: h5py.File) -> None:
+    def _layout_of(self, measurements: h5py.Dataset) -> Layout:
+        pairs = bool(self.attributes.get("complex_pairs", False))
+        numbers, shape = _numbers(measurements, self.attributes), measurements.shape[1:]
+        if pairs and (numbers.name != "float16" or shape[-1] != 2):
+            raise InputError(f"measurements: expected float16 pairs (N, ..., 2), got {measurements.shape}")
+        return Layout.infer(
+            self.operator_name,
+            self.attributes.get("image_shape"),
+            shape[:-1] if pairs else shape,
+            pairs or measurements.dtype.kind == "c",
+            numbers,
+        )
+
+    # -- opening -------------------------------------------------------------------------------------------------
+
+    def _find_masks(self, file: h5py.File) -> None:
         self._mask_count = 0
-        if "mask" not in file and self.operator_name == "identity":
+        if not self._has(file, "mask") and self.operator_name == "identity":
+            self._measured = [1, 1]
             return
         mask = self._dataset(file, "mask", (np.uint8,))
         if mask.ndim < 3 or len(mask) not in (1, self._num):
             raise InputError(f"mask: expected 1 or {self._num} masks, got shape {mask.shape}")
         self.layout.check_mask_shape(mask.shape[1:])
         self._mask_count = len(mask)
-        for rows in self._chunks(mask):
-            block = self._read("mask", rows)
-            check_mask_values(block, int(rows[0]))
-            if self.operator_name == "identity" and not block.all():
-                raise InputError(
-                    "mask: the operator identity measures everything, but the mask has zeros (use masking)"
-                )
+        self._check_rows("mask", file)
+        if self.trusted:
+            self._measured = [int(n) for n in self.attributes.get("measured", (0, 0))]
 
-    def _check_coil_maps(self, file: h5py.File) -> None:
+    def _find_coil_maps(self, file: h5py.File) -> None:
         self._map_count = 0
-        if "coil_maps" not in file:
+        self._isometric = np.ones(0, bool)
+        if not self._has(file, "coil_maps"):
             if self.layout.coils:
                 raise InputError(f"coil_maps: missing, the measurements have {self.layout.coils} coils")
             return
@@ -277,25 +136,68 @@ class MeasurementFile(_Hdf5File):
             raise InputError(f"coil_maps: expected (1 or {self._num}, coils, H, W), got shape {maps.shape}")
         self.layout.check_coil_maps_shape(maps.shape[1:])
         self._map_count = len(maps)
-        for rows in self._chunks(maps):
-            check_coil_map_values(self._read("coil_maps", rows), int(rows[0]))
+        self._isometric = np.zeros(len(maps), bool)
+        if self.trusted:
+            self._isometric = self._dataset(file, "isometric", (np.uint8,))[()].astype(bool)
+        self._check_rows("coil_maps", file)
 
-    def _check_design(self) -> None:
-        self.design_dict: dict[str, Any] | None = _json(self.attributes.get("design") or "null", "design")
+    def _read_noise(self, file: h5py.File) -> None:
+        if not self._has(file, "noise_std"):
+            raise InputError("noise_std: the noise level is absent")
+        stored = self._dataset(file, "noise_std", (np.float32, np.float64))
+        self._noise_rows = 0 if stored.ndim < 2 else len(stored)
+        if stored.ndim < 2:
+            levels = check_noise_std(stored[()], self._num)
+        else:
+            check_noise_map_shape(stored.shape, self._num, self.measurement_shape)
+            self._largest = np.zeros(len(stored), np.float32)
+            self._check_rows("noise_std", file)
+            if self.trusted:
+                self._largest = self._dataset(file, "noise_std_largest", (np.float32,))[()]
+            levels = np.broadcast_to(self._largest, (self._num,)).copy()
+        #: noise level of each sample (N,), per real channel: the largest of its entries where they differ
+        self.noise_std = torch.from_numpy(levels)
+
+    def _read_design(self) -> None:
+        self.design_dict: dict[str, Any] | None = parse_json(
+            self.attributes.get("design") or "null", "design"
+        )
         self.design_status = str(self.attributes.get("design_status", "unknown"))
         if self.design_status not in DESIGN_STATUS:
             raise InputError(
                 f"design_status: expected one of {', '.join(DESIGN_STATUS)}, got {self.design_status!r}"
             )
 
-    def _raw_measurements(self, rows: np.ndarray) -> Tensor:
-        return self.layout.measurements_to_memory(self._read("measurements", rows))
+    def _check_values(self, name: str, block: np.ndarray, rows: np.ndarray) -> None:
+        if name == "mask":
+            check_mask_values(block, rows)
+            self._measured[0] += int(block.sum(dtype=np.int64))
+            self._measured[1] += block.size
+            if self.operator_name == "identity" and not block.all():
+                raise InputError(
+                    "mask: the operator identity measures everything, but the mask has zeros (use masking)"
+                )
+        elif name == "coil_maps":
+            check_coil_map_values(block, rows)
+            self._isometric[rows] = isometric(block)
+        elif name == "noise_std":
+            check_levels(block)
+            self._largest[rows] = block.reshape(len(block), -1).max(1)
+        else:
+            check_values(self.layout.measurements_to_memory(block), self._mask_of(rows), rows)
 
-    def _mask_of(self, rows: np.ndarray) -> Tensor | None:
-        if self._mask_count == 0:
-            return None
-        rows = np.zeros(1, np.int64) if self._mask_count == 1 else rows
-        return self.layout.mask_to_memory(self._read("mask", rows))
+    def _explain(self, name: str, block: np.ndarray, rows: np.ndarray) -> None:
+        super()._explain(name, block, rows)
+        if name == "mask" and self._mask_count == self._num:
+            y = self.layout.measurements_to_memory(self._read("measurements", rows))
+            check_values(y, self.layout.mask_to_memory(block), rows)
+
+    # -- facts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def measured_fraction(self) -> float:
+        """Measured entries of the masks over all entries; 1 exactly if nothing is missing."""
+        return self._measured[0] / self._measured[1]
 
     @property
     def measurement_shape(self) -> tuple[int, ...]:
@@ -313,14 +215,19 @@ class MeasurementFile(_Hdf5File):
         return self._mask_count <= 1
 
     @property
+    def noise_by_entry(self) -> bool:
+        """True when the noise level differs between the entries of a measurement."""
+        return self._noise_rows > 0
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all measurements, masks and coil maps in memory."""
-        per_mask = 4 * int(np.prod(self.image_shape[1:]))
-        per_map = 8 * (self.coils or 0) * int(np.prod(self.image_shape[1:]))
+        """Bytes of all measurements, masks, coil maps and noise levels in memory."""
+        pixels = math.prod(self.image_shape[1:])
+        per_sample = 4 * math.prod(self.measurement_shape) * (2 if self.noise_by_entry else 1)
         return (
-            self._num * 4 * int(np.prod(self.measurement_shape))
-            + self._mask_count * per_mask
-            + self._map_count * per_map
+            self._num * per_sample
+            + self._mask_count * 4 * pixels
+            + self._map_count * 8 * (self.coils or 0) * pixels
         )
 
     @property
@@ -330,70 +237,128 @@ class MeasurementFile(_Hdf5File):
             return None
         from ambient_sci.operators import design_from_dict
 
-        return design_from_dict(self.design_dict)
+        if "design" not in self._shared:
+            self._shared["design"] = design_from_dict(self.design_dict)
+        return self._shared["design"]
+
+    # -- samples -------------------------------------------------------------------------------------------------
 
     def measurements(self, indices: Indices = None) -> Tensor:
         """y (B, *measurement_shape) float32; zeros where the mask is 0."""
         rows = self.rows(indices)
-        y = self._raw_measurements(rows)
+        y = self.layout.measurements_to_memory(self._read("measurements", rows))
         if not self._verified:
-            check_values(y, self._mask_of(rows), int(rows[0]) if len(rows) else 0)
+            try:
+                check_values(y, self._mask_of(rows), rows)
+            except InputError as error:
+                raise InputError(self._placed(str(error))) from None
         return y
 
     def sigma(self, indices: Indices = None) -> Tensor:
-        """Noise level per real channel, (B,) float32."""
-        return self.noise_std[torch.from_numpy(self.rows(indices))]
+        """Noise level per real channel: (B,) float32, or of the shape of y where it differs by entry."""
+        rows = self.rows(indices)
+        if not self.noise_by_entry:
+            return self.noise_std[torch.from_numpy(rows)]
+        levels = torch.from_numpy(self._read("noise_std", _NO_ROWS if self._noise_rows == 1 else rows))
+        return levels.expand(len(rows), *self.measurement_shape)
 
     def mask(self, indices: Indices = None) -> Tensor:
         """M (1 or B, ...) float32 of 0/1, broadcastable to the measurement; the first axis is 1 when all
         samples share it."""
         mask = self._mask_of(self.rows(indices))
-        return torch.ones(1, 1, *self.image_shape[1:]) if mask is None else mask
+        return torch.ones(1, 1, *self.image_shape[1:]) if mask is None else mask.clone()
 
     def coil_maps(self, indices: Indices = None) -> Tensor | None:
         """Coil maps (1 or B, coils, H, W) complex64, None for anything but multi-coil MRI."""
         if self._map_count == 0:
             return None
-        rows = np.zeros(1, np.int64) if self._map_count == 1 else self.rows(indices)
-        return torch.from_numpy(self._read("coil_maps", rows))
+        return torch.from_numpy(self._read("coil_maps", self._rows_of(self._map_count, self.rows(indices))))
 
     def operator(self, indices: Indices = None):
-        """The RowMaskedOperator of these samples: same T, their masks and coil maps."""
-        from ambient_sci.operators import build_operator
+        """The RowMaskedOperator of these samples: same T, their masks and coil maps.
 
-        return build_operator(
-            self.operator_name, self.mask(indices), self.image_shape, self.coil_maps(indices), self.design
-        )
+        Built without looking at values: they were checked when the file was written or opened.
+        """
+        from ambient_sci.operators import Identity, Masking
+
+        if self.operator_name == "identity":
+            return self._once("operator", lambda: Identity(self.image_shape))[:]
+        rows = self.rows(indices)
+        mask = self._mask_of(rows)
+        assert mask is not None  # every other operator has masks
+        if self.operator_name == "masking":
+            return Masking._trusted(mask, self.image_shape, self.design)
+        if self._map_count == 1:  # the maps of all samples are read, and their shift folded in, once
+            one = self._once("operator", lambda: self._mri(mask, rows))
+            return one._with_rows(mask, self.design)
+        return self._mri(mask, rows)
+
+    def _mri(self, mask: Tensor, rows: np.ndarray):
+        from ambient_sci.operators import MRI
+
+        flags = self._isometric[self._rows_of(self._map_count, rows)] if self._map_count else True
+        return MRI._trusted(mask, self.coil_maps(rows), self.design, isometry=bool(np.all(flags)), own=True)
+
+    def _mask_of(self, rows: np.ndarray) -> Tensor | None:
+        if self._mask_count == 0:
+            return None
+        if self._mask_count == 1:
+            return self._once("mask", lambda: self.layout.mask_to_memory(self._read("mask", _NO_ROWS)))
+        return self.layout.mask_to_memory(self._read("mask", rows))
+
+    @staticmethod
+    def _rows_of(count: int, rows: np.ndarray) -> np.ndarray:
+        return _NO_ROWS if count == 1 else rows
+
+    def _once(self, name: str, make: Any) -> Any:
+        if name not in self._shared:
+            self._shared[name] = make()
+        return self._shared[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_shared": {}}
 
 
-class ReferenceFile(_Hdf5File):
+def isometric(maps: np.ndarray) -> np.ndarray:
+    """Whether sum_c |s_c|^2 = 1 everywhere, for each of (B, coils, H, W), (B,) bool."""
+    from ambient_sci.operators.mri import coil_power, is_isometric
+
+    power = coil_power(torch.from_numpy(np.require(maps, requirements=["C", "W"]))).flatten(1)
+    return np.array([is_isometric(*p.aminmax()) for p in power], bool)
+
+
+class ReferenceFile(Hdf5File):
     """Images, one a sample: clean references for evaluation, or generated samples.
 
-    Raises: InputError for a missing, truncated or foreign file, wrong shapes or types, NaN or infinities.
+    Raises:
+        InputError: a missing, truncated, foreign or damaged file, wrong shapes or types, NaN or infinities.
     """
 
     kind = IMAGE_FORMAT
 
     def _load(self, file: h5py.File) -> None:
         self.attributes = self._read_attributes(file)
-        images = self._dataset(file, "images", (np.float32, np.complex64))
+        images = self._dataset(file, "images", (np.float32, np.complex64, np.float16, np.uint8))
         if len(images) == 0 or images.ndim != (3 if images.dtype.kind == "c" else 4):
             got = f"{images.shape} {images.dtype}"
             raise InputError(f"images: expected (N, C, H, W) float32 or (N, H, W) complex64, got {got}")
         self._complex = images.dtype.kind == "c"
+        self._numbers = _numbers(images, self.attributes)
         self.image_shape = check_image_shape((2, *images.shape[1:]) if self._complex else images.shape[1:])
-        self._read_common(len(images))
-        self._verified = False
-        if self.path.stat().st_size < FULL_SCAN_BYTES:
-            for rows in self._chunks(images):
-                self.images(rows)
+        self._read_common(file, len(images))
+        self._verified = self.trusted
+        if self.trusted or self.path.stat().st_size < FULL_SCAN_BYTES:
+            self._check_rows("images", file)
             self._verified = True
+
+    def _check_values(self, name: str, block: np.ndarray, rows: np.ndarray) -> None:
+        if not np.isfinite(block).all():
+            raise InputError("images: NaN or infinite values")
 
     def images(self, indices: Indices = None) -> Tensor:
         """Images (B, C, H, W) float32; complex ones as two channels."""
         rows = self.rows(indices)
         block = self._read("images", rows)
-        images = complex_to_channels(block) if self._complex else torch.from_numpy(block)
-        if not self._verified and not torch.isfinite(images).all():
-            raise InputError("images: NaN or infinite values")
-        return images
+        if not self._verified:
+            self._check_values("images", block, rows)
+        return self._numbers.from_disk(block, self._complex)

@@ -1,4 +1,4 @@
-"""An HDF5 file that is written whole or not at all.
+"""An HDF5 file that is written whole or not at all, with the checksums that let readers trust it.
 
 A writer fills a temporary file beside its goal and renames it when it is complete, so a killed job or a bad sample
 leaves nothing behind. Samples are appended in blocks, so a data set need never fit in memory.
@@ -7,16 +7,22 @@ leaves nothing behind. Samples are appended in blocks, so a data set need never 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import h5py
 import numpy as np
 
-from ambient_sci.data.files import FORMAT_VERSION
+from ambient_sci.data.checksums import CHECKSUMS, MARK, digest, row_checksums
+from ambient_sci.data.hdf5_file import FORMAT_VERSIONS, TEXTS, one_line, plain
+from ambient_sci.data.hdf5_safety import entries
 from ambient_sci.data.layout import to_numpy
 from ambient_sci.errors import InputError
 from ambient_sci.whole_files import Part, check_output
+
+#: Longer texts are datasets: HDF5 protects those, and attributes up to 64 kB, by checksums of its own.
+_LONGEST_ATTRIBUTE = 32_000
 
 
 class Hdf5Writer:
@@ -29,90 +35,146 @@ class Hdf5Writer:
         self.history = history
         self.geometry = dict(geometry or {})
         self.attributes = dict(attributes or {})
-        self.subjects: list[str] = []
-        self._scales: list[float] = []
+        self._num = 0
+        self._names: dict[str, int] = {}  # subjects, numbered as they come
+        self._subjects: list[np.ndarray] = []
+        self._scales: list[np.ndarray] = []
+        self._labels: list[np.ndarray] = []
+        self._sums: dict[str, list[np.ndarray]] = {}
         self._overwrite = overwrite
         self._file: h5py.File | None = None
         self._part: Part | None = None
 
     def __len__(self) -> int:
-        return len(self.subjects)
+        return self._num
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A disk that is full, or refuses, ends in one line; HDF5 reports some of that as RuntimeError."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{self.path}: cannot be written ({one_line(error)})") from None
 
     def _open(self) -> h5py.File:
         if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Version 1.10 of the format stores attributes of more than 64 kB (the subjects of a large data
-            # set).
-            self._part = Part(self.path)
-            self._file = h5py.File(self._part.path, "w", libver="v110", locking=False)
+            with self._writing():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                # Version 1.10 of the format protects its own structures by checksums.
+                self._part = Part(self.path)
+                self._file = h5py.File(self._part.path, "w", libver="v110", locking=False)
         return self._file
 
     def _extend(self, name: str, block: np.ndarray, **options: Any) -> None:
+        """Append rows to a dataset, and their checksums to what the file will say of them."""
         file = self._open()
-        if name not in file:
-            file.create_dataset(
-                name, data=block, maxshape=(None, *block.shape[1:]), chunks=(1, *block.shape[1:]), **options
-            )
-            return
-        dataset = file[name]
-        assert isinstance(dataset, h5py.Dataset)
-        if dataset.shape[1:] != block.shape[1:]:
-            raise InputError(
-                f"{name}: expected samples of shape {dataset.shape[1:]} like the first, got {block.shape[1:]}"
-            )
-        dataset.resize(len(dataset) + len(block), axis=0)
-        dataset[len(dataset) - len(block) :] = block
+        with self._writing():
+            if name not in file:
+                shape = block.shape[1:]
+                file.create_dataset(name, data=block, maxshape=(None, *shape), chunks=(1, *shape), **options)
+            else:
+                dataset = file[name]
+                assert isinstance(dataset, h5py.Dataset)
+                if dataset.shape[1:] != block.shape[1:]:
+                    expected = f"expected samples of shape {dataset.shape[1:]} like the first"
+                    raise InputError(f"{name}: {expected}, got {block.shape[1:]}")
+                dataset.resize(len(dataset) + len(block), axis=0)
+                dataset[len(dataset) - len(block) :] = block
+        self._sums.setdefault(name, []).append(row_checksums(block))
 
-    def _append_common(self, num: int, subjects: Sequence[str] | str | None, scale: Any) -> None:
-        subjects = (
-            ["unknown"] * num
-            if subjects is None
-            else [subjects] * num
-            if isinstance(subjects, str)
-            else list(subjects)
-        )
+    def _append_common(
+        self, num: int, subjects: Sequence[str] | str | None, scale: Any, labels: Any = None
+    ) -> None:
+        if subjects is None or isinstance(subjects, str):
+            subjects = [subjects or "unknown"] * num
         if len(subjects) != num:
             raise InputError(f"subjects: expected {num}, one a sample, got {len(subjects)}")
-        scales = (
-            np.broadcast_to(to_numpy(scale, "scale").astype(np.float64), (num,))
-            if np.ndim(scale) == 0
-            else np.asarray(scale)
-        )
-        if scales.shape != (num,) or not np.isfinite(scales).all() or (scales <= 0).any():
+        scales = to_numpy(scale, "scale").astype(np.float64)
+        if scales.shape not in ((), (num,)) or not np.isfinite(scales).all() or (scales <= 0).any():
             raise InputError(f"scale: expected one positive number or {num} of them, got {scale}")
-        self.subjects += [str(s) for s in subjects]
-        self._scales += [float(s) for s in scales]
+        if (labels is not None) != (len(self._labels) > 0) and self._num:
+            raise InputError("labels: expected them for all samples or for none")
+        if labels is not None:
+            self._labels.append(_checked_labels(labels, num))
+        self._num += num
+        codes = [self._names.setdefault(str(s), len(self._names)) for s in subjects]
+        self._subjects.append(np.array(codes, np.int32))
+        self._scales.append(np.broadcast_to(scales, (num,)))
 
-    def _finish_attributes(self, file: h5py.File) -> None:
-        scales = np.asarray(self._scales)
-        file.attrs["format"] = self.kind
-        file.attrs["format_version"] = FORMAT_VERSION
-        file.attrs["scale"] = scales[0] if (scales == scales[0]).all() else scales
-        file.attrs["subjects"] = np.array(self.subjects, dtype=h5py.string_dtype())
-        file.attrs["history"] = self.history
-        file.attrs["geometry"] = json.dumps(self.geometry)
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def _small(self, name: str, data: np.ndarray) -> None:
+        """A dataset that is read whole when the file is opened; HDF5 keeps its checksum."""
+        self._open().create_dataset(name, data=data, fletcher32=True, chunks=True)
+
+    def _text(self, name: str, text: str) -> None:
+        """A text attribute of fixed length, or a dataset where it is long: both are protected, as HDF5's heap is not."""
+        data = text.encode()
+        if len(data) > _LONGEST_ATTRIBUTE or b"\0" in data:
+            self._small(f"{TEXTS}/{name}", np.frombuffer(data, np.uint8))
+        else:
+            self._open().attrs[name] = np.array(data, f"S{max(len(data), 1)}")
+
+    def _say(self, text: str) -> None:
+        """Add to the history."""
+        self.history = f"{self.history}; {text}" if self.history else text
+
+    def _finish(self, file: h5py.File) -> None:
+        """What is known when all samples are there; subclasses add to it."""
+        scales = np.concatenate(self._scales)
+        self._text("format", self.kind)
+        file.attrs["format_version"] = FORMAT_VERSIONS[-1]
+        if (scales == scales[0]).all():
+            file.attrs["scale"] = scales[0]
+        else:
+            self._small("scale", scales)
+        self._small("subject", np.concatenate(self._subjects))
+        self._small("subject_names", np.frombuffer(json.dumps(list(self._names)).encode(), np.uint8))
+        if self._labels:
+            self._small("labels", np.concatenate(self._labels))
+        self._text("history", self.history)
+        self._text("geometry", json.dumps(self.geometry))
         for name, value in self.attributes.items():
-            if name in file.attrs:
+            if name in file.attrs or name in (MARK, "step", "complex_pairs"):
                 raise InputError(f"attributes: {name!r} is a name of the format")
-            file.attrs[name] = value
+            if isinstance(value, str):
+                self._text(name, value)
+            else:
+                file.attrs[name] = value
+
+    def _sign(self, file: h5py.File) -> None:
+        """The checksums and, last, the mark over everything."""
+        for name, sums in self._sums.items():
+            self._small(f"{CHECKSUMS}/{name}", np.concatenate(sums))
+        datasets = entries(file, (CHECKSUMS, TEXTS), 1 << 62)
+        attributes = {name: plain(value) for name, value in file.attrs.items()}
+        for path, dataset in datasets.items():
+            if path.startswith(f"{TEXTS}/"):
+                attributes[path.partition("/")[2]] = dataset[()].tobytes().decode()
+        file.attrs[MARK] = np.bytes_(digest(attributes, datasets).encode())
 
     def close(self) -> None:
         """Complete the file and give it its name. Raises InputError when nothing was appended."""
         if self._file is None or self._part is None:
             raise InputError(f"{self.path}: no sample to write")
-        self._finish_attributes(self._file)
-        self._file.close()
-        self._file = None
-        check_output(self.path, self._overwrite)
-        self._part.commit()
-
-    def discard(self) -> None:
-        """Throw the temporary file away."""
-        if self._file is not None:
+        with self._writing():
+            self._finish(self._file)
+            self._sign(self._file)
             self._file.close()
             self._file = None
-        if self._part is not None:
-            self._part.discard()
+            check_output(self.path, self._overwrite)
+            self._part.commit()
+
+    def discard(self) -> None:
+        """Throw the temporary file away, whatever state it is in."""
+        try:
+            if self._file is not None:
+                with suppress(OSError, RuntimeError):  # a full disk: closing would write
+                    self._file.close()
+        finally:
+            self._file = None
+            if self._part is not None:
+                self._part.discard()
 
     def __enter__(self):
         return self
@@ -124,3 +186,12 @@ class Hdf5Writer:
         finally:
             self.discard()
         return False
+
+
+def _checked_labels(labels: Any, num: int) -> np.ndarray:
+    found = to_numpy(labels, "labels")
+    if found.dtype.kind not in "iu" or found.shape != (num,) or (found < 0).any() or (found >= 2**31).any():
+        raise InputError(
+            f"labels: expected {num} whole numbers from 0, got {found.dtype} of shape {found.shape}"
+        )
+    return found.astype(np.int32)

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from ambient_sci.data.files import IMAGE_FORMAT, MEASUREMENT_FORMAT
+from ambient_sci.data.hdf5_file import format_of
 from ambient_sci.data.kspace import PreparedScan, combined_images, crop_slices, prepare
 from ambient_sci.data.layout import check_noise_std, to_numpy
 from ambient_sci.data.raw import RawScan
@@ -166,7 +167,7 @@ def _npz_names(path: Path) -> list[str]:
 
 def _identify_hdf5(path: Path) -> str:
     with open_hdf5(path) as file:
-        kind = file.attrs.get("format")
+        kind = format_of(file)
         names = sorted(file)
         groups = [
             file.get(n, getlink=True) and file.get(n)
@@ -174,9 +175,9 @@ def _identify_hdf5(path: Path) -> str:
             if isinstance(file.get(n, getlink=True), h5py.HardLink)
         ]
         acquisitions = any(isinstance(g, h5py.Group) and {"xml", "data"} <= set(g) for g in groups)
-        if isinstance(kind, str) and kind == MEASUREMENT_FORMAT:
+        if kind == MEASUREMENT_FORMAT:
             raise InputError(f"{path}: is a measurement file already, there is nothing to import")
-    if isinstance(kind, str) and kind == IMAGE_FORMAT:
+    if kind == IMAGE_FORMAT:
         return "images"
     if "kspace" in names:
         return "fastmri"

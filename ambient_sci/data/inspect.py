@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ambient_sci.data.files import IMAGE_FORMAT, MeasurementFile, ReferenceFile
+from ambient_sci.data.hdf5_file import format_of
 from ambient_sci.errors import InputError
 from ambient_sci.whole_files import check_output, whole_file
 
@@ -25,7 +26,7 @@ def open_any(path: str | os.PathLike[str]) -> MeasurementFile | ReferenceFile:
 
     try:
         with h5py.File(path, "r") as file:
-            kind = file.attrs.get("format")
+            kind = format_of(file)
     except OSError:
         kind = None  # MeasurementFile finds the words for what is wrong
     return ReferenceFile(path) if kind == IMAGE_FORMAT else MeasurementFile(path)

@@ -12,7 +12,10 @@ mri, N coils        complex64 (N, H, W)    (H, W)                 y (2, N, H, W)
 ==================  =====================  =====================  ============================
 
 Real images of one channel may be (H, W) on disk. Complex numbers become two real channels (real, imaginary),
-deepinv's convention. Checks run on the memory layout.
+deepinv's convention. Checks run on the memory layout, which is float32 whatever the disk holds:
+
+- float16 halves the bytes of measurements; complex ones then have a last axis of 2 (real, imaginary);
+- uint8 is for images that came with 8 bits: value = stored * step.
 """
 
 from __future__ import annotations
@@ -41,8 +44,9 @@ def to_numpy(array: Any, name: str) -> np.ndarray:
 
 def complex_to_channels(block: np.ndarray) -> Tensor:
     """(B, ...) complex to (B, 2, ...) float32: real and imaginary part as channels."""
-    stacked = np.stack((np.real(block), np.imag(block)), axis=1)
-    return torch.from_numpy(np.ascontiguousarray(stacked, dtype=np.float32))
+    channels = np.empty((len(block), 2, *block.shape[1:]), np.float32)
+    channels[:, 0], channels[:, 1] = block.real, block.imag
+    return torch.from_numpy(channels)
 
 
 def channels_to_complex(block: np.ndarray) -> np.ndarray:
@@ -63,18 +67,94 @@ def check_image_shape(image_shape: Any) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
+#: Types of numbers on disk.
+NUMBERS = ("float32", "float16", "uint8")
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """How numbers lie on disk.
+
+    Attributes:
+        name: "float32" (complex64 for complex data), "float16" or "uint8".
+        step: value = stored * step, for uint8.
+    """
+
+    name: str = "float32"
+    step: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.name not in NUMBERS:
+            raise InputError(f"dtype: expected one of {', '.join(NUMBERS)}, got {self.name!r}")
+        if not (np.isfinite(self.step) and self.step > 0):
+            raise InputError(f"step: expected a positive number, got {self.step}")
+
+    def dtype(self, is_complex: bool) -> np.dtype:
+        """The type of a dataset."""
+        if is_complex and self.name == "uint8":
+            raise InputError("dtype: expected float32 or float16 for complex numbers, got uint8")
+        return np.dtype(np.complex64 if is_complex and self.name == "float32" else self.name)
+
+    def to_disk(self, block: np.ndarray, what: str) -> np.ndarray:
+        """(B, ...) numbers as they are stored.
+
+        Raises:
+            InputError: values beyond float16, or values that are no multiple of the step from 0 to 255.
+        """
+        is_complex = block.dtype.kind == "c"
+        goal = self.dtype(is_complex)
+        if self.name == "float32":
+            return block.astype(goal, copy=False)
+        if self.name == "float16":
+            pairs = np.stack((block.real, block.imag), axis=-1) if is_complex else block
+            with np.errstate(over="ignore"):
+                half = pairs.astype(np.float16)
+            if np.isinf(half).any() and np.isfinite(pairs).all():
+                raise InputError(
+                    f"{what}: float16 holds values up to 65504, got {np.abs(pairs).max():.4g}; scale them"
+                )
+            return half
+        if block.dtype == np.uint8:
+            return block
+        steps = block / self.step
+        whole = np.rint(steps)
+        if not np.isfinite(steps).all():
+            raise InputError(f"{what}: NaN or infinite values")
+        if whole.min() < 0 or whole.max() > 255 or np.abs(steps - whole).max() > 1e-2:
+            raise InputError(
+                f"{what}: expected multiples of {self.step:.6g} from 0 to 255 times that for uint8, got others"
+            )
+        return whole.astype(np.uint8)
+
+    def from_disk(self, block: np.ndarray, is_complex: bool) -> Tensor:
+        """(B, ...) float32; complex numbers as channels (B, 2, ...)."""
+        if is_complex and self.name == "float16":
+            return torch.from_numpy(np.ascontiguousarray(np.moveaxis(block, -1, 1), dtype=np.float32))
+        if is_complex:
+            return complex_to_channels(block)
+        if self.name == "uint8":
+            return torch.from_numpy(np.multiply(block, np.float32(self.step), dtype=np.float32))
+        return torch.from_numpy(np.ascontiguousarray(block, dtype=np.float32))
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Shapes of one sample; ``stored_shape`` and ``is_complex`` describe the disk (see the table above)."""
+    """Shapes of one sample: ``stored_shape`` counts a complex number as one (see the table above)."""
 
     operator: str
     image_shape: tuple[int, int, int]
     stored_shape: tuple[int, ...]
     is_complex: bool
+    numbers: Numbers = Numbers()
 
     @classmethod
     def infer(
-        cls, operator: str, image_shape: Any, stored_shape: tuple[int, ...], is_complex: bool
+        cls,
+        operator: str,
+        image_shape: Any,
+        stored_shape: tuple[int, ...],
+        is_complex: bool,
+        numbers: Numbers = Numbers(),  # noqa: B008 - frozen
     ) -> Layout:
         """The layout, or InputError when operator, image shape and stored shape contradict one another."""
         if operator not in OPERATORS:
@@ -100,7 +180,7 @@ class Layout:
             raise InputError(
                 f"measurements: expected shape {expected} for image shape {(c, h, w)}, got ({got})"
             )
-        return cls(operator, (c, h, w), stored, is_complex)
+        return cls(operator, (c, h, w), stored, is_complex, numbers)
 
     @property
     def coils(self) -> int | None:
@@ -109,7 +189,8 @@ class Layout:
 
     @property
     def dtype(self) -> np.dtype:
-        return np.dtype(np.complex64 if self.is_complex else np.float32)
+        """Type of the dataset."""
+        return self.numbers.dtype(self.is_complex)
 
     @property
     def memory_shape(self) -> tuple[int, ...]:
@@ -119,11 +200,8 @@ class Layout:
         return (2, *self.stored_shape)
 
     def measurements_to_memory(self, block: np.ndarray) -> Tensor:
-        """(B, *stored_shape) to (B, *memory_shape) float32."""
-        if self.is_complex:
-            return complex_to_channels(block)
-        block = np.ascontiguousarray(block, dtype=np.float32)
-        return torch.from_numpy(block.reshape(len(block), *self.memory_shape))
+        """What is on disk, (B, *stored_shape), to (B, *memory_shape) float32."""
+        return self.numbers.from_disk(block, self.is_complex).reshape(len(block), *self.memory_shape)
 
     def mask_to_memory(self, block: np.ndarray) -> Tensor:
         """(B, ...) 0/1 to (B, 1 or C, H, W), or (B, 1, 1, H, W) for several coils, float32."""
@@ -152,24 +230,33 @@ class Layout:
             raise InputError(f"coil_maps: expected {want} for each sample, got {tuple(shape)}")
 
 
-def check_mask_values(mask: np.ndarray, first: int = 0) -> None:
-    """InputError unless every mask of (B, ...) is 0/1 and keeps at least one row. ``first``: number of its
-    first sample."""
+#: Number of the first sample of a block, or the numbers of all.
+Samples = int | np.ndarray
+
+
+def _sample(samples: Samples, k: int) -> int:
+    return samples + k if isinstance(samples, int) else int(samples[k])
+
+
+def check_mask_values(mask: np.ndarray, first: Samples = 0) -> None:
+    """InputError unless every mask of (B, ...) is 0/1 and keeps at least one row; it names the sample."""
     if not np.isin(mask, (0, 1)).all():
         bad = np.asarray(mask)[~np.isin(mask, (0, 1))].flat[0]
         raise InputError(f"mask: expected only 0 and 1, got {bad}")
     empty = np.flatnonzero(~mask.reshape(len(mask), -1).any(axis=1))
     if len(empty):
-        raise InputError(f"mask: all zero for sample {first + int(empty[0])}, nothing is measured there")
+        raise InputError(
+            f"mask: all zero for sample {_sample(first, int(empty[0]))}, nothing is measured there"
+        )
 
 
-def check_coil_map_values(maps: np.ndarray, first: int = 0) -> None:
+def check_coil_map_values(maps: np.ndarray, first: Samples = 0) -> None:
     """InputError unless coil maps (B, coils, H, W) are finite and no sample's maps are all zero."""
     for k, sample in enumerate(maps):
         if not np.isfinite(sample).all():
-            raise InputError(f"coil_maps: NaN or infinite values in sample {first + k}")
+            raise InputError(f"coil_maps: NaN or infinite values in sample {_sample(first, k)}")
         if not sample.any():
-            raise InputError(f"coil_maps: all zero for sample {first + k}")
+            raise InputError(f"coil_maps: all zero for sample {_sample(first, k)}")
 
 
 def check_noise_std(noise_std: Any, num: int) -> np.ndarray:
@@ -180,23 +267,51 @@ def check_noise_std(noise_std: Any, num: int) -> np.ndarray:
     levels = to_numpy(noise_std, "noise_std").astype(np.float32)
     if levels.shape not in ((), (1,), (num,)):
         raise InputError(f"noise_std: expected one number or ({num},), got shape {levels.shape}")
-    if not np.isfinite(levels).all() or (levels < 0).any():
-        bad = levels[~np.isfinite(levels) | (levels < 0)].flat[0]
-        raise InputError(f"noise_std: expected finite levels >= 0, got {bad}")
+    check_levels(levels)
     return np.broadcast_to(levels, (num,)).copy()
 
 
-def check_values(y: Tensor, mask: Tensor | None, first: int = 0) -> None:
+def check_levels(levels: np.ndarray) -> None:
+    """InputError when a noise level is negative or not finite."""
+    if not np.isfinite(levels).all() or (levels < 0).any():
+        bad = levels[~np.isfinite(levels) | (levels < 0)].flat[0]
+        raise InputError(f"noise_std: expected finite levels >= 0, got {bad}")
+
+
+def check_noise_map(noise_std: Any, num: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Noise levels that differ by entry, (1 or num, ...) float32: each axis 1 or that of a measurement in memory.
+
+    Raises:
+        InputError: a shape that does not broadcast to measurements, or levels that are negative or not finite.
+    """
+    levels = to_numpy(noise_std, "noise_std").astype(np.float32)
+    check_noise_map_shape(levels.shape, num, shape)
+    check_levels(levels)
+    return levels
+
+
+def check_noise_map_shape(found: tuple[int, ...], num: int, shape: tuple[int, ...]) -> None:
+    """InputError unless levels of this shape broadcast to ``num`` measurements of ``shape``."""
+    fits = len(found) == len(shape) + 1 and found[0] in (1, num)
+    if not fits or any(n not in (1, m) for n, m in zip(found[1:], shape, strict=True)):
+        raise InputError(
+            f"noise_std: expected one number, ({num},) or a level for each entry (1 or {num}, "
+            f"{', '.join(map(str, shape))}), got shape {tuple(found)}"
+        )
+
+
+def check_values(y: Tensor, mask: Tensor | None, first: Samples = 0) -> None:
     """InputError when (B, ...) measurements hold NaN or infinities, or are non-zero where the mask is 0."""
     bad = ~torch.isfinite(y).flatten(1).all(1)
     if bad.any():
-        raise InputError(f"measurements: NaN or infinite values in sample {first + int(bad.nonzero()[0, 0])}")
+        k = int(bad.nonzero()[0, 0])
+        raise InputError(f"measurements: NaN or infinite values in sample {_sample(first, k)}")
     if mask is None:
         return
     outside = (y.ne(0) & mask.eq(0)).flatten(1).sum(1)
     if outside.any():
         k = int(outside.nonzero()[0, 0])
         raise InputError(
-            f"measurements: {int(outside[k])} non-zero values outside the mask in sample {first + k}; "
+            f"measurements: {int(outside[k])} non-zero values outside the mask in sample {_sample(first, k)}; "
             "the mask contradicts the data"
         )

@@ -11,14 +11,16 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ambient_sci.data.files import DESIGN_STATUS, IMAGE_FORMAT, MEASUREMENT_FORMAT
+from ambient_sci.data.files import DESIGN_STATUS, IMAGE_FORMAT, MEASUREMENT_FORMAT, isometric
 from ambient_sci.data.hdf5_writer import Hdf5Writer
 from ambient_sci.data.layout import (
     Layout,
+    Numbers,
     channels_to_complex,
     check_coil_map_values,
     check_image_shape,
     check_mask_values,
+    check_noise_map,
     check_noise_std,
     check_values,
     to_numpy,
@@ -32,11 +34,24 @@ __all__ = ["ImageWriter", "MeasurementWriter", "check_output", "write_images", "
 class MeasurementWriter(Hdf5Writer):
     """Appends blocks of measurements to a new measurement file.
 
-    ``shared_mask`` (1, ...) and ``shared_coil_maps`` (1, coils, H, W) serve all samples; otherwise each block
-    brings its own. ``design``: a MaskDesign or its dictionary, with ``design_status`` "given" (default when
-    there is one), "estimated" or "unknown". ``attributes`` are further root attributes.
+    Args:
+        path: the file; it appears when the writer is closed.
+        operator: "identity", "masking" or "mri".
+        image_shape: (C, H, W).
+        shared_mask: (1, ...), serves all samples; otherwise each block brings its own.
+        shared_coil_maps: (1, coils, H, W), likewise.
+        design: a MaskDesign or its dictionary.
+        design_status: "given" (default when there is a design), "estimated" or "unknown".
+        history: how the data were made.
+        geometry: orientation and volumes, see `files`.
+        attributes: further root attributes.
+        overwrite: replace a file that is there.
+        dtype: numbers on disk: "float32"; "float16", half the bytes, rounded by at most 1 part in 2,048 of each value
+            (what that was for these data is written into the history); or "uint8" for real images of 8 bits.
+        step: of uint8: value = stored * step. An array of uint8 given to `append` holds stored numbers.
 
-    Raises: InputError for whatever ``MeasurementFile`` would refuse to read, or an output that exists.
+    Raises:
+        InputError: whatever ``MeasurementFile`` would refuse to read, or an output that exists.
     """
 
     kind = MEASUREMENT_FORMAT
@@ -55,16 +70,23 @@ class MeasurementWriter(Hdf5Writer):
         geometry: Mapping[str, Any] | None = None,
         attributes: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        dtype: str = "float32",
+        step: float = 1 / 255,
     ):
         super().__init__(path, history, geometry, attributes, overwrite)
+        self._numbers = Numbers(dtype, step if dtype == "uint8" else 1.0)
         self.operator = operator
         self.image_shape = check_image_shape(image_shape)
         self.set_design(design, design_status)
         self._layout: Layout | None = None
         self._shared_mask = shared_mask
         self._shared_maps = shared_coil_maps
-        self._noise: list[np.ndarray] = []
+        self._noise: list[np.ndarray] = []  # (N,): the largest level of each sample
+        self._noise_map: np.ndarray | None = None  # one map of levels for all samples
         self._noise_error: list[np.ndarray] = []
+        self._isometric: list[np.ndarray] = []
+        self._measured = [0, 0]  # entries of the masks that are 1, and all of them
+        self._rounding = [0.0, 0.0]  # largest error of float16, also in noise levels
 
     def set_design(self, design: Any, status: str | None = None) -> None:
         """State how the masks were drawn; possible until the file is closed."""
@@ -84,17 +106,25 @@ class MeasurementWriter(Hdf5Writer):
         subjects: Sequence[str] | str | None = None,
         scale: Any = 1.0,
         noise_std_error: Any = None,
+        labels: Any = None,
     ) -> None:
         """Append B samples, in the disk layout (complex) or the memory layout (two real channels) of
         ``layout.py``.
 
-        measurements: (B, ...); noise_std: float or (B,), per real channel; mask: (1 or B, ...) of 0/1, needed
-        unless shared or identity; coil_maps: (1 or B, coils, H, W) complex; noise_std_error: standard error
-        of an estimated noise level.
+        Args:
+            measurements: (B, ...).
+            noise_std: per real channel: a float, (B,), or for noise that differs by entry (1 or B, ...), each axis 1 or
+                that of a measurement in memory.
+            mask: (1 or B, ...) of 0/1, needed unless shared or identity.
+            coil_maps: (1 or B, coils, H, W) complex.
+            subjects: one name, or B of them.
+            scale: original units over values, one number or B.
+            noise_std_error: standard error of an estimated noise level.
+            labels: (B,) whole numbers, for all samples of a file or for none.
         """
-        block = self._to_disk(to_numpy(measurements, "measurements"))
+        block = self._logical(to_numpy(measurements, "measurements"))
         layout = self._layout = self._layout or Layout.infer(
-            self.operator, self.image_shape, block.shape[1:], block.dtype.kind == "c"
+            self.operator, self.image_shape, block.shape[1:], block.dtype.kind == "c", self._numbers
         )
         if block.shape[1:] != layout.stored_shape or (block.dtype.kind == "c") != layout.is_complex:
             got = f"{block.shape[1:]} {block.dtype}"
@@ -102,7 +132,51 @@ class MeasurementWriter(Hdf5Writer):
                 f"measurements: expected {layout.stored_shape} {layout.dtype} as before, got {got}"
             )
         num, first = len(block), len(self)
-        levels = check_noise_std(noise_std, num)
+        levels, by_entry = self._levels(noise_std, num)
+        masks, maps = self._masks_and_maps(mask, coil_maps, num)
+        stored = self._numbers.to_disk(block, "measurements")
+        in_memory = layout.measurements_to_memory(stored)
+        check_values(in_memory, layout.mask_to_memory(masks), first)
+        if noise_std_error is not None:
+            self._noise_error.append(check_noise_std(noise_std_error, num))
+        if self._numbers.name == "float16":
+            self._note_rounding(block, in_memory.numpy(), levels)
+        self._append_common(num, subjects, scale, labels)
+        self._extend("measurements", stored)
+        self._store_masks(masks, maps)
+        self._noise.append(levels)
+        if by_entry is not None and not (len(by_entry) == 1 and first):
+            self._extend("noise_std", by_entry)
+
+    def _levels(self, noise_std: Any, num: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """The largest level of each sample, and the levels of the entries where they differ."""
+        assert self._layout is not None
+        if np.ndim(noise_std) < 2:
+            levels, by_entry = check_noise_std(noise_std, num), None
+        else:
+            by_entry = check_noise_map(noise_std, num, self._layout.memory_shape)
+            if len(by_entry) == 1 and num > 1 and len(self) and self._noise_map is None:
+                by_entry = np.broadcast_to(by_entry, (num, *by_entry.shape[1:]))
+            levels = np.broadcast_to(by_entry.reshape(len(by_entry), -1).max(1), (num,))
+        return levels, self._as_before(by_entry, num)
+
+    def _as_before(self, by_entry: np.ndarray | None, num: int) -> np.ndarray | None:
+        """Levels of entries are one map for all samples or one each, from the first block on."""
+        shared = by_entry is not None and len(by_entry) == 1 and num > 1
+        if not len(self):
+            self._noise_map = by_entry if shared else None
+            self._by_entry = by_entry is not None
+            return by_entry
+        if (by_entry is not None) != self._by_entry:
+            raise InputError("noise_std: expected levels for each entry in every block, or in none")
+        if self._noise_map is not None and (
+            by_entry is None or len(by_entry) != 1 or not np.array_equal(by_entry, self._noise_map)
+        ):
+            raise InputError("noise_std: expected the one map of levels of the first block")
+        return by_entry
+
+    def _masks_and_maps(self, mask: Any, coil_maps: Any, num: int) -> tuple[np.ndarray, np.ndarray | None]:
+        assert self._layout is not None
         if self.operator == "identity" and mask is None and self._shared_mask is None:
             self._shared_mask = np.ones((1, 1, *self.image_shape[1:]), np.uint8)
         masks = self._prepare(mask, self._shared_mask, "mask", num, self._mask_to_disk)
@@ -113,23 +187,32 @@ class MeasurementWriter(Hdf5Writer):
             raise InputError(
                 "mask: the operator identity measures everything, but the mask has zeros (use masking)"
             )
-        if maps is None and layout.coils:
-            raise InputError(f"coil_maps: missing, the measurements have {layout.coils} coils")
-        check_values(layout.measurements_to_memory(block), layout.mask_to_memory(masks), first)
-        if noise_std_error is not None:
-            self._noise_error.append(check_noise_std(noise_std_error, num))
-        self._append_common(num, subjects, scale)
-        self._extend("measurements", block.astype(layout.dtype))
-        self._store("mask", masks, self._shared_mask is not None, compression="gzip", compression_opts=1)
-        self._store("coil_maps", maps, self._shared_maps is not None)
-        self._noise.append(levels)
+        if maps is None and self._layout.coils:
+            raise InputError(f"coil_maps: missing, the measurements have {self._layout.coils} coils")
+        return masks, maps
 
-    def _store(self, name: str, block: np.ndarray | None, shared: bool, **options: Any) -> None:
-        if block is not None and not (shared and name in self._open()):
-            self._extend(name, block, **options)
+    def _store_masks(self, masks: np.ndarray, maps: np.ndarray | None) -> None:
+        file = self._open()
+        if not (self._shared_mask is not None and "mask" in file):
+            self._extend("mask", masks, compression="gzip", compression_opts=1)
+            self._measured[0] += int(masks.sum(dtype=np.int64))
+            self._measured[1] += masks.size
+        if maps is not None and not (self._shared_maps is not None and "coil_maps" in file):
+            self._extend("coil_maps", maps)
+            self._isometric.append(isometric(maps))
 
-    def _to_disk(self, block: np.ndarray) -> np.ndarray:
-        """Complex stays complex, two-channel k-space becomes complex, real images stay real."""
+    def _note_rounding(self, block: np.ndarray, rounded: np.ndarray, levels: np.ndarray) -> None:
+        exact = np.stack((block.real, block.imag), axis=1) if block.dtype.kind == "c" else block
+        error = np.abs(exact.reshape(rounded.shape) - rounded).reshape(len(rounded), -1).max(1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            relative = np.where(error > 0, error / levels, 0.0)
+        self._rounding = [
+            max(self._rounding[0], float(error.max())),
+            max(self._rounding[1], float(relative.max())),
+        ]
+
+    def _logical(self, block: np.ndarray) -> np.ndarray:
+        """Complex stays complex, two-channel k-space becomes complex, real images stay real; uint8 is stored as it is."""
         if len(block) == 0:
             raise InputError("measurements: expected at least one sample, got none")
         with np.errstate(over="ignore"):
@@ -137,6 +220,8 @@ class MeasurementWriter(Hdf5Writer):
                 return block.astype(np.complex64)
             if self.operator == "mri" and block.ndim in (4, 5) and block.shape[1] == 2:
                 return channels_to_complex(block.astype(np.float32))
+            if self._numbers.name == "uint8" and block.dtype == np.uint8:
+                return block
             return block.astype(np.float32)
 
     def _prepare(self, own: Any, shared: Any, name: str, num: int, convert) -> np.ndarray | None:
@@ -177,19 +262,48 @@ class MeasurementWriter(Hdf5Writer):
         check_coil_map_values(maps, len(self))
         return maps.astype(np.complex64)
 
-    def _finish_attributes(self, file: h5py.File) -> None:
-        file.create_dataset("noise_std", data=np.concatenate(self._noise))
-        file.attrs["operator"] = self.operator
+    def _finish(self, file: h5py.File) -> None:
+        levels = np.concatenate(self._noise)
+        if not self._by_entry:
+            self._small("noise_std", levels)
+        else:
+            self._small("noise_std_largest", levels[: len(file["noise_std"])])  # pyright: ignore[reportArgumentType]
+        if self._isometric:
+            self._small("isometric", np.concatenate(self._isometric).astype(np.uint8))
+        file.attrs["measured"] = np.asarray(self._measured)
         file.attrs["image_shape"] = np.asarray(self.image_shape)
-        file.attrs["design"] = json.dumps(self.design)
-        file.attrs["design_status"] = self.design_status
+        self._text("operator", self.operator)
+        self._text("design", json.dumps(self.design))
+        self._text("design_status", self.design_status)
         if self._noise_error:
             file.attrs["noise_std_error"] = float(np.max(np.concatenate(self._noise_error)))
-        super()._finish_attributes(file)
+        assert self._layout is not None
+        if self._layout.is_complex and self._numbers.name == "float16":
+            file.attrs["complex_pairs"] = True
+        if self._numbers.name == "float16":
+            of_noise = (
+                f", {self._rounding[1]:.2g} of the noise level" if np.isfinite(self._rounding[1]) else ""
+            )
+            self._say(f"stored as float16, rounded by at most {self._rounding[0]:.2g}{of_noise}")
+        _finish_step(self, file, self._numbers)
+        super()._finish(file)
+
+
+def _finish_step(writer: Hdf5Writer, file: h5py.File, numbers: Numbers) -> None:
+    if numbers.name == "uint8":
+        file.attrs["step"] = numbers.step
+        writer._say(f"stored as uint8, value = stored x {numbers.step:.9g}")
 
 
 class ImageWriter(Hdf5Writer):
-    """Appends blocks of images to a new reference file (or file of samples)."""
+    """Appends blocks of images to a new reference file (or file of samples).
+
+    Args:
+        path: the file; it appears when the writer is closed.
+        history, geometry, attributes, overwrite: as of `MeasurementWriter`.
+        dtype: numbers on disk, "float32" or, for real images, "uint8".
+        step: of uint8: value = stored * step. An array of uint8 given to `append` holds stored numbers.
+    """
 
     kind = IMAGE_FORMAT
 
@@ -201,23 +315,41 @@ class ImageWriter(Hdf5Writer):
         geometry: Mapping[str, Any] | None = None,
         attributes: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        dtype: str = "float32",
+        step: float = 1 / 255,
     ):
         super().__init__(path, history, geometry, attributes, overwrite)
+        if dtype == "float16":
+            raise InputError("images: expected dtype float32 or uint8, got float16")
+        self._numbers = Numbers(dtype, step if dtype == "uint8" else 1.0)
 
-    def append(self, images: Any, *, subjects: Sequence[str] | str | None = None, scale: Any = 1.0) -> None:
+    def append(
+        self,
+        images: Any,
+        *,
+        subjects: Sequence[str] | str | None = None,
+        scale: Any = 1.0,
+        labels: Any = None,
+    ) -> None:
         """Append (B, C, H, W) real or (B, H, W) complex images; InputError for other shapes, NaN or
         infinities."""
         block = to_numpy(images, "images")
-        with np.errstate(over="ignore"):
-            block = block.astype(np.complex64 if block.dtype.kind == "c" else np.float32)
+        if not (self._numbers.name == "uint8" and block.dtype == np.uint8):
+            with np.errstate(over="ignore"):
+                block = block.astype(np.complex64 if block.dtype.kind == "c" else np.float32)
         if len(block) == 0 or block.ndim != (3 if block.dtype.kind == "c" else 4):
             raise InputError(
                 f"images: expected (N, C, H, W) real or (N, H, W) complex, got {block.dtype} {block.shape}"
             )
         if not np.isfinite(block).all():
             raise InputError("images: NaN or infinite values")
-        self._append_common(len(block), subjects, scale)
-        self._extend("images", block)
+        stored = self._numbers.to_disk(block, "images")
+        self._append_common(len(block), subjects, scale, labels)
+        self._extend("images", stored)
+
+    def _finish(self, file: h5py.File) -> None:
+        _finish_step(self, file, self._numbers)
+        super()._finish(file)
 
 
 def write_measurements(
@@ -238,6 +370,9 @@ def write_measurements(
     noise_std_error: Any = None,
     geometry: Mapping[str, Any] | None = None,
     attributes: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    step: float = 1 / 255,
+    labels: Any = None,
 ) -> Path:
     """Write a measurement file from arrays (numpy or torch) in one go; see :class:`MeasurementWriter` for the
     arguments.
@@ -263,6 +398,8 @@ def write_measurements(
         geometry=geometry,
         attributes=attributes,
         overwrite=overwrite,
+        dtype=dtype,
+        step=step,
         **shared,
     ) as writer:
         writer.append(
@@ -273,6 +410,7 @@ def write_measurements(
             subjects=subjects,
             scale=scale,
             noise_std_error=noise_std_error,
+            labels=labels,
         )
     return writer.path
 
@@ -287,11 +425,30 @@ def write_images(
     overwrite: bool = False,
     geometry: Mapping[str, Any] | None = None,
     attributes: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    step: float = 1 / 255,
+    labels: Any = None,
 ) -> Path:
-    """Write a reference file (or file of samples) from (N, C, H, W) real or (N, H, W) complex images. Returns
-    the path."""
+    """Write a reference file (or file of samples) from (N, C, H, W) real or (N, H, W) complex images.
+
+    Args:
+        path, history, overwrite, geometry, attributes, dtype, step: see `ImageWriter`.
+        images, subjects, scale, labels: see `ImageWriter.append`.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: other shapes, NaN or infinities, or a file that exists.
+    """
     with ImageWriter(
-        path, history=history, geometry=geometry, attributes=attributes, overwrite=overwrite
+        path,
+        history=history,
+        geometry=geometry,
+        attributes=attributes,
+        overwrite=overwrite,
+        dtype=dtype,
+        step=step,
     ) as writer:
-        writer.append(images, subjects=subjects, scale=scale)
+        writer.append(images, subjects=subjects, scale=scale, labels=labels)
     return writer.path

@@ -240,10 +240,11 @@ def _is_image_file(path: str | os.PathLike[str]) -> bool:
     import h5py
 
     from ambient_sci.data.files import IMAGE_FORMAT
+    from ambient_sci.data.hdf5_file import format_of
 
     try:
         with h5py.File(path, "r") as file:
-            return file.attrs.get("format") == IMAGE_FORMAT
+            return format_of(file) == IMAGE_FORMAT
     except OSError:
         return False
 

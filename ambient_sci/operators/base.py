@@ -242,9 +242,13 @@ class RowMaskedOperator(LinearPhysics):
         """
         self._check_mask_shape(mask)
         new = self._with_rows(mask, design)
-        if mask.data_ptr() != self.mask.data_ptr():  # the same mask, expanded, fits what it did before
+        if not _same_values(mask, self.mask):
             new._drawn_by = None
         return new
+
+    def for_samples(self, count: int) -> RowMaskedOperator:
+        """The operator with a mask for each of ``count`` samples; one that serves all is shown ``count`` times, not copied."""
+        return self._with_rows(self.mask.expand(count, *self.mask.shape[1:]), self.design)
 
     def _with_rows(self, mask: Tensor, design: MaskDesign | None) -> RowMaskedOperator:
         """The same T under rows derived from this mask (thinned, mirrored), which fit the design as this mask does."""
@@ -402,6 +406,14 @@ def _always_measured(design: MaskDesign) -> Tensor:
             f"keep_calibration: expected a mask design with rows that are always measured, got {design.name!r}"
         )
     return design.to_mask(always[None])
+
+
+def _same_values(mask: Tensor, other: Tensor) -> bool:
+    """``mask`` is ``other``, or a view that shows the same values (a mask expanded over samples or coils)."""
+    if mask is other:
+        return True
+    base = other if other._base is None else other._base
+    return mask._base is base and mask.storage_offset() == other.storage_offset()
 
 
 def _rebuild(
