@@ -3,8 +3,8 @@
 Draws of the prior, their measurements, posterior samples by the library's samplers at their defaults, and the same verdicts that a user
 gets. All chains of a test go through the samplers in one batch: their sizes here are tiny, and what a chain becomes does not depend on it.
 
-False alarms, over seeds, of an exact sampler: coverage, averaged over 150 images, has a standard error of 0.008 to 0.010 and misses 77-83 % in
-less than 0.3 % of seeds; a test at level 0.05 in 5 %. Seeds are fixed, so a machine that rounds otherwise sees the same draws.
+False alarms, over seeds, of an exact sampler: coverage, averaged over 150 images, has a standard error of 0.006 to 0.009 and misses 77-83 % in
+less than 0.1 % of seeds; a test at level 0.05 rejects in 5 %. Seeds are fixed, so a machine that rounds otherwise sees the same draws.
 """
 
 from __future__ import annotations

@@ -286,10 +286,10 @@ def _verdict(result: dict[str, Any], failed: list[str], level: float, what: str)
     if not failed:
         return f"calibrated as far as can be seen: no deviation at the {100 * level:g} % level; {detail}"
     named = f"{', '.join(failed)} rejected at the {100 * level:g} % level"
-    return f"{_finding(result, failed)} ({named}); {detail}"
+    return f"{finding(result, failed)} ({named}); {detail}"
 
 
-def _finding(result: dict[str, Any], failed: list[str]) -> str:
+def finding(result: dict[str, Any], failed: list[str]) -> str:
     """What the rejected tests say: the scale of the errors, how often intervals hold, or the shape alone."""
     ratio = result.get("signal_std_over_error") or result["std_over_error"]["ratio"]
     gaps = [v["z"] for k, v in result["coverage"].items() if f"{k} % coverage" in failed]

@@ -79,7 +79,7 @@ def chi_squared(
         misfit = (((y[n] - seen[0]) * rows[n] / level_n).double() ** 2).sum()
         sums = [
             sums[0] + misfit,
-            sums[1] + (_resolved(seen / level_n * rows[n]) if len(samples) > 2 else math.nan),
+            sums[1] + (resolution(seen / level_n * rows[n]) if len(samples) > 2 else math.nan),
         ]
     statistic, resolved = torch.stack(sums).tolist()
     degrees = int(rows.sum())
@@ -117,7 +117,7 @@ def _in_measurement_space(operator: Any, samples: Tensor) -> Iterator[Tensor]:
             yield from torch.stack([operator.A(x) for x in samples], 1)
 
 
-def _resolved(seen: Tensor) -> Tensor:
+def resolution(seen: Tensor) -> Tensor:
     """tr G^2 - 2 tr G, where G is the covariance of ``seen`` = A x_s / sigma_y, (S, ...).
 
     With nu = S - 1 and a sample covariance C of Gaussian samples, nu^2 / ((nu - 1)(nu + 2)) (tr C^2 - (tr
