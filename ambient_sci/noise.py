@@ -67,15 +67,15 @@ class ChainNoise:
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self.generators = [torch.Generator(device).manual_seed(int(s)) for s in seeds]
+        self.device = torch.device(device)
+        self.generators = [torch.Generator(self.device).manual_seed(int(s)) for s in seeds]
 
     def draw(self, like: Tensor) -> Tensor:
         """Standard normal noise like ``like`` (chains, ...), each chain from its own stream."""
-        rows = [
-            torch.randn(like.shape[1:], generator=g, dtype=like.dtype, device=g.device)
-            for g in self.generators
-        ]
-        return torch.stack(rows).to(like.device)
+        noise = torch.empty(like.shape, dtype=like.dtype, device=self.device)
+        for row, generator in zip(noise.unbind(), self.generators, strict=True):
+            row.normal_(generator=generator)
+        return noise.to(like.device)
 
 
 Randomness = torch.Generator | ChainNoise | None

@@ -15,8 +15,8 @@ from scipy.stats import binom, chi2
 from torch import Tensor
 
 from ambient_sci.errors import InputError
-from ambient_sci.evaluation.calibration import _finding, held_out_rows, hold_out, with_truth
-from ambient_sci.evaluation.chi_squared import _resolved, chi_squared
+from ambient_sci.evaluation.calibration import finding, held_out_rows, hold_out, with_truth
+from ambient_sci.evaluation.chi_squared import chi_squared, resolution
 from ambient_sci.evaluation.exchangeability import exchange_test, power, score
 from ambient_sci.operators import MRI, Identity, Masking
 from ambient_sci.priors import GaussianPrior
@@ -229,12 +229,12 @@ def test_without_a_wrong_scale_no_factor_is_claimed():
         torch.randn(12, 100, 50, generator=generator(0)), torch.randn(100, 50, generator=generator(1))
     )
     coverage = {k: {**v, "z": 9.0} for k, v in result["coverage"].items()}
-    assert "under-confident: intervals cover more" in _finding(
+    assert "under-confident: intervals cover more" in finding(
         {**result, "coverage": coverage}, ["50 % coverage"]
     )
     coverage["50"]["z"] = -9.0
     both = ["50 % coverage", "95 % coverage"]
-    assert _finding({**result, "coverage": coverage}, both) == "calibrated in scale, but not in shape"
+    assert finding({**result, "coverage": coverage}, both) == "calibrated in scale, but not in shape"
 
 
 def test_a_shifted_mean_is_noticed_by_tarp_and_ranks():
@@ -297,7 +297,7 @@ def test_the_resolved_fraction_is_unbiased():
     gains = torch.linspace(0, 1, 12, dtype=torch.float64)
     exact = float(((1 - gains).square() - 1).sum())
     draws = torch.randn(3000, 4, 12, generator=generator(0), dtype=torch.float64) * gains.sqrt()
-    found = torch.tensor([_resolved(d) for d in draws])
+    found = torch.tensor([resolution(d) for d in draws])
     assert abs(float(found.mean()) - exact) < 4 * float(found.std()) / len(found) ** 0.5
 
 
@@ -406,3 +406,58 @@ def test_bad_input_is_refused_in_one_line(call, message):
     with pytest.raises(InputError) as error:
         call(torch.randn(5, 4, 1, 4, 4), torch.randn(4, 1, 4, 4))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# -- noise that differs by entry ---------------------------------------------------------------------------------------------
+
+
+def levels_by_entry(num: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Masking]:
+    """Truth N(0, 1), y of half the pixels with noise of 0.1 to 1.2 that differs by pixel and scan, 0 where nothing was measured."""
+    g = generator(3)
+    operator = Masking((torch.rand(num, 1, 6, 6, generator=g) < 0.5).float(), img_size=(1, 6, 6))
+    truth = torch.randn(num, 1, 6, 6, generator=g)
+    sigma = (0.1 + 1.1 * torch.rand(num, 1, 6, 6, generator=g)) * operator.mask
+    return truth, operator.mask * truth + sigma * torch.randn(truth.shape, generator=g), sigma, operator
+
+
+def test_chi_squared_with_noise_of_each_entry():
+    """Exact posterior samples are accepted; with the levels of other entries, of the same overall size, they are not. Level 0.05."""
+    truth, y, sigma, operator = levels_by_entry(100)
+    g = generator(4)
+    gain = operator.mask / (1 + sigma**2)
+    samples = gain * y + (1 - gain).sqrt() * torch.randn(5, *truth.shape, generator=g)
+    found = chi_squared(samples, operator, y, sigma)
+    assert found["accepted"] and found["ratio"] == pytest.approx(1, abs=0.05), found["verdict"]
+    swapped = sigma.clone()
+    swapped[operator.mask > 0] = sigma[operator.mask > 0].flip(0)
+    assert not chi_squared(samples, operator, y, swapped)["accepted"]
+    with pytest.raises(InputError, match="positive"):
+        chi_squared(samples, operator, y, torch.where(operator.mask > 0, 0.0, 1.0))
+
+
+def test_held_out_rows_with_noise_of_each_entry():
+    """Draws of the prior predict y with the noise of each entry: accepted, and the signal's ratio is 1 to a tenth; one level for all is not
+    the law of any entry, and is rejected.
+    """
+    truth, y, sigma, operator = levels_by_entry(300)
+    sigma = torch.where(sigma > 0.6, 3 * sigma, 0.1 * sigma)
+    g = generator(5)
+    y = operator.mask * (truth + sigma * torch.randn(truth.shape, generator=g))
+    samples = torch.randn(10, *truth.shape, generator=g)
+    found = held_out_rows(samples, operator, y, sigma)
+    assert found["accepted"], found["verdict"]
+    assert found["signal_std_over_error"] == pytest.approx(1, abs=0.15)
+    rms = float((sigma.square().sum() / operator.mask.sum()).sqrt())
+    assert not held_out_rows(samples, operator, y, rms)["accepted"]
+
+
+@pytest.mark.parametrize("where", ["samples", "truth"])
+def test_what_is_no_number_is_no_score(where):
+    samples = torch.randn(4, 5, 1, 3, 3, generator=generator(0))
+    truth = torch.randn(5, 1, 3, 3, generator=generator(1))
+    {"samples": samples[2], "truth": truth}[where][1, 0, 1, 1] = float("nan")
+    with pytest.raises(InputError, match="finite"):
+        with_truth(samples, truth)
+    if where == "samples":
+        with pytest.raises(InputError, match="finite"):
+            chi_squared(samples, Masking(torch.ones(1, 1, 3, 3)), truth, 0.1)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import typing
+
 import h5py
 import numpy as np
 import pytest
 import torch
 
+from ambient_sci.commands.model import Generate, Reconstruct
 from ambient_sci.errors import ConditioningError, InputError
-from ambient_sci.noise import ChainNoise, karras_grid
+from ambient_sci.noise import ChainNoise, ancestral_step, karras_grid
 from ambient_sci.operators import Masking
 from ambient_sci.priors import ConditionalMean, GaussianPrior
 from ambient_sci.sampling import (
+    SAMPLERS,
     Reconstruction,
     ResultFile,
     ResultWriter,
@@ -19,11 +24,16 @@ from ambient_sci.sampling import (
     conjugate_gradient,
     generate,
     heun,
+    level_grid,
     minimal_residual,
 )
 
 SHAPE = (1, 3, 3)
 N = 9
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def gaussian(seed: int = 0) -> GaussianPrior:
@@ -104,6 +114,47 @@ def test_generate_refuses_what_it_cannot_do():
         generate(prior, 0)
     with pytest.raises(InputError, match="sigma_min"):
         generate(prior, 1, sigma_min=2.0, sigma_max=1.0)
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_one_step_is_one_evaluation_at_the_highest_level(sampler):
+    """G(z) = D(sigma_max z, sigma_max): what a one-step generator is asked, whatever the sampler's name."""
+    prior = gaussian()
+    images = generate(prior, 5, steps=1, sampler=sampler, sigma_max=3.0, generator=rng(1))
+    seeds = torch.randint(2**62, (5,), generator=rng(1)).tolist()
+    z = ChainNoise(seeds).draw(torch.empty(5, *SHAPE, dtype=torch.float64))
+    assert torch.allclose(images, prior(3.0 * z, 3.0))
+    with pytest.raises(InputError, match="sigma_min"):
+        generate(prior, 1, steps=1, sigma_min=0.1)
+    with pytest.raises(InputError, match="sigma_max"):
+        generate(prior, 1, steps=1, sigma_max=float("inf"))
+    with pytest.raises(InputError, match="steps"):
+        generate(prior, 1, steps=0)
+
+
+@pytest.mark.parametrize("rho", [1.0, 7.0, math.inf])
+def test_grids_end_where_they_are_told(rho):
+    """Exactly: a level rounded to below sigma_min is one that the prior has not learned."""
+    for k in range(200):
+        low, high = 10 ** (-4 + 0.0137 * k), 10 ** (1 + 0.0171 * k)
+        grid = level_grid(9, low, high, rho)
+        assert float(grid[0]) == high and float(grid[-1]) == low and bool((grid.diff() < 0).all())
+    ratios = level_grid(9, 0.01, 10.0)[1:] / level_grid(9, 0.01, 10.0)[:-1]
+    assert torch.allclose(ratios, ratios[:1])
+
+
+def test_the_command_line_knows_every_sampler():
+    hints = typing.get_type_hints(Generate, include_extras=True)
+    assert typing.get_args(typing.get_args(hints["sampler"])[0]) == tuple(SAMPLERS)
+    hints = typing.get_type_hints(Reconstruct, include_extras=True)
+    assert set(typing.get_args(typing.get_args(typing.get_args(hints["integrator"])[0])[0])) == set(SAMPLERS)
+
+
+def test_ancestral_steps_by_numbers_and_by_levels_agree():
+    x, clean = (torch.randn(4, *SHAPE, generator=rng(k), dtype=torch.float64) for k in (1, 2))
+    levels = torch.full((4,), 0.7, dtype=torch.float64)
+    number = ancestral_step(x, clean, 0.7, 0.3, generator=rng())
+    assert torch.allclose(number, ancestral_step(x, clean, levels, 0.3, generator=rng()), atol=1e-12)
 
 
 def test_chain_noise_is_a_stream_per_chain():

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ambient_sci.errors import InputError
 from ambient_sci.evaluation import exchangeability as exchange
-from ambient_sci.evaluation.chi_squared import check_level, noise_level
+from ambient_sci.evaluation.chi_squared import check_finite, check_level, noise_level
 
 LEVELS = (0.5, 0.8, 0.95)
 BINS = 10
@@ -95,7 +95,7 @@ def held_out_rows(
         samples: (S, N, C, H, W), posterior samples given the kept rows alone.
         held_out: operator of the held-out rows (``split.held_out``), with a 0/1 ``mask``.
         y: measurements, (N, ...); rows outside ``held_out.mask`` are not read.
-        sigma_y: noise level per real channel, > 0 or zero, float or (N,).
+        sigma_y: noise level per real channel, >= 0: float, (N,) or of the shape of y.
         level, coverage_levels, subjects, generator: as for `with_truth`.
 
     Returns:
@@ -124,7 +124,7 @@ def held_out_rows(
     noise = torch.randn(signal.shape, generator=generator, dtype=signal.dtype).to(signal.device) * sigma
     _check(signal, y, level, coverage_levels)
     result = _scored(signal + noise, y, mask, coverage_levels, subjects, generator)
-    result["signal_std_over_error"] = _signal_ratio(result, float(sigma.square().mean()))
+    result["signal_std_over_error"] = _signal_ratio(result, _noise_variance(sigma, mask, y))
     p_values = _p_values(result)
     result["power"] = exchange.power(signal, noise, POWER_FACTORS, level / len(p_values), mask)
     return _concluded(result, p_values, level, "held-out row")
@@ -219,6 +219,12 @@ def _std_over_error(
     return {"ratio": whole, "interval_95": interval}
 
 
+def _noise_variance(sigma: Tensor, mask: Tensor, y: Tensor) -> float:
+    """sigma^2 averaged as scores are: over the entries of each measurement, then over measurements."""
+    rows = mask.to(y).expand(y.shape).flatten(1)
+    return float(((sigma.expand(y.shape).flatten(1).square() * rows).sum(1) / rows.sum(1)).mean())
+
+
 def _signal_ratio(result: dict[str, Any], noise: float) -> float | None:
     """std / error without the noise variance on either side, where there is more than noise on both."""
     spread = result["mean_variance"] - noise
@@ -280,10 +286,10 @@ def _verdict(result: dict[str, Any], failed: list[str], level: float, what: str)
     if not failed:
         return f"calibrated as far as can be seen: no deviation at the {100 * level:g} % level; {detail}"
     named = f"{', '.join(failed)} rejected at the {100 * level:g} % level"
-    return f"{_finding(result, failed)} ({named}); {detail}"
+    return f"{finding(result, failed)} ({named}); {detail}"
 
 
-def _finding(result: dict[str, Any], failed: list[str]) -> str:
+def finding(result: dict[str, Any], failed: list[str]) -> str:
     """What the rejected tests say: the scale of the errors, how often intervals hold, or the shape alone."""
     ratio = result.get("signal_std_over_error") or result["std_over_error"]["ratio"]
     gaps = [v["z"] for k, v in result["coverage"].items() if f"{k} % coverage" in failed]
@@ -317,6 +323,8 @@ def _check(samples: Tensor, truth: Tensor, level: float, coverage_levels: Sequen
         )
     if len(samples) < 2:
         raise InputError("calibration: expected at least 2 samples of each measurement, got 1")
+    check_finite(samples, "samples")
+    check_finite(truth, "truth or measurements")
     check_level(level)
     if not all(0 < p < 1 for p in coverage_levels):
         raise InputError(f"calibration: expected coverage levels in (0, 1), got {list(coverage_levels)}")

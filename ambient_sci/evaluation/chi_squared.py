@@ -43,7 +43,7 @@ def chi_squared(
         samples: (S, N, C, H, W) posterior samples given *all* of y. The test uses the first of each
             measurement, the power all of them.
         operator: A; with a 0/1 ``mask`` the rows measured are counted by it, else all of y counts.
-        y: (N, ...). sigma_y: noise level per real channel, > 0, float or (N,).
+        y: (N, ...). sigma_y: noise level per real channel, > 0 where measured: float, (N,) or of the shape of y.
         level: probability of rejecting correct samples.
         alternatives: true noise level over sigma_y, for which the power is stated.
 
@@ -60,13 +60,15 @@ def chi_squared(
     """
     from scipy.stats import chi2
 
-    sigma = noise_level(sigma_y, y, positive=True)
+    mask = getattr(operator, "mask", None)
+    rows = torch.ones_like(y) if mask is None else mask.to(y).expand(y.shape)
+    sigma = noise_level(sigma_y, y, positive=True, rows=rows)
     if samples.ndim < 2 or samples.shape[1] != len(y):
         raise InputError(f"calibration: expected samples (S, {len(y)}, ...), got {tuple(samples.shape)}")
     check_level(level)
-    mask = getattr(operator, "mask", None)
-    rows = torch.ones_like(y) if mask is None else mask.to(y).expand(y.shape)
-    statistic, resolved = 0.0, 0.0
+    check_finite(samples, "samples")
+    zero = torch.zeros((), dtype=torch.float64, device=y.device)
+    sums = [zero, zero]
     for n, seen in enumerate(_in_measurement_space(operator, samples)):
         if seen.shape[1:] != y.shape[1:]:
             expected = (len(y), *seen.shape[1:])
@@ -74,8 +76,12 @@ def chi_squared(
                 f"calibration: expected measurements {expected} for these samples, got {tuple(y.shape)}"
             )
         level_n = sigma[n if len(sigma) > 1 else 0]
-        statistic += float((((y[n] - seen[0]) * rows[n] / level_n).double() ** 2).sum())
-        resolved += _resolved(seen / level_n * rows[n]) if len(samples) > 2 else math.nan
+        misfit = (((y[n] - seen[0]) * rows[n] / level_n).double() ** 2).sum()
+        sums = [
+            sums[0] + misfit,
+            sums[1] + (resolution(seen / level_n * rows[n]) if len(samples) > 2 else math.nan),
+        ]
+    statistic, resolved = torch.stack(sums).tolist()
     degrees = int(rows.sum())
     share = None if math.isnan(resolved) else min(max(1 + resolved / degrees, 0.0), 1.0)
     p = min(1.0, 2 * min(float(chi2.sf(statistic, degrees)), float(chi2.cdf(statistic, degrees))))
@@ -111,7 +117,7 @@ def _in_measurement_space(operator: Any, samples: Tensor) -> Iterator[Tensor]:
             yield from torch.stack([operator.A(x) for x in samples], 1)
 
 
-def _resolved(seen: Tensor) -> float:
+def resolution(seen: Tensor) -> Tensor:
     """tr G^2 - 2 tr G, where G is the covariance of ``seen`` = A x_s / sigma_y, (S, ...).
 
     With nu = S - 1 and a sample covariance C of Gaussian samples, nu^2 / ((nu - 1)(nu + 2)) (tr C^2 - (tr
@@ -121,8 +127,8 @@ def _resolved(seen: Tensor) -> float:
     nu = len(seen) - 1
     deviations = (seen - seen.mean(0)).flatten(1).double()
     products = deviations @ deviations.T / nu
-    trace = float(products.trace())
-    return nu**2 / ((nu - 1) * (nu + 2)) * (float(products.square().sum()) - trace**2 / nu) - 2 * trace
+    trace = products.trace()
+    return nu**2 / ((nu - 1) * (nu + 2)) * (products.square().sum() - trace**2 / nu) - 2 * trace
 
 
 def _power(resolved: float, k: float, degrees: int, level: float) -> float:
@@ -162,13 +168,39 @@ def check_level(level: float) -> None:
         raise InputError(f"calibration: expected a level in (0, 1), got {level}")
 
 
-def noise_level(sigma_y: float | Tensor | None, y: Tensor, *, positive: bool) -> Tensor:
-    """Noise level as (1|N, 1, ...)."""
-    sigma = torch.as_tensor(
-        math.nan if sigma_y is None else sigma_y, dtype=y.dtype, device=y.device
-    ).flatten()
-    if len(sigma) not in (1, len(y)) or not bool((sigma > 0 if positive else sigma >= 0).all()):
-        raise InputError(
-            f"calibration: expected a {'positive ' if positive else ''}noise level, or one a measurement ({len(y)}), got {sigma_y}"
+def check_finite(values: Tensor, what: str) -> None:
+    """Raise InputError unless all ``values`` are numbers: the scores of others would be, too, and look like a result."""
+    if not bool(torch.isfinite(values).all()):
+        raise InputError(f"calibration: expected finite {what}, got NaN or infinity")
+
+
+def noise_level(
+    sigma_y: float | Tensor | None, y: Tensor, *, positive: bool, rows: Tensor | None = None
+) -> Tensor:
+    """Noise level as (1|N, 1, ...), or of the shape of y where it differs by entry.
+
+    Args:
+        sigma_y: float, (N,) or of the shape of y.
+        y: measurements, (N, ...).
+        positive: refuse zero.
+        rows: 0/1 of the shape of y, what was measured; levels elsewhere do not matter, and come back as 1 where they differ by entry.
+
+    Raises:
+        InputError: no level, one of another shape, or one that is out of range.
+    """
+    sigma = torch.as_tensor(math.nan if sigma_y is None else sigma_y, dtype=y.dtype, device=y.device)
+    by_entry = sigma.shape == y.shape and sigma.numel() != len(y)
+    if by_entry and rows is not None:
+        sigma = torch.where(rows > 0, sigma, 1.0)
+    good = torch.isfinite(sigma) & (sigma > 0 if positive else sigma >= 0)
+    if not (by_entry or sigma.numel() in (1, len(y))) or not bool(good.all()):
+        got = (
+            sigma_y
+            if sigma.numel() == 1
+            else f"{sigma.flatten()[:4].tolist()} ... of shape {tuple(sigma.shape)}"
         )
-    return sigma.reshape(-1, *[1] * (y.ndim - 1))
+        raise InputError(
+            f"calibration: expected a {'positive ' if positive else ''}noise level, one a measurement ({len(y)}) or one an entry "
+            f"{tuple(y.shape)}, got {got}"
+        )
+    return sigma if by_entry else sigma.reshape(-1, *[1] * (y.ndim - 1))

@@ -41,7 +41,7 @@ class Scores:
     """Scores averaged over the entries of each measurement; row 0 is the truth in its own place.
 
     ``crps``, ``energy``: (S+1, N). ``inside``: (K, S+1, N), one for each interval. ``error``: mean squared
-    error of the sample mean, (N,). ``variance``: unbiased sample variance, (N,).
+    error of the sample mean, (N,). ``variance``: unbiased sample variance, (N,). All on the CPU: they are few, and asked one by one.
     """
 
     crps: Tensor
@@ -84,7 +84,7 @@ def score(
                 rest.var(1).mean(),
             )
         )
-    crps, energy, inside, error, variance = (torch.stack(p, -1) for p in zip(*parts, strict=True))
+    crps, energy, inside, error, variance = (torch.stack(p, -1).cpu() for p in zip(*parts, strict=True))
     return Scores(crps, energy, inside, error, variance)
 
 
@@ -173,6 +173,7 @@ def rank_test(
     Returns:
         ``edges``, ``frequencies`` (averaged over summaries), ``p``.
     """
+    values = values.cpu()
     candidates, items, _ = values.shape
     low = (values[:, None] > values[None]).sum(1)
     high = (values[:, None] >= values[None]).sum(1)
@@ -218,7 +219,7 @@ def power(
     """
     if signal.shape[0] < 4:
         return None
-    moments: dict[float, list[tuple[float, float]]] = {f: [] for f in (1.0, *factors)}
+    moments: dict[float, list[Tensor]] = {f: [] for f in (1.0, *factors)}
     for n in range(signal.shape[1]):
         clean = signal[:, n].flatten(1).T.double()
         added = torch.zeros_like(clean) if noise is None else noise[:, n].flatten(1).T.double()
@@ -230,9 +231,10 @@ def power(
         for f in moments:
             cast = (centre + f * (clean - centre) + added).contiguous()
             t = ((pool.distances(cast) - (cast - values).abs()) / (values.shape[1] - 1)).mean(0)
-            moments[f].append((float(t.mean()), float(t.var(correction=0))))
-    means = {f: sum(m for m, _ in ms) / len(ms) for f, ms in moments.items()}
-    stds = {f: math.sqrt(sum(v for _, v in ms)) / len(ms) for f, ms in moments.items()}
+            moments[f].append(torch.stack([t.mean(), t.var(correction=0)]))
+    sums = {f: torch.stack(ms).sum(0).tolist() for f, ms in moments.items()}
+    means = {f: mean / signal.shape[1] for f, (mean, _) in sums.items()}
+    stds = {f: math.sqrt(variance) / signal.shape[1] for f, (_, variance) in sums.items()}
     return {f"{f:g}": _two_sided(means[f] - means[1.0], stds[f], stds[1.0], level) for f in factors}
 
 

@@ -372,11 +372,11 @@ def check_noise(sigma_y: Any, y: Tensor) -> Tensor:
     if sigma_y is None:
         raise InputError("sigma_y: expected the noise level of the measurements, got None")
     levels = sigma_y if isinstance(sigma_y, Tensor) else torch.from_numpy(np.array(sigma_y))
-    what = f"{levels.flatten()[:4].tolist()}{' ...' if levels.numel() > 4 else ''} of shape {tuple(levels.shape)}"
     fits = levels.shape == y.shape or levels.numel() in (1, len(y))
     if levels.is_complex() or not fits or not bool((torch.isfinite(levels) & (levels >= 0)).all()):
         raise InputError(
-            f"sigma_y: expected real values >= 0, one, one per image ({len(y)}) or one per entry {tuple(y.shape)}, got {what}"
+            f"sigma_y: expected real values >= 0, one, one per image ({len(y)}) or one per entry {tuple(y.shape)}, "
+            f"got {levels.flatten()[:4].tolist()}{' ...' if levels.numel() > 4 else ''} of shape {tuple(levels.shape)}"
         )
     levels = levels.to(y)
     return levels.flatten().expand(len(y)).contiguous() if levels.numel() in (1, len(y)) else levels

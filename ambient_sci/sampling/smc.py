@@ -110,7 +110,9 @@ def resample(weights: Tensor, which: Tensor, draws: int, streams: ChainNoise) ->
         log-weights (draws, images), zero where resampled, and the flat index of the particles kept, sample-major.
     """
     particles, images = weights.shape
-    uniform = [torch.rand((), generator=g, dtype=weights.dtype, device=g.device) for g in streams.generators]
+    uniform = [
+        torch.rand((), generator=g, dtype=weights.dtype, device=streams.device) for g in streams.generators
+    ]
     start = torch.stack(uniform).to(weights.device)
     points = (torch.arange(draws, dtype=weights.dtype, device=weights.device)[:, None] + start) / draws
     cumulative = weights.softmax(0).cumsum(0)

@@ -301,7 +301,8 @@ class Laps:
             operator.mask.expand(len(y), *operator.mask.shape[1:]), design=operator.design
         )
         split = each.split(keep=settings.held_out_keep, generator=generator)
-        kept, seen = split.kept.to(device), (y * split.kept.mask).to(device)
+        seen = (y * split.kept.mask).to(device)
+        kept = split.kept.to(device)  # moves it in place, so last
         samples = self.drawn(prior, kept, seen, sigma, settings.held_out_draws, generator).samples.cpu()
         if len(samples) == 1:  # an estimate stands for all draws; only their noise differs
             samples = samples.expand(settings.held_out_draws, *samples.shape[1:])
