@@ -26,12 +26,12 @@ import torch
 from ambient_sci.data.files import IMAGE_FORMAT, MEASUREMENT_FORMAT
 from ambient_sci.data.kspace import PreparedScan, combined_images, prepare
 from ambient_sci.data.layout import check_noise_std
+from ambient_sci.data.noise_estimation import estimate_noise
 from ambient_sci.data.raw import RawScan, read_bart, read_cfl, read_fastmri, read_ismrmrd
 from ambient_sci.data.sources import ImageSource, open_source
 from ambient_sci.data.writing import ImageWriter, MeasurementWriter
 from ambient_sci.errors import IdentifiabilityError, InputError
 from ambient_sci.operators import MaskDesign, estimate_design
-from ambient_sci.operators.noise_estimation import estimate_noise
 from ambient_sci.progress import track
 from ambient_sci.whole_files import check_output
 

@@ -23,10 +23,7 @@ import numpy as np
 import torch
 
 from ambient_sci.data.images import percentile_scale
-from ambient_sci.data.raw import RawScan, centred_fft, crop_centre
-from ambient_sci.errors import InputError
-from ambient_sci.operators import normalise_maps
-from ambient_sci.operators.noise_estimation import (
+from ambient_sci.data.noise_estimation import (
     WHITENED_SIGMA,
     estimate_kspace_noise,
     kspace_corners,
@@ -34,6 +31,9 @@ from ambient_sci.operators.noise_estimation import (
     whiten,
     whitening_matrix,
 )
+from ambient_sci.data.raw import RawScan, centred_fft, crop_centre
+from ambient_sci.errors import InputError
+from ambient_sci.operators import normalise_maps
 from ambient_sci.progress import track
 
 #: ESPIRiT's calibration region: at most this many central samples a side are used, and at least so many are

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 
+from ambient_sci._version import __version__
 from ambient_sci.errors import InputError
 from ambient_sci.operators import RowMaskedOperator
 from ambient_sci.priors import Prior
@@ -78,7 +79,7 @@ def fit(
     staged = settings is not None and not joint
     if staged:  # made before anything runs, so that what it refuses is refused now
         reasons["consistency"] = ConsistencyStage(first, first.module, config).reason
-    description = describe(reasons, source.fingerprint(), first)
+    description = describe_run(reasons, source.fingerprint(), first)
     if folder and accelerator.is_main_process:
         folder.reopen(config, description) if resume else folder.create(config, description)
     accelerator.wait_for_everyone()
@@ -108,10 +109,8 @@ def fit_em(
     return fit(measurements, config if config.em else replace(config, em=EMConfig()), out, **options)
 
 
-def describe(reasons: dict[str, str], fingerprint: dict[str, Any], stage: AmbientStage) -> dict[str, Any]:
+def describe_run(reasons: dict[str, str], fingerprint: dict[str, Any], stage: AmbientStage) -> dict[str, Any]:
     """What ``run.json`` says: data, the stages that run and why."""
-    from ambient_sci import __version__
-
     network: Any = stage.module
     return {
         "ambient_sci": __version__,
