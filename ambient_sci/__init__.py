@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ambient_sci._version import __version__
 
 _ROOMS = (
     "errors",
@@ -18,6 +18,7 @@ _ROOMS = (
     "priors",
     "losses",
     "data",
+    "baselines",
     "sampling",
     "training",
     "evaluation",
@@ -37,6 +38,7 @@ __all__ = [
     "Reconstruction",
     "TrainConfig",
     "__version__",
+    "baselines",
     "data",
     "errors",
     "evaluation",
@@ -55,6 +57,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from ambient_sci import (
+        baselines,
         data,
         errors,
         evaluation,

@@ -168,8 +168,8 @@ def shipped(device: str) -> Any:
 
 def train(out: Path, settings: Settings, seed: int, resume: bool, overwrite: bool, device: str) -> Any:
     """Step 2: the prior, from out/train.h5 and nothing else."""
+    from ambient_sci.precision import native_bfloat16
     from ambient_sci.priors import NetworkConfig
-    from ambient_sci.sampling.precision import native_bfloat16
     from ambient_sci.training import LevelConfig, TrainConfig, fit, make_accelerator
 
     config = TrainConfig(
@@ -211,15 +211,36 @@ def reconstruct_and_compare(
     out: Path, prior: Any, estimates: dict[str, Any], settings: Settings, seed: int, device: str
 ) -> dict[str, Any]:
     """Steps 3 and 4: posterior samples of out/test.h5, scores, figure."""
+    from ambient_sci.data import ReferenceFile
+    from ambient_sci.evaluation import format_table, reconstruction_table, std_over_error
+    from ambient_sci.sampling import Reconstruction
+
+    sampling, subjects = sample(out, prior, settings, seed)
+    result = Reconstruction.load(out / "reconstruction.h5")
+    with ReferenceFile(out / "test_clean.h5") as clean:
+        truth = clean.images()
+    figure(out / "figure.png", result, truth, estimates, subjects)
+    table = reconstruction_table(
+        {**estimates, "ours (posterior mean)": result.mean}, truth, subjects, peaks=1.0
+    )
+    spread = std_over_error(result, truth, subjects)
+    each = ", ".join(f"{person} {ratio:.2f}" for person, ratio in spread["people"].items())
+    text = (
+        f"{format_table(table)}\nours: standard deviation / error = {spread['mean']:.2f} over people ({each}; "
+        f"all slices pooled {spread['pooled']:.2f}); 1 means error bars as large as the errors"
+    )
+    return {"table": table, "std_over_error": spread, "sampling": sampling, "text": text}
+
+
+def sample(out: Path, prior: Any, settings: Settings, seed: int) -> tuple[dict[str, Any], list[str]]:
+    """Posterior samples of out/test.h5 as out/reconstruction.h5: the report, and who the images are of."""
     import torch
 
-    from ambient_sci.data import MeasurementFile, ReferenceFile
-    from ambient_sci.evaluation import format_table, reconstruction_figure, reconstruction_table
-    from ambient_sci.sampling import Reconstruction, reconstruct_to_file
+    from ambient_sci.data import MeasurementFile
+    from ambient_sci.sampling import reconstruct_to_file
 
-    where = next(prior.parameters()).device
     with MeasurementFile(out / "test.h5") as scans:
-        sampling = reconstruct_to_file(
+        report = reconstruct_to_file(
             prior,
             scans,
             out / "reconstruction.h5",
@@ -231,52 +252,26 @@ def reconstruct_and_compare(
             generator=torch.Generator().manual_seed(seed),
             overwrite=True,
             progress=True,
-            device=where,
+            device=next(prior.parameters()).device,
         )
-        subjects = list(scans.subjects)
-    result = Reconstruction.load(out / "reconstruction.h5")
-    with ReferenceFile(out / "test_clean.h5") as clean:
-        truth = clean.images()
-    estimates = {**estimates, "ours (posterior mean)": result.mean}
-    table = reconstruction_table(estimates, truth, subjects, peaks=1.0)
-    spread = std_over_error(result, truth, subjects)
+        return report, list(scans.subjects)
+
+
+def figure(path: Path, result: Any, truth: Any, estimates: dict[str, Any], subjects: list[str]) -> None:
+    """The middle slice of each person: truth, baselines, posterior mean and standard deviation."""
+    from ambient_sci.evaluation import reconstruction_figure
+
     rows = [subjects.index(s) + (subjects.count(s) // 2) for s in dict.fromkeys(subjects)]
 
     def upright(x: Any) -> Any:
         return x[rows].rot90(1, (-2, -1))
 
-    shown = {k: upright(v) for k, v in estimates.items() if k != "ours (posterior mean)"}
     reconstruction_figure(
-        out / "figure.png",
+        path,
         upright(truth),
-        shown,
+        {name: upright(images) for name, images in estimates.items()},
         mean=upright(result.mean),
         std=upright(result.std),
         labels=[subjects[r] for r in rows],
         peak=1.0,
     )
-    each = ", ".join(f"{person} {ratio:.2f}" for person, ratio in spread["people"].items())
-    text = (
-        f"{format_table(table)}\nours: standard deviation / error = {spread['mean']:.2f} over people ({each}; "
-        f"all slices pooled {spread['pooled']:.2f}); 1 means error bars as large as the errors"
-    )
-    return {"table": table, "std_over_error": spread, "sampling": sampling, "text": text}
-
-
-def std_over_error(result: Any, truth: Any, subjects: list[str]) -> dict[str, Any]:
-    """Root mean square of the posterior standard deviation over that of the error: of each person, over people, all slices pooled.
-
-    The mean of S samples errs by the posterior's variance times (1 + 1/S), so that is what the spread is compared with.
-    """
-    variance = result.std.square() * (1 + 1 / len(result.samples))
-    error = (result.mean - truth).square()
-
-    def ratio(rows: list[int]) -> float:
-        return float((variance[rows].mean() / error[rows].mean()).sqrt())
-
-    people = {p: ratio([i for i, s in enumerate(subjects) if s == p]) for p in dict.fromkeys(subjects)}
-    return {
-        "mean": sum(people.values()) / len(people),
-        "people": people,
-        "pooled": ratio(list(range(len(subjects)))),
-    }

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from ambient_sci.data import brains
-from ambient_sci.errors import InputError
-from ambient_sci.operators.noise_estimation import (
+from ambient_sci.data.noise_estimation import (
     WHITENED_SIGMA,
     estimate_kspace_noise,
     estimate_noise,
@@ -19,6 +18,7 @@ from ambient_sci.operators.noise_estimation import (
     whiten,
     whitening_matrix,
 )
+from ambient_sci.errors import InputError
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -28,6 +28,7 @@ from ambient_sci.data.files import IMAGE_FORMAT, MEASUREMENT_FORMAT
 from ambient_sci.data.hdf5_file import format_of
 from ambient_sci.data.kspace import PreparedScan, combined_images, crop_slices, prepare
 from ambient_sci.data.layout import check_noise_std, to_numpy
+from ambient_sci.data.noise_estimation import estimate_noise
 from ambient_sci.data.raw import RawScan
 from ambient_sci.data.readers.arrays import image_arrays, load_npy, read_npz_scan
 from ambient_sci.data.readers.bart import read_bart, read_cfl
@@ -41,7 +42,6 @@ from ambient_sci.data.whiteness import THRESHOLD, noise_correlation
 from ambient_sci.data.writing import ImageWriter, MeasurementWriter
 from ambient_sci.errors import IdentifiabilityError, InputError
 from ambient_sci.operators import MaskDesign, estimate_design
-from ambient_sci.operators.noise_estimation import estimate_noise
 from ambient_sci.progress import track
 from ambient_sci.whole_files import check_output
 

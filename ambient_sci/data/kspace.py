@@ -24,11 +24,7 @@ import torch
 
 from ambient_sci.data.geometry import resampling, translation
 from ambient_sci.data.images import percentile_scale
-from ambient_sci.data.raw import RawScan, centred_fft, crop_centre
-from ambient_sci.data.readers.guard import say
-from ambient_sci.errors import InputError
-from ambient_sci.operators import normalise_maps
-from ambient_sci.operators.noise_estimation import (
+from ambient_sci.data.noise_estimation import (
     WHITENED_SIGMA,
     estimate_kspace_noise,
     kspace_corners,
@@ -36,6 +32,10 @@ from ambient_sci.operators.noise_estimation import (
     whiten,
     whitening_matrix,
 )
+from ambient_sci.data.raw import RawScan, centred_fft, crop_centre
+from ambient_sci.data.readers.guard import say
+from ambient_sci.errors import InputError
+from ambient_sci.operators import normalise_maps
 from ambient_sci.progress import track
 
 #: ESPIRiT's calibration region: at most this many central samples a side are used, and at least so many are

@@ -154,29 +154,21 @@ def simulate(
     Raises: InputError for bad images, options that contradict one another, or outputs that exist; nothing is
     written.
     """
+    out, reference = _check_outputs(out, reference, overwrite)
     if operator not in OPERATORS:
         raise InputError(f"operator: expected one of {', '.join(OPERATORS)}, got {operator!r}")
-    out, reference = check_output(out, overwrite), check_output(reference, overwrite)
-    if out.resolve() == reference.resolve():
-        raise InputError(f"{out}: measurements and references need two files, got one name for both")
     if not isinstance(images, ImageSource):
         images = open_source(images, size=size, plane=plane, min_foreground=min_foreground)
     complex_images, phase = _plan_phase(images, operator, phase)
-    channels = 2 if complex_images else images.image_shape[0]
-    shape = (channels, *images.image_shape[1:])
+    shape = (2 if complex_images else images.image_shape[0], *images.image_shape[1:])
     plan = plan_design(operator, shape, design=design, acceleration=acceleration, keep=keep, acs=acs, box=box)
-    if coils < 1 or (operator != "mri" and (coils != 1 or vary_coils)) or (vary_coils and coils == 1):
-        raise InputError(
-            f"coils: expected 1 or more for mri (more than 1 to vary them), 1 otherwise; got {coils}"
-        )
-    if shared_mask and plan is None:
-        raise InputError("shared mask: everything is measured, there is no mask to share")
+    _check_options(operator, coils, vary_coils, shared_mask, plan)
     levels = check_noise_std(noise_std, len(images))
+    drawn = _Draws(operator, shape, plan, coils, vary_coils, shared_mask, phase, complex_images, seed)
     history = (
         f"simulate {operator} from {images.origin}: noise_std {_range(levels)}, phase {phase}, "
         f"design {plan.name if plan else None}, coils {coils}{' varying' if vary_coils else ''}, seed {seed}"
     )
-    drawn = _Draws(operator, shape, plan, coils, vary_coils, shared_mask, phase, complex_images, seed)
     common = {"history": history, "geometry": images.geometry, "overwrite": overwrite}
     with (
         MeasurementWriter(
@@ -184,15 +176,41 @@ def simulate(
         ) as file,
         ImageWriter(reference, **common) as truth,
     ):
-        starts = range(0, len(images), BLOCK)
-        for start in track(starts, f"simulating {len(images)} measurements"):
-            rows = np.arange(start, min(start + BLOCK, len(images)))
-            x, y, own = drawn.block(images.images(rows), levels[rows])
-            subjects, scale = [images.subjects[r] for r in rows], images.scale_of(rows)
-            truth.append(as_complex(x) if complex_images else x, subjects=subjects, scale=scale)
-            stored = as_complex(y) if complex_images else y
-            file.append(stored, noise_std=levels[rows], subjects=subjects, scale=scale, **own)
+        _fill(file, truth, images, drawn, levels)
     return out
+
+
+def _fill(
+    file: MeasurementWriter, truth: ImageWriter, images: ImageSource, drawn: _Draws, levels: np.ndarray
+) -> None:
+    """Simulate block after block."""
+    starts = range(0, len(images), BLOCK)
+    for start in track(starts, f"simulating {len(images)} measurements"):
+        rows = np.arange(start, min(start + BLOCK, len(images)))
+        x, y, own = drawn.block(images.images(rows), levels[rows])
+        if drawn.complex_images:
+            x, y = as_complex(x), as_complex(y)
+        subjects, scale = [images.subjects[r] for r in rows], images.scale_of(rows)
+        truth.append(x, subjects=subjects, scale=scale)
+        file.append(y, noise_std=levels[rows], subjects=subjects, scale=scale, **own)
+
+
+def _check_outputs(out: Any, reference: Any, overwrite: bool) -> tuple[Path, Path]:
+    out, reference = check_output(out, overwrite), check_output(reference, overwrite)
+    if out.resolve() == reference.resolve():
+        raise InputError(f"{out}: measurements and references need two files, got one name for both")
+    return out, reference
+
+
+def _check_options(
+    operator: str, coils: int, vary_coils: bool, shared_mask: bool, plan: MaskDesign | None
+) -> None:
+    if shared_mask and plan is None:
+        raise InputError("shared mask: everything is measured, there is no mask to share")
+    if coils < 1 or (operator != "mri" and (coils != 1 or vary_coils)) or (vary_coils and coils == 1):
+        raise InputError(
+            f"coils: expected 1 or more for mri (more than 1 to vary them), 1 otherwise; got {coils}"
+        )
 
 
 def _plan_phase(images: ImageSource, operator: str, phase: str | None) -> tuple[bool, str]:

@@ -20,6 +20,7 @@ _HOMES = {
     "sweep": "sweeps",
     "with_truth": "calibration",
     "held_out_rows": "calibration",
+    "std_over_error": "calibration",
     "hold_out": "calibration",
     "chi_squared": "chi_squared",
     "sliced_wasserstein": "distances",

@@ -155,6 +155,33 @@ def hold_out(
     return held_out_rows(samples, split.held_out, y, sigma_y, generator=generator, **options)
 
 
+def std_over_error(result: Any, truth: Tensor, subjects: Sequence[str]) -> dict[str, Any]:
+    """Root mean square of the posterior standard deviation over that of the error, for tables that average over people.
+
+    The mean of S samples errs by the posterior's variance times (1 + 1/S), so that is what the spread is compared with.
+
+    Args:
+        result: a `Reconstruction` of N images, 2 or more samples.
+        truth: (N, C, H, W).
+        subjects: who each image is of.
+
+    Returns:
+        JSON-able: ``mean`` over people, the ratio of each of ``people``, all images ``pooled``.
+    """
+    variance = result.std.square() * (1 + 1 / len(result.samples))
+    error = (result.mean - truth).square()
+
+    def ratio(rows: list[int]) -> float:
+        return float((variance[rows].mean() / error[rows].mean()).sqrt())
+
+    people = {p: ratio([i for i, s in enumerate(subjects) if s == p]) for p in dict.fromkeys(subjects)}
+    return {
+        "mean": sum(people.values()) / len(people),
+        "people": people,
+        "pooled": ratio(list(range(len(subjects)))),
+    }
+
+
 # -- parts -------------------------------------------------------------------------------------------------
 
 

@@ -26,9 +26,11 @@ from ambient_sci.evaluation.distances import distribution_distances
 from ambient_sci.evaluation.metrics import format_table, reconstruction_table
 from ambient_sci.priors import Prior
 from ambient_sci.sampling import POINT_ESTIMATES, Reconstruction, reconstruct
-from ambient_sci.whole_files import write_json
+from ambient_sci.whole_files import check_output, write_json
 
 ROWS_SHOWN = 4
+#: What may be written; the report first.
+OUTPUTS = ("report.json", "figure.png", "calibration.png")
 FOUND_BY_DEFAULT = ("sampler", "steps", "sigma_min", "sigma_max")
 
 Figure = tuple[str, Callable[[Path], Path]]
@@ -73,40 +75,66 @@ def evaluate(
     if reference is None and calibration is None:
         raise InputError("evaluate: expected a reference or a measurement file to compare with, got neither")
     folder = Path(out)
-    names = ("report.json", "figure.png", "calibration.png")
-    existing = [n for n in names if (folder / n).exists()]
-    if existing and not overwrite:
-        raise InputError(f"{folder / existing[0]}: output exists; give --overwrite to replace it")
-
+    for name in OUTPUTS:
+        check_output(folder / name, overwrite)
     generator = torch.Generator().manual_seed(seed)
-    report: dict[str, Any] = {}
-    drawn: list[Figure] = []
     if isinstance(result, Reconstruction) or not _is_image_file(result):
         found = result if isinstance(result, Reconstruction) else Reconstruction.load(Path(result))
-        panels: dict[str, Any] = {}
-        if reference is not None:
-            _against_truth(report, drawn, panels, found, reference, peak, generator)
-        if calibration is not None:
-            _against_scans(report, panels, found, calibration, prior, held_out_images, keep, generator)
-        if panels:
-            drawn.append(("calibration.png", lambda path: figures.calibration_figure(path, panels)))
-    elif reference is None:
-        raise InputError(f"{result}: expected a reference file to compare generated images with, got none")
-    elif calibration is not None or peak is not None:
-        extra = "a measurement file" if calibration is not None else "a peak"
-        raise InputError(f"{result}: generated images are compared with a reference only, got {extra}, too")
+        report, drawn = _of_result(
+            found, reference, calibration, prior, peak, held_out_images, keep, generator
+        )
     else:
-        report["distances"] = _between_files(result, reference, generator)
+        report, drawn = _of_images(result, reference, calibration, peak, generator), []
     report["text"] = _text(report)
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in drawn:
         draw(folder / name)
     report["figures"] = [str(folder / name) for name, _ in drawn]
-    for stale in set(names[1:]) - {name for name, _ in drawn}:  # of an earlier evaluation of something else
+    # Figures of an earlier evaluation of something else would contradict the report.
+    for stale in set(OUTPUTS[1:]) - {name for name, _ in drawn}:
         (folder / stale).unlink(missing_ok=True)
-    write_json(folder / "report.json", report)
+    write_json(folder / OUTPUTS[0], report)
     return report
+
+
+def _of_result(
+    result: Reconstruction,
+    reference: str | os.PathLike[str] | None,
+    calibration: str | os.PathLike[str] | None,
+    prior: Prior | None,
+    peak: float | None,
+    held_out_images: int,
+    keep: float,
+    generator: torch.Generator,
+) -> tuple[dict[str, Any], list[Figure]]:
+    """Report and figures of a reconstruction."""
+    report: dict[str, Any] = {}
+    drawn: list[Figure] = []
+    panels: dict[str, Any] = {}
+    if reference is not None:
+        _against_truth(report, drawn, panels, result, reference, peak, generator)
+    if calibration is not None:
+        _against_scans(report, panels, result, calibration, prior, held_out_images, keep, generator)
+    if panels:
+        drawn.append(("calibration.png", lambda path: figures.calibration_figure(path, panels)))
+    return report, drawn
+
+
+def _of_images(
+    images: str | os.PathLike[str],
+    reference: str | os.PathLike[str] | None,
+    calibration: str | os.PathLike[str] | None,
+    peak: float | None,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """Report of generated images."""
+    if reference is None:
+        raise InputError(f"{images}: expected a reference file to compare generated images with, got none")
+    if calibration is not None or peak is not None:
+        extra = "a measurement file" if calibration is not None else "a peak"
+        raise InputError(f"{images}: generated images are compared with a reference only, got {extra}, too")
+    return {"distances": _between_files(images, reference, generator)}
 
 
 def _against_truth(
@@ -127,35 +155,40 @@ def _against_truth(
         )
     report["scores"] = reconstruction_table({"posterior mean": result.mean}, truth, subjects, peak)
     people = report["scores"]["people"]
+    drawn.append(_images_figure(result, truth, subjects, report["scores"], turns))
+    if len(result.samples) > 1 and result.samples.shape[1:] == truth.shape:
+        by_people = subjects if len(people) > 1 else None
+        report["with_truth"] = with_truth(result.samples, truth, subjects=by_people, generator=generator)
+        panels["against the truth"] = report["with_truth"]
+
+
+def _images_figure(
+    result: Reconstruction, truth: Tensor, subjects: list[str], scores: dict[str, Any], turns: int
+) -> Figure:
+    """A few slices: truth, mean, error and, of several samples, standard deviation."""
     # The middle slice of each person, then evenly spaced ones, until there are enough rows.
-    rows = [[i for i, s in enumerate(subjects) if s == p] for p in people]
+    rows = [[i for i, s in enumerate(subjects) if s == p] for p in scores["people"]]
     shown = sorted({r[len(r) // 2] for r in rows[:ROWS_SHOWN]})
     spread = torch.linspace(0, len(truth) - 1, ROWS_SHOWN).round().int().tolist()
     shown = sorted({*shown, *[i for i in spread if i not in shown][: ROWS_SHOWN - len(shown)]})
-    scale = torch.tensor([report["scores"]["peak"][subjects[i]] for i in shown])
+    scale = torch.tensor([scores["peak"][subjects[i]] for i in shown])
     several = len(result.samples) > 1
 
     def upright(x: Tensor) -> Tensor:
         return x[shown].rot90(turns, (-2, -1))
 
-    drawn.append(
-        (
-            "figure.png",
-            lambda path: figures.reconstruction_figure(
-                path,
-                upright(truth),
-                {},
-                mean=upright(result.mean),
-                std=upright(result.std) if several else None,
-                labels=[subjects[i] for i in shown],
-                peak=scale,
-            ),
+    def draw(path: Path) -> Path:
+        return figures.reconstruction_figure(
+            path,
+            upright(truth),
+            {},
+            mean=upright(result.mean),
+            std=upright(result.std) if several else None,
+            labels=[subjects[i] for i in shown],
+            peak=scale,
         )
-    )
-    if several and result.samples.shape[1:] == truth.shape:
-        by_people = subjects if len(people) > 1 else None
-        report["with_truth"] = with_truth(result.samples, truth, subjects=by_people, generator=generator)
-        panels["against the truth"] = report["with_truth"]
+
+    return "figure.png", draw
 
 
 def _against_scans(
@@ -186,6 +219,18 @@ def _against_scans(
         operator, y, sigma = file.operator(chosen), file.measurements(chosen), file.sigma(chosen)
     if prior is None or len(result.samples) < 2:
         return
+    subjects = [result.subjects[i] for i in chosen] if len(set(result.subjects)) > 1 else None
+    sample = _as_before(result, prior, sigma, generator)
+    report["held_out_rows"] = hold_out(
+        sample, operator, y, sigma, keep=keep, subjects=subjects, generator=generator
+    )
+    panels["held-out rows"] = report["held_out_rows"]
+
+
+def _as_before(
+    result: Reconstruction, prior: Prior, sigma: Tensor, generator: torch.Generator
+) -> Callable[[Any, Tensor], Tensor]:
+    """(operator, measurements) -> samples, with the settings that made ``result``."""
     settings = {k: result.report[k] for k in FOUND_BY_DEFAULT if k in result.report}
     settings |= result.report.get("options", {})
     where = next((tensor.device for tensor in prior.state_dict().values()), torch.device("cpu"))
@@ -202,11 +247,7 @@ def _against_scans(
             **settings,
         ).samples.cpu()
 
-    subjects = [result.subjects[i] for i in chosen] if len(set(result.subjects)) > 1 else None
-    report["held_out_rows"] = hold_out(
-        sample, operator, y, sigma, keep=keep, subjects=subjects, generator=generator
-    )
-    panels["held-out rows"] = report["held_out_rows"]
+    return sample
 
 
 def _between_files(

@@ -28,9 +28,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ambient_sci.noise import draw_noise
+from ambient_sci.precision import Precision
 from ambient_sci.priors.base import require_unconditional
 from ambient_sci.sampling.conditioning import Likelihood, prior_spread
-from ambient_sci.sampling.precision import Precision
 from ambient_sci.sampling.problem import Problem
 
 

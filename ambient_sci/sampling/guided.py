@@ -14,10 +14,10 @@ from torch import Tensor
 from ambient_sci.errors import InputError
 from ambient_sci.losses import denoise_measurement
 from ambient_sci.operators.base import RowMaskedOperator
+from ambient_sci.precision import Precision, precision_context
 from ambient_sci.priors.base import Prior, require_mask_conditional
 from ambient_sci.sampling.conditioning import measured
 from ambient_sci.sampling.posterior import DPS, MMPS, PiGDM
-from ambient_sci.sampling.precision import Precision, precision_context
 from ambient_sci.sampling.problem import Problem
 from ambient_sci.sampling.unconditional import SAMPLERS, Denoise
 

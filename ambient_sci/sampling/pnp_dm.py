@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ambient_sci.errors import InputError
 from ambient_sci.noise import ancestral_step, draw_noise
+from ambient_sci.precision import Precision
 from ambient_sci.priors.base import require_unconditional
 from ambient_sci.sampling.conditioning import Likelihood, prior_spread
-from ambient_sci.sampling.precision import Precision
 from ambient_sci.sampling.problem import Problem
 
 

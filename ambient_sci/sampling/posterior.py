@@ -31,9 +31,9 @@ from deepinv.physics import LinearPhysics
 from torch import Tensor
 
 from ambient_sci.noise import Randomness, draw_noise, expand
+from ambient_sci.precision import Precision, precision_context
 from ambient_sci.priors.base import Prior, require_unconditional
 from ambient_sci.sampling.conditioning import Likelihood, SolverReport, measured, prior_spread, row_scale
-from ambient_sci.sampling.precision import Precision, precision_context
 from ambient_sci.sampling.solvers import gaussian_draw, minimal_residual
 
 

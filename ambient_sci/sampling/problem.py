@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ambient_sci.noise import ChainNoise, draw_noise
 from ambient_sci.operators.base import RowMaskedOperator
+from ambient_sci.precision import Precision, precision_context
 from ambient_sci.priors.base import Prior
-from ambient_sci.sampling.precision import Precision, precision_context
 
 
 class RepeatedPhysics(LinearPhysics):

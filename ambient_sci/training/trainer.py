@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 
+from ambient_sci._version import __version__
 from ambient_sci.errors import InputError
 from ambient_sci.operators import RowMaskedOperator
 from ambient_sci.priors import Prior
@@ -98,7 +99,7 @@ def fit(
     fingerprint = source.fingerprint()
     if initial is not None:
         fingerprint["initial"] = digest_of(initial.saved_tensors())
-    description = describe(reasons, fingerprint, first)
+    description = describe_run(reasons, fingerprint, first)
     if folder and accelerator.is_main_process:
         folder.reopen(config, description) if resume else folder.create(config, description)
     Processes(accelerator).wait()
@@ -129,10 +130,8 @@ def fit_em(
     return fit(measurements, config if config.em else replace(config, em=EMConfig()), out, **options)
 
 
-def describe(reasons: dict[str, str], fingerprint: dict[str, Any], stage: AmbientStage) -> dict[str, Any]:
+def describe_run(reasons: dict[str, str], fingerprint: dict[str, Any], stage: AmbientStage) -> dict[str, Any]:
     """What ``run.json`` says: data, the stages that run and why."""
-    from ambient_sci import __version__
-
     network: Any = stage.module
     return {
         "ambient_sci": __version__,

@@ -16,9 +16,15 @@ import torch
 
 from ambient_sci.data import MeasurementFile
 from ambient_sci.errors import InputError
-from ambient_sci.evaluation import hold_out, reconstruction_table, sweep, with_truth, zero_filled
+from ambient_sci.evaluation import (
+    hold_out,
+    reconstruction_table,
+    std_over_error,
+    sweep,
+    with_truth,
+    zero_filled,
+)
 from ambient_sci.priors import Prior
-from ambient_sci.quickstart import std_over_error
 from ambient_sci.sampling import Reconstruction, reconstruct, reconstruct_to_file
 from recipes.grid import Cell
 from recipes.mri.priors import KINDS, accelerations

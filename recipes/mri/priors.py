@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ambient_sci.data import MeasurementFile
 from ambient_sci.errors import InputError
+from ambient_sci.precision import native_bfloat16
 from ambient_sci.priors import Prior, load_prior
-from ambient_sci.sampling.precision import native_bfloat16
 from ambient_sci.training import (
     AmbientStage,
     EMConfig,
