@@ -112,6 +112,8 @@ def _sorted_into_series(
     for path in paths:
         try:
             check_regular(path)
+            if not is_dicom(path):
+                raise InputError(f"{path}: not a readable DICOM file (no DICM after a preamble of 128 bytes)")
             with reading(path, "DICOM file"):
                 header = pydicom.dcmread(path, stop_before_pixels=True)
                 image = "Rows" in header and "Columns" in header
