@@ -68,7 +68,16 @@ DICOM_REFUSED = {
     "test-SR.dcm": r"\(SR\)",
     "waveform_ecg.dcm": r"\(ECG\)",
     **dict.fromkeys(
-        ("README.txt", "crayons.icc", "rtplan.dump", "rtstruct.dump", "test1.json", "test_PN.json", "zipMR.gz"), NOT_READ
+        (
+            "README.txt",
+            "crayons.icc",
+            "rtplan.dump",
+            "rtstruct.dump",
+            "test1.json",
+            "test_PN.json",
+            "zipMR.gz",
+        ),
+        NOT_READ,
     ),
 }
 #: Files whose decoder is an extra (JPEG, JPEG-LS, JPEG 2000).
@@ -130,7 +139,9 @@ def test_files_of_pydicom(tmp_path: Path) -> None:
         else:
             readable = True
         if path.name in DICOM_REFUSED or not readable:
-            reason = DICOM_REFUSED.get(path.name, "decode" if any(d in path.name for d in DECODERS) else "nothing else")
+            reason = DICOM_REFUSED.get(
+                path.name, "decode" if any(d in path.name for d in DECODERS) else "nothing else"
+            )
             with pytest.raises(InputError, match=reason) as refused:
                 imported(path, folder)
             assert path.name in str(refused.value) and "\n" not in str(refused.value)
@@ -178,7 +189,9 @@ def check_volume(path: Path, file: MeasurementFile) -> None:
         for _ in range(5):
             voxel = np.array([int(g.integers(n)) for n in volume.shape])
             place = (image.affine @ [*voxel, 1])[:3]
-            assert at(file, number, place) == pytest.approx(float(volume[tuple(voxel)]), abs=1e-5 * float(np.abs(volume).max()))
+            assert at(file, number, place) == pytest.approx(
+                float(volume[tuple(voxel)]), abs=1e-5 * float(np.abs(volume).max())
+            )
 
 
 @pytest.mark.filterwarnings("ignore")

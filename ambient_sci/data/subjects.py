@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePath
 
+
 def stem(name: str) -> str:
     """A file's name without its suffix, ``.nii.gz`` being one."""
     last = PurePath(name).name
