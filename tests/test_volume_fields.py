@@ -48,11 +48,19 @@ def value(k: int, row: int, column: int) -> float:
     return 0.5 * PIXELS[k, row, column] + 1
 
 
-def check_places(file: MeasurementFile, positions: Any, row: Any = (1, 0, 0), column: Any = (0, 1, 0), spacing: Any = (2, 3)) -> None:
+def check_places(
+    file: MeasurementFile,
+    positions: Any,
+    row: Any = (1, 0, 0),
+    column: Any = (0, 1, 0),
+    spacing: Any = (2, 3),
+) -> None:
     """Every corner of every slice at its millimetre."""
     for k, position in enumerate(positions):
         for r, c in ((0, 0), (0, COLUMNS - 1), (ROWS - 1, 0), (2, 3)):
-            lps = np.array(position, float) + np.array(row) * spacing[1] * c + np.array(column) * spacing[0] * r
+            lps = (
+                np.array(position, float) + np.array(row) * spacing[1] * c + np.array(column) * spacing[0] * r
+            )
             assert at(file, 0, lps * [-1, -1, 1]) == pytest.approx(value(k, r, c), rel=1e-5)
 
 
@@ -106,7 +114,9 @@ def spatial(**tags: Any) -> Callable[[Path], Path]:
 
 def grey(expected: np.ndarray) -> Callable[[MeasurementFile], bool]:
     """The stored volume, back in rows and columns, holds these values."""
-    return lambda file: np.allclose(originals(file)[:, 0, ::-1, ::-1].swapaxes(1, 2), expected, rtol=1e-5, atol=1e-3)
+    return lambda file: np.allclose(
+        originals(file)[:, 0, ::-1, ::-1].swapaxes(1, 2), expected, rtol=1e-5, atol=1e-3
+    )
 
 
 STORED = PIXELS[:3]
@@ -171,7 +181,12 @@ def test_palettes_and_colours(tmp_path: Path) -> None:
     folder = series(tmp_path / "d", (0.0,))
     header = pydicom.dcmread(folder / "0.dcm")
     table = np.random.default_rng(1).integers(0, 65536, (3, 256)).astype("<u2")
-    header.PhotometricInterpretation, header.BitsAllocated, header.BitsStored, header.HighBit = "PALETTE COLOR", 8, 8, 7
+    header.PhotometricInterpretation, header.BitsAllocated, header.BitsStored, header.HighBit = (
+        "PALETTE COLOR",
+        8,
+        8,
+        7,
+    )
     indices = (PIXELS[0] % 256).astype(np.uint8)
     header.PixelData = indices.tobytes()
     for k, name in enumerate(("Red", "Green", "Blue")):
@@ -179,7 +194,9 @@ def test_palettes_and_colours(tmp_path: Path) -> None:
         setattr(header, f"{name}PaletteColorLookupTableData", table[k].tobytes())
     header.save_as(folder / "0.dcm")
     file = imported(folder)
-    assert file.image_shape == (3, ROWS, COLUMNS) and np.allclose(originals(file)[0], table[:, indices], rtol=1e-5)
+    assert file.image_shape == (3, ROWS, COLUMNS) and np.allclose(
+        originals(file)[0], table[:, indices], rtol=1e-5
+    )
     assert "positions are not kept" in file.history
 
 
@@ -197,7 +214,13 @@ def test_enhanced_multi_frame_files(tmp_path: Path) -> None:
 
     folder = series(tmp_path / "d", (0.0,))
     header = pydicom.dcmread(folder / "0.dcm")
-    for name in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept"):
+    for name in (
+        "ImagePositionPatient",
+        "ImageOrientationPatient",
+        "PixelSpacing",
+        "RescaleSlope",
+        "RescaleIntercept",
+    ):
         delattr(header, name)
     header.NumberOfFrames, header.PixelData = 4, PIXELS.astype("<u2").tobytes()
     shared, frames = Dataset(), []
@@ -215,7 +238,10 @@ def test_enhanced_multi_frame_files(tmp_path: Path) -> None:
         ):
             setattr(frame, name, sequence)
         frames.append(frame)
-    header.SharedFunctionalGroupsSequence, header.PerFrameFunctionalGroupsSequence = Sequence([shared]), Sequence(frames)
+    header.SharedFunctionalGroupsSequence, header.PerFrameFunctionalGroupsSequence = (
+        Sequence([shared]),
+        Sequence(frames),
+    )
     header.save_as(folder / "0.dcm")
     check_places(imported(folder), [(-10, -20, z) for z in heights])
 
@@ -229,12 +255,21 @@ def spoil_cut(folder: Path) -> None:
 
 
 def spoil_report(folder: Path) -> None:
-    save_dicom(folder / "9.dcm", PIXELS[0], 0.0, Rows=None, Columns=None, SeriesInstanceUID="9", Modality="SR")
+    save_dicom(
+        folder / "9.dcm", PIXELS[0], 0.0, Rows=None, Columns=None, SeriesInstanceUID="9", Modality="SR"
+    )
 
 
 def spoil_localizer(folder: Path) -> None:
     for k, o in enumerate(([1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, -1])):
-        save_dicom(folder / f"loc{k}", PIXELS[k], 0.0, ImageOrientationPatient=o, SeriesInstanceUID="7", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+        save_dicom(
+            folder / f"loc{k}",
+            PIXELS[k],
+            0.0,
+            ImageOrientationPatient=o,
+            SeriesInstanceUID="7",
+            ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"],
+        )
 
 
 def spoil_scout(folder: Path) -> None:
@@ -270,7 +305,9 @@ MIXED: dict[str, tuple[Callable[[Path], Any], str, int]] = {
 
 @pytest.mark.parametrize(("spoil", "message", "count"), MIXED.values(), ids=list(MIXED))
 @pytest.mark.filterwarnings("ignore:.*Rician", "ignore:.*missing")
-def test_folders_with_something_else_in_them(tmp_path: Path, spoil: Callable, message: str, count: int) -> None:
+def test_folders_with_something_else_in_them(
+    tmp_path: Path, spoil: Callable, message: str, count: int
+) -> None:
     """What is no slice of the series is left out, and it is said; the slices that are there keep their places."""
     spoil(series(tmp_path / "d", (0.0, 4.0, 8.0)))
     with pytest.warns(UserWarning, match=message):
@@ -308,7 +345,12 @@ AFFINE[:3, :3] = TURN * [2.0, 1.5, 3.0]
 AFFINE[:3, 3] = [4, -9, 30]
 
 
-def save(path: Path, volume: np.ndarray = VOLUME, change: Callable[[Any], None] | None = None, kind: Any = nibabel.Nifti1Image) -> Path:
+def save(
+    path: Path,
+    volume: np.ndarray = VOLUME,
+    change: Callable[[Any], None] | None = None,
+    kind: Any = nibabel.Nifti1Image,
+) -> Path:
     image = kind(volume, AFFINE)
     if change is not None:
         change(image)
@@ -316,7 +358,9 @@ def save(path: Path, volume: np.ndarray = VOLUME, change: Callable[[Any], None] 
     return path
 
 
-def check_nifti(file: MeasurementFile, affine: np.ndarray, values: np.ndarray = VOLUME, volume: int = 0) -> None:
+def check_nifti(
+    file: MeasurementFile, affine: np.ndarray, values: np.ndarray = VOLUME, volume: int = 0
+) -> None:
     for voxel in ((0, 0, 0), (4, 5, 3), (1, 4, 2)):
         place = (affine @ [*voxel, 1])[:3]
         assert at(file, volume, place) == pytest.approx(float(values[voxel]), rel=1e-5)
@@ -338,7 +382,9 @@ NIFTI_USED: dict[str, tuple[Callable[[Any], None], np.ndarray, str]] = {
 
 @pytest.mark.parametrize(("change", "affine", "said"), NIFTI_USED.values(), ids=list(NIFTI_USED))
 @pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
-def test_nifti_fields_that_are_used(tmp_path: Path, change: Callable, affine: np.ndarray, said: str, kind: Any) -> None:
+def test_nifti_fields_that_are_used(
+    tmp_path: Path, change: Callable, affine: np.ndarray, said: str, kind: Any
+) -> None:
     file = imported(save(tmp_path / "x.nii.gz", change=change, kind=kind))
     check_nifti(file, affine)
     assert said in file.history
