@@ -296,8 +296,8 @@ def _remove_padding(
 
 
 def _unpadded(old: int, first: int, last: int, most: int | None) -> int:
-    """The smallest size about the centre that holds lines first to last, at most ``most`` fewer on each side."""
-    for size in range(1, old):
+    """The smallest size about the centre that holds lines first to last, at most ``most`` fewer on each side. Even sizes stay even."""
+    for size in range(2 - old % 2, old, 2):
         start = old // 2 - size // 2
         if start <= first and start + size > last and (most is None or start <= most):
             return size

@@ -25,7 +25,7 @@ from ambient_sci.data.readers.arrays import as_array, channels_first, image_arra
 from ambient_sci.data.readers.dicom import Frames, is_dicom, read_dicom
 from ambient_sci.data.readers.guard import listed, naming, say
 from ambient_sci.data.readers.pictures import PICTURES, PictureSet, hidden, open_pictures
-from ambient_sci.data.readers.volumes import Volume, is_volume, read_volumes
+from ambient_sci.data.readers.volumes import Volume, header_file, is_volume, read_volumes
 from ambient_sci.data.subjects import stem, subjects_of
 from ambient_sci.errors import InputError
 
@@ -102,8 +102,9 @@ def open_source(
     name = path.name.lower()
     if path.is_dir():
         return _from_folder(path, stacks)
-    if is_volume(path):
-        return stacks.source(read_volumes(path, stem(path.name), stem(path.name)))
+    volume = path if is_volume(path) else header_file(path)
+    if volume is not None:
+        return stacks.source(read_volumes(volume, stem(path.name), stem(path.name)))
     if name.endswith((".zip", *PICTURES)):
         return _from_pictures(path, size)
     if name.endswith((".npy", ".npz")):

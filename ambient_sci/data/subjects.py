@@ -6,16 +6,11 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePath
 
-_SUFFIXES = (".nii.gz", ".mgh.gz")
-
 
 def stem(name: str) -> str:
     """A file's name without its suffix, ``.nii.gz`` being one."""
     last = PurePath(name).name
-    for suffix in _SUFFIXES:
-        if last.lower().endswith(suffix):
-            return last[: -len(suffix)]
-    return PurePath(last).stem
+    return PurePath(last[:-3] if last.lower().endswith(".gz") else last).stem
 
 
 def subjects_of(names: Sequence[str]) -> list[str]:

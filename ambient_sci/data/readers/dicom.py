@@ -89,7 +89,9 @@ def read_dicom(source: Path, paths: Sequence[Path]) -> list[Volume | Frames]:
     failed: list[InputError] = []
     for images in series:
         try:
-            found += _read_series(*images)
+            # Values are parsed when they are looked at, so any look at a header may fail.
+            with reading(images[0][0][0], "DICOM series"):
+                found += _read_series(*images)
         except InputError as error:
             failed.append(error)
     if not found:
@@ -112,9 +114,11 @@ def _sorted_into_series(
     for path in paths:
         try:
             check_regular(path)
+            if not is_dicom(path):
+                raise InputError(f"{path}: not a readable DICOM file (no DICM after a preamble of 128 bytes)")
             with reading(path, "DICOM file"):
                 header = pydicom.dcmread(path, stop_before_pixels=True)
-                image = "Rows" in header and "Columns" in header
+                image = int(header.get("Rows") or 0) > 0 and int(header.get("Columns") or 0) > 0
                 uid = str(header.get("SeriesInstanceUID", "") or path.parent)
                 kind = str(header.get("Modality", "") or header.get("SOPClassUID", "") or "no image")
         except InputError as error:

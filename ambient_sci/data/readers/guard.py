@@ -89,7 +89,7 @@ def check_claim(path: Any, shape: Sequence[int], itemsize: int, stored: int, wha
     if claimed > limit:
         size = f"{claimed / (1 << 30):.3g} GB"
         raise InputError(
-            f"{path}: {what} of {size} is above the limit of {limit / (1 << 30):g} GB ({LIMIT_VARIABLE})"
+            f"{path}: {what} of {size} is above the limit of {limit / (1 << 30):.3g} GB ({LIMIT_VARIABLE})"
         )
     if claimed > FREE_BYTES and claimed > RATIO * stored and LIMIT_VARIABLE not in os.environ:
         raise InputError(

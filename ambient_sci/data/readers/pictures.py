@@ -206,7 +206,7 @@ def open_pictures(path: Path) -> PictureSet:
 def hidden(name: str) -> bool:
     """Files that systems leave behind: dot files (macOS ``._x``), __MACOSX, Thumbs.db."""
     parts = Path(name).parts
-    return any(p.startswith(".") or p == "__MACOSX" for p in parts) or parts[-1].lower() in (
+    return any((p.startswith(".") and p != "..") or p == "__MACOSX" for p in parts) or parts[-1].lower() in (
         "thumbs.db",
         "desktop.ini",
     )

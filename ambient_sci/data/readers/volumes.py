@@ -18,6 +18,7 @@ from ambient_sci.data.geometry import check_affine
 from ambient_sci.data.readers.guard import (
     check_claim,
     check_regular,
+    listed,
     naming,
     one_line,
     open_hdf5,
@@ -29,8 +30,6 @@ from ambient_sci.errors import InputError
 VOLUMES = (".nii", ".nii.gz", ".mgz", ".mgh", ".mgh.gz", ".mnc", ".par", ".head", ".img", ".img.gz", ".hdr")
 #: Files that carry the values of a header file beside them.
 _VALUE_FILES = {".par": (".REC", ".rec"), ".head": (".BRIK", ".BRIK.gz"), ".hdr": (".img", ".img.gz", ".IMG")}
-#: Values that are compressed beside or in the file.
-_COMPRESSED = (".gz", ".mgz", ".mnc")
 _TO_MM = {"mm": 1.0, "meter": 1000.0, "micron": 0.001}
 #: NIfTI intent codes whose values are no intensities: vectors, matrices, points, meshes.
 _NO_IMAGE = (1003, 1004, 1005, 1006, 1007, 1008, 1009, 1010, 2001, 2002, 2003, 2004, 2005)
@@ -60,6 +59,14 @@ def is_volume(path: Path) -> bool:
     )
 
 
+def header_file(path: Path) -> Path | None:
+    """The header beside a file of values (.REC, .BRIK, .img); None when there is none, or ``path`` is none."""
+    for header, values in _VALUE_FILES.items():
+        if path.name.lower().endswith(tuple(v.lower() for v in values)):
+            return _beside(path, (header, header.upper()))
+    return None
+
+
 def read_volumes(path: Path, subject: str, name: str) -> Iterator[Volume]:
     """The volumes in a file, one for each entry of a fourth axis.
 
@@ -83,20 +90,24 @@ def read_volumes(path: Path, subject: str, name: str) -> Iterator[Volume]:
     count = values.shape[3]
     if count > 1:
         notes.append(f"{count} volumes along the fourth axis as volumes of their own")
-    for k in range(count):
+    empty = [k for k in range(count) if not values[..., k].any()]
+    if empty and len(empty) < count:
+        say(notes, path, f"{len(empty)} of {count} volumes are all zero and are left out: {listed(empty)}")
+    for k in [k for k in range(count) if k not in empty] or [0]:
         one = values[..., k]
         if not np.isfinite(one).all():
             at = f" of volume {k}" if count > 1 else ""
             raise InputError(f"{path}: NaN or infinite values in {int((~np.isfinite(one)).sum())} voxels{at}")
         label = f"{name}_{k:0{len(str(count - 1))}d}" if count > 1 else name
         own = np.complex64 if one.dtype.kind == "c" else np.float32
-        yield Volume(one.astype(own), affine, subject, label, positioned, notes=notes if k == 0 else [])
+        yield Volume(one.astype(own), affine, subject, label, positioned, notes=notes)
 
 
 def _beside(path: Path, suffixes: tuple[str, ...]) -> Path | None:
     """A file of the same name with another suffix."""
     name = path.name
-    base = name[: -len(".img.gz")] if name.lower().endswith(".img.gz") else name.rsplit(".", 1)[0]
+    base = name[:-3] if name.lower().endswith(".gz") else name
+    base = base.rsplit(".", 1)[0]
     found = [path.with_name(base + s) for s in suffixes]
     return next((f for f in found if f.exists()), None)
 
