@@ -80,7 +80,7 @@ def memorization_attack(
         train: suspected images (N, C, H, W), or a file of them.
         held_out: images that were not trained on, for the same attack. Without them nothing can be concluded, which the report says.
         extractor, value_range: see `memorization_score`.
-        level: noise level of the first attack; default: 4 data standard deviations (fewer for images of less than 256 values, see
+        level: noise level of the first attack; default: 4 data standard deviations (fewer for images of less than 576 values, see
             `_default_level`), at most the highest trained level.
         hidden: share of the pixels in the box of the second attack, > 0 and < 1.
         num: images attacked of each kind, drawn by the seed.
@@ -151,12 +151,13 @@ def memorization_attack(
 
 
 def _default_level(prior: Prior) -> float:
-    """min(4, sqrt(n) / 4) data standard deviations, for images of n values.
+    """min(4, sqrt(n) / 6) data standard deviations, for images of n values.
 
-    Two images differ by about sqrt(2 n) standard deviations. Up to this level they stay 4 nats apart in log-likelihood, which a
-    perfect memory of some tens of images can tell; more noise would hide even from it which image it was.
+    Two images differ by about sqrt(2 n) standard deviations, so that up to this level their log-likelihoods stay some 36 apart: enough
+    for a perfect memory of some tens of images, whose pixels go together, to tell which it was. More noise would hide it even from
+    such a memory.
     """
-    return min(4.0, float(np.prod(prior.shape)) ** 0.5 / 4) * prior.data_std
+    return min(4.0, float(np.prod(prior.shape)) ** 0.5 / 6) * prior.data_std
 
 
 def _noise_attack(

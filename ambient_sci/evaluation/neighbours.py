@@ -149,19 +149,20 @@ def _release(rows: Rows) -> None:
 
 
 def _directions(rows: Rows, which: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """Unit vectors of some rows, (len(which), d)."""
+    """Unit vectors of some rows, (len(which), d), made in double precision where the rows are in it."""
     if isinstance(rows, Tensor):
-        x = rows.detach()[torch.from_numpy(which).to(rows.device)].cpu().to(dtype)  # a copy
+        x = rows.detach()[torch.from_numpy(which).to(rows.device)].cpu()  # a copy
     else:
         contiguous = len(which) and which[-1] - which[0] + 1 == len(which)
         block = rows[which[0] : which[-1] + 1] if contiguous else rows[which]
-        x = torch.from_numpy(np.array(block)).to(dtype)
+        x = torch.from_numpy(np.array(block))
         _release(rows)
+    x = x.to(torch.float64 if x.dtype == torch.float64 else dtype)
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     usual = (norm > torch.finfo(dtype).tiny ** 0.5) & (norm < torch.inf)
     if not bool(usual.all()):
         x, norm = _rescaled(x, which)
-    return x.div_(norm)
+    return x.div_(norm).to(dtype)
 
 
 def _rescaled(x: Tensor, which: np.ndarray) -> tuple[Tensor, Tensor]:
