@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(f"error: {error}", 2)
     except TrainingInterrupted as error:
-        return _fail(f"{error}: {_again(arguments)}", error.exit_status)
+        return _fail(f"{error}: {_again(arguments, command)}", error.exit_status)
     except KeyboardInterrupt as error:
         word, number = (
             ("terminated", signal.SIGTERM)
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else ("interrupted", signal.SIGINT)
         )
         started = hasattr(command, "started") and command.started()
-        left = f"continue with: {_again(arguments)}" if started else "no unfinished output was left"
+        left = f"continue with: {_again(arguments, command)}" if started else "no unfinished output was left"
         return _fail(f"{word}; {left}", 128 + number)
     except OSError as error:
         return _fail(f"error: {error}", 2)
@@ -68,8 +68,10 @@ def _leave_launch() -> None:
         distributed.destroy_process_group()
 
 
-def _again(arguments: Sequence[str]) -> str:
-    """The command that goes on where this one was interrupted."""
+def _again(arguments: Sequence[str], command: Any) -> str:
+    """The command that goes on where this one was interrupted: with --resume, unless it does so by itself."""
+    if not hasattr(command, "resume"):
+        return shlex.join([PROG, *arguments])
     return shlex.join([PROG, *(a for a in arguments if a not in ("--resume", "--overwrite")), "--resume"])
 
 
@@ -88,10 +90,16 @@ def parse(arguments: Sequence[str]) -> Any:
     from ambient_sci.commands import COMMANDS
 
     name = arguments[0] if arguments else None
-    if name in COMMANDS:
-        return _parse(COMMANDS[name], f"{PROG} {name}", None, arguments[1:])
+    for words in (1, 2):
+        command = " ".join(arguments[:words])
+        if command in COMMANDS:
+            return _parse(COMMANDS[command], f"{PROG} {command}", None, arguments[words:])
+    group = {key: kind for key, kind in COMMANDS.items() if key.partition(" ")[0] == name}
+    if group and arguments[1:2] in (["--help"], ["-h"]):
+        return _parse(_any_of(group), PROG, None, arguments[1:])
     if name is not None and not name.startswith("-"):
-        raise InputError(f"expected a command, one of {', '.join(COMMANDS)}; got {name!r}")
+        given = " ".join(arguments[:2]) if group else name
+        raise InputError(f"expected a command, one of {', '.join(group or COMMANDS)}; got {given!r}")
     return _parse(_any_of(COMMANDS), PROG, f"{DESCRIPTION} Version {__version__}.", arguments)
 
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from ambient_sci.commands.data import Import, Inspect, Simulate
+from ambient_sci.commands.memorization import (
+    MemorizationAttackCommand,
+    MemorizationErrorCommand,
+    MemorizationScoreCommand,
+)
 from ambient_sci.commands.model import Generate, Reconstruct, Train
 from ambient_sci.commands.results import Evaluate, Export, Quickstart
 
+#: By name; a name of two words is a command of a group.
 COMMANDS = {
     "simulate": Simulate,
     "import": Import,
@@ -14,6 +20,9 @@ COMMANDS = {
     "generate": Generate,
     "reconstruct": Reconstruct,
     "evaluate": Evaluate,
+    "memorization score": MemorizationScoreCommand,
+    "memorization attack": MemorizationAttackCommand,
+    "memorization error": MemorizationErrorCommand,
     "export": Export,
     "quickstart": Quickstart,
 }

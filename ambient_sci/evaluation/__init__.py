@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import Any
 
 _HOMES = {
@@ -28,6 +30,19 @@ _HOMES = {
     "kernel_distance": "distances",
     "energy_distance": "distances",
     "distribution_distances": "distances",
+    "FeatureMoments": "feature_distances",
+    "frechet": "feature_distances",
+    "kid": "feature_distances",
+    "precision_recall": "feature_distances",
+    "compare_features": "feature_distances",
+    "features_of": "features",
+    "Extractor": "extractors",
+    "get_extractor": "extractors",
+    "neighbours": "neighbours",
+    "Neighbours": "neighbours",
+    "memorization_score": "memorization",
+    "memorization_attack": "memorization_attack",
+    "memorization_error": "memorization_error",
     "reconstruction_figure": "figures",
     "calibration_figure": "figures",
     "evaluate": "report",
@@ -41,6 +56,20 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOMES[name]
     return getattr(importlib.import_module(home if "." in home else f"{__name__}.{home}"), name)
+
+
+class _Package(ModuleType):
+    """A function may share the name of its module (`neighbours`, `chi_squared`): the name stays the function's.
+
+    Importing a module binds it in its package, where it would hide the function from then on.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, ModuleType) and name in _HOMES):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

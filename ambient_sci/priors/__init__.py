@@ -7,6 +7,7 @@ from ambient_sci.priors.adapters import LoraPrior
 from ambient_sci.priors.analytic import ConditionalMean, GaussianMixturePrior, GaussianPrior, operator_matrix
 from ambient_sci.priors.base import Prior, require_mask_conditional, require_unconditional
 from ambient_sci.priors.config import NetworkConfig, PriorConfig
+from ambient_sci.priors.empirical import EmpiricalPrior
 from ambient_sci.priors.given import Given, KeptRows, Labels, Prompt
 from ambient_sci.priors.network import NetworkPrior
 from ambient_sci.priors.pretrained import pretrained_folder, pretrained_names
@@ -17,6 +18,7 @@ from ambient_sci.priors.wrappers import DeepinvPrior, Guided, StagedPrior, VPPri
 __all__ = [
     "ConditionalMean",
     "DeepinvPrior",
+    "EmpiricalPrior",
     "GaussianMixturePrior",
     "GaussianPrior",
     "Given",
