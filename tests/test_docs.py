@@ -52,7 +52,9 @@ def test_public_functions_come_first_with_headings(site: Path) -> None:
     page = (site / "api" / "index.html").read_text()
     headings = re.findall(r'<h2 id="ambient_sci\.([\w.]+)"', page)
     assert [h.split(".")[-1] for h in headings[:4]] == ["fit", "reconstruct", "generate", "load_prior"]
-    kinds = re.findall(r'<h2 id="ambient_sci\.[\w.]+".*?doc-symbol-(function|module|class)', page, flags=re.DOTALL)
+    kinds = re.findall(
+        r'<h2 id="ambient_sci\.[\w.]+".*?doc-symbol-(function|module|class)', page, flags=re.DOTALL
+    )
     assert kinds[:4] == ["function"] * 4  # a module of the same name would hide the function
     configuration = (site / "api" / "configuration" / "index.html").read_text()
     assert 'id="ambient_sci.TrainConfig"' in configuration and "learning_rate" in configuration
