@@ -23,7 +23,6 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 docs: $(STAMP)
-	$(BIN)/pip install --quiet -e '.[docs]'
 	$(BIN)/mkdocs build --strict
 
 clean:

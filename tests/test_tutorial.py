@@ -1,29 +1,49 @@
-"""The commands of docs/tutorials/own_scans.md, on a few tiny scans in fastMRI's layout and with shorter trainings."""
+"""The tutorials run as they stand, in miniature: shell lines with shorter trainings and coarser sampling, Python with smaller settings."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+import torch
+from matplotlib.image import imread
+from PIL import Image
 from test_fastmri import kspace_of, line_mask, save
 
 from ambient_sci.cli import main
+from ambient_sci.sampling import POSTERIOR_SAMPLERS
 
-PAGE = Path(__file__).parents[1] / "docs" / "tutorials" / "own_scans.md"
+ROOT = Path(__file__).resolve().parent.parent
+TUTORIALS = ROOT / "docs" / "tutorials"
 SHORTER = {"--max-minutes": ("--max-steps", "2"), "--samples": ("--samples", "2")}
+SMALL_EM = {
+    "laps": 1, "steps": 1, "sampler_steps": 2, "max_iterations": 1, "initial_iterations": 1,
+    "held_out": 2, "held_out_draws": 2,
+}  # fmt: skip
 
 
-def commands() -> list[list[str]]:
-    blocks = re.findall(r"```sh\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    return [shlex.split(line, comments=True) for block in blocks for line in block.strip().splitlines()]
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (TUTORIALS / page).read_text(), flags=re.DOTALL)
+
+
+def commands(page: str) -> list[list[str]]:
+    return [
+        shlex.split(line, comments=True)
+        for block in blocks(page, "sh")
+        for line in block.strip().splitlines()
+    ]
 
 
 def shortened(words: list[str]) -> list[str]:
+    """A command with a tiny budget in place of the one it names."""
     found = list(words)
     for option, instead in SHORTER.items():
         if option in found:
@@ -31,6 +51,8 @@ def shortened(words: list[str]) -> list[str]:
             found[k : k + 2] = instead
     if found[0] == "reconstruct":
         found += ["--steps", "3", "--max-iterations", "1"]
+    if "--resume" in found:  # the limit counts from the beginning of the run
+        found[found.index("--max-steps") + 1] = "3"
     return found
 
 
@@ -39,12 +61,10 @@ def test_the_way_from_own_scans_to_volumes(tmp_path: Path, monkeypatch: pytest.M
     for k in range(2):
         save(Path("scans") / f"{k}.h5", kspace_of(2, seed=k))
         save(Path("new") / f"{k}.h5", kspace_of(2, seed=5 + k), mask=line_mask())
-    for words in commands():
+    for words in commands("own_scans.md"):
         if words[0] == "echo":
-            assert json.loads(words[1])["em"]["laps"] > 0 and words[-1] == "em.json"
-            em = {"laps": 1, "steps": 1, "sampler_steps": 2, "max_iterations": 1, "initial_iterations": 1}
-            em |= {"held_out": 2, "held_out_draws": 2}
-            Path("em.json").write_text(json.dumps({"em": em, "batch_size": 2}))
+            assert json.loads(words[1])["em"]["laps"] > 0 and words[2:] == [">", "em.json"]
+            Path("em.json").write_text(json.dumps({"em": SMALL_EM, "batch_size": 2}))
             continue
         assert words[0] == "ambient-sci"
         assert main(shortened(words[1:])) in (0, None), words
@@ -52,3 +72,44 @@ def test_the_way_from_own_scans_to_volumes(tmp_path: Path, monkeypatch: pytest.M
     for folder in ("means", "spreads"):
         volumes = [nibabel.load(p) for p in sorted(Path(folder).glob("*.nii*"))]
         assert len(volumes) == 2 and all(np.isfinite(v.get_fdata()).all() for v in volumes)
+
+
+def test_microscopy_from_pictures_to_grey_levels(tmp_path, monkeypatch, capsys) -> None:
+    """The whole page: practice pictures, commands, figure, and the patches of a stack of pages."""
+    monkeypatch.chdir(tmp_path)
+    look, cut = blocks("microscopy.md", "python")
+    (settings,) = blocks("microscopy.md", "yaml")
+    Path("small.yaml").write_text(settings)
+    stack = np.arange(3 * 70 * 96, dtype=np.uint16).reshape(3, 70, 96)
+    pages = [Image.fromarray(page) for page in stack]
+    pages[0].save("stack.tif", save_all=True, append_images=pages[1:])
+    for words in commands("microscopy.md"):
+        if words[0] == "python":
+            k = words.index("--num") + 1
+            words[k] = str(min(int(words[k]), 8))
+            subprocess.run([sys.executable, str(ROOT / words[1]), *words[2:], "--size", "16"], check=True)
+        else:
+            if "patches.npy" in words:
+                exec(compile(cut, "microscopy.md", "exec"), {})
+            assert main(shortened(words[1:])) in (0, None), words
+    names: dict = {}
+    exec(compile(look, "microscopy.md", "exec"), names)
+    assert imread("denoised.png").shape[1] > 300
+    assert 65535 * 0.1 < float(names["original"].mean()) < 65535 * 0.9
+    patches = np.load("patches.npy")
+    assert patches.shape == (3 * 2 * 3, 32, 32) and patches.dtype == np.uint16
+    assert np.array_equal(patches[1], stack[0, :32, 32:64])
+
+
+def test_any_physics(monkeypatch, capsys) -> None:
+    """The page as it stands with three noise levels in place of fourteen: both posterior means beat what they start from."""
+    fewer = dataclasses.replace(POSTERIOR_SAMPLERS["mmps"], steps=3)
+    monkeypatch.setitem(POSTERIOR_SAMPLERS, "mmps", fewer)
+    names: dict = {}
+    for block in blocks("your_physics.md", "python"):
+        exec(compile(block, "your_physics.md", "exec"), names)
+    printed = [
+        [float(x) for x in re.findall(r"0\.\d+", line)] for line in capsys.readouterr().out.splitlines()
+    ]
+    assert len(printed) == 2 and all(line[1] < line[0] for line in printed)
+    assert torch.isfinite(names["result"].samples).all()
