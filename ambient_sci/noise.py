@@ -72,10 +72,9 @@ class ChainNoise:
 
     def draw(self, like: Tensor) -> Tensor:
         """Standard normal noise like ``like`` (chains, ...), each chain from its own stream."""
-        noise = torch.empty(like.shape, dtype=like.dtype, device=self.device)
-        for row, generator in zip(noise.unbind(), self.generators, strict=True):
-            row.normal_(generator=generator)
-        return noise.to(like.device)
+        kind = {"dtype": like.dtype, "device": self.device}
+        rows = [torch.randn(like.shape[1:], generator=g, **kind) for g in self.generators]
+        return torch.stack(rows).to(like.device)
 
 
 Randomness = torch.Generator | ChainNoise | None

@@ -62,7 +62,8 @@ class EmpiricalPrior(Prior):
         """Exact probabilities of the images given y = A x + sigma_y n, (B, N); for an operator of one sample, or as many as y."""
         weights = []
         level = torch.as_tensor(sigma_y, dtype=y.dtype, device=y.device).reshape(-1, *[1] * (y.ndim - 1))
-        for image in self.images.to(y.dtype):
+        images: Tensor = self.images.to(y.dtype)  # type: ignore[assignment]
+        for image in images.unbind():
             residual = (y - operator.A(image.expand(len(y), *self.shape))) / level
             weights.append(-residual.flatten(1).square().sum(1) / 2)
         return torch.stack(weights, 1).softmax(1)

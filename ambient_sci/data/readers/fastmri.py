@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from typing import Any
+
 import numpy as np
 
 from ambient_sci.data.raw import Part, RawScan
@@ -80,8 +82,8 @@ def common_padding(paths: list[Path]) -> int | None:
         with open_hdf5(path, "fastMRI file") as file:
             if "mask" in file:
                 return None
-            kspace = hdf5_member(file, "kspace", path)
-            shape = getattr(kspace, "shape", ())
+            kspace: Any = hdf5_member(file, "kspace", path)
+            shape: tuple[int, ...] = getattr(kspace, "shape", ())
             if len(shape) not in (3, 4) or 0 in shape:
                 return None
             with reading(path, "fastMRI file"):
