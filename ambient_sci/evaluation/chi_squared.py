@@ -43,7 +43,8 @@ def chi_squared(
         samples: (S, N, C, H, W) posterior samples given *all* of y. The test uses the first of each
             measurement, the power all of them.
         operator: A; with a 0/1 ``mask`` the rows measured are counted by it, else all of y counts.
-        y: (N, ...). sigma_y: noise level per real channel, > 0 where measured: float, (N,) or of the shape of y.
+        y: (N, ...). sigma_y: noise level per real channel, > 0 where measured: float, (N,) or of the shape of
+            y.
         level: probability of rejecting correct samples.
         alternatives: true noise level over sigma_y, for which the power is stated.
 
@@ -169,7 +170,9 @@ def check_level(level: float) -> None:
 
 
 def check_finite(values: Tensor, what: str) -> None:
-    """Raise InputError unless all ``values`` are numbers: the scores of others would be, too, and look like a result."""
+    """Raise InputError unless all ``values`` are numbers: the scores of others would be, too, and look like a
+    result.
+    """
     if not bool(torch.isfinite(values).all()):
         raise InputError(f"calibration: expected finite {what}, got NaN or infinity")
 
@@ -183,7 +186,8 @@ def noise_level(
         sigma_y: float, (N,) or of the shape of y.
         y: measurements, (N, ...).
         positive: refuse zero.
-        rows: 0/1 of the shape of y, what was measured; levels elsewhere do not matter, and come back as 1 where they differ by entry.
+        rows: 0/1 of the shape of y, what was measured; levels elsewhere do not matter, and come back as 1
+            where they differ by entry.
 
     Raises:
         InputError: no level, one of another shape, or one that is out of range.
