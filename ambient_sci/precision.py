@@ -1,4 +1,6 @@
-"""How precisely the network computes while everything around it (states, solves, noise) stays in the type of the measurements."""
+"""How precisely the network computes while everything around it (states, solves, noise) stays in the type of
+the measurements.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ Precision = Literal["fp32", "bf16", "auto"]
 def precision_context(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """Context in which a network runs in ``precision``.
 
-    "fp32": as it is. "bf16": autocast, half the time where the processor multiplies bfloat16 matrices natively and slower elsewhere. "auto":
-    bf16 on such processors (GPUs from Ampere on, CPUs with AMX), fp32 elsewhere.
+    "fp32": as it is. "bf16": autocast, half the time where the processor multiplies bfloat16 matrices
+    natively and slower elsewhere. "auto": bf16 on such processors (GPUs from Ampere on, CPUs with AMX), fp32
+    elsewhere.
 
     Raises:
         InputError: another word.

@@ -8,9 +8,10 @@ import sys
 
 
 def launch(
-    *arguments: object, module: bool = False, number: int = 2, timeout: float = 120
+    *arguments: object, module: bool = False, number: int = 2, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """``arguments`` (a script, or a ``module``, and its own) by torchrun; whatever happens, no process is left behind.
+    """``arguments`` (a script, or a ``module``, and its own) by torchrun; whatever happens, no process is
+    left behind.
 
     A launch that hangs ends in `subprocess.TimeoutExpired`.
     """

@@ -29,7 +29,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def gaussian_prior(channels: int, scale: float = 1.0) -> GaussianPrior:
-    """Covariance with eigenvalues from .05 to 50 sigma_y^2 in a random basis."""
+    """Covariance with eigenvalues from 0.05 to 50 sigma_y^2 in a random basis."""
     count = channels * SIZE**2
     basis = torch.linalg.qr(torch.randn(count, count, generator=generator(9), dtype=torch.float64))[0]
     values = SIGMA**2 * torch.logspace(-1.3, 1.7, count, dtype=torch.float64)
@@ -113,7 +113,7 @@ def test_a_mask_limits_the_scores_to_its_entries():
 
 @pytest.mark.parametrize("samples", [2, 8, 32])
 def test_std_over_error_is_one_for_any_number_of_samples(samples):
-    """Without the factor 1 + 1/S it would be .82 at two samples; z below 4, 40,000 entries."""
+    """Without the factor 1 + 1/S it would be 0.82 at two samples; z below 4, 40,000 entries."""
     draws = torch.randn(samples + 1, 100, 400, generator=generator(samples), dtype=torch.float64)
     found = with_truth(draws[1:], draws[0], projections=1)["std_over_error"]
     assert found["interval_95"][0] < found["ratio"] < found["interval_95"][1]
@@ -412,7 +412,9 @@ def test_bad_input_is_refused_in_one_line(call, message):
 
 
 def levels_by_entry(num: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Masking]:
-    """Truth N(0, 1), y of half the pixels with noise of 0.1 to 1.2 that differs by pixel and scan, 0 where nothing was measured."""
+    """Truth N(0, 1), y of half the pixels with noise of 0.1 to 1.2 that differs by pixel and scan, 0 where
+    nothing was measured.
+    """
     g = generator(3)
     operator = Masking((torch.rand(num, 1, 6, 6, generator=g) < 0.5).float(), img_size=(1, 6, 6))
     truth = torch.randn(num, 1, 6, 6, generator=g)
@@ -421,7 +423,9 @@ def levels_by_entry(num: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
 
 
 def test_chi_squared_with_noise_of_each_entry():
-    """Exact posterior samples are accepted; with the levels of other entries, of the same overall size, they are not. Level 0.05."""
+    """Exact posterior samples are accepted; with the levels of other entries, of the same overall size, they
+    are not. Level 0.05.
+    """
     truth, y, sigma, operator = levels_by_entry(100)
     g = generator(4)
     gain = operator.mask / (1 + sigma**2)
@@ -436,8 +440,8 @@ def test_chi_squared_with_noise_of_each_entry():
 
 
 def test_held_out_rows_with_noise_of_each_entry():
-    """Draws of the prior predict y with the noise of each entry: accepted, and the signal's ratio is 1 to a tenth; one level for all is not
-    the law of any entry, and is rejected.
+    """Draws of the prior predict y with the noise of each entry: accepted, and the signal's ratio is 1 to a
+    tenth; one level for all is not the law of any entry, and is rejected.
     """
     truth, y, sigma, operator = levels_by_entry(300)
     sigma = torch.where(sigma > 0.6, 3 * sigma, 0.1 * sigma)

@@ -94,7 +94,8 @@ def test_mmps_is_the_exact_posterior_denoiser_for_deepinv_physics(kind, sigma):
         max_iterations=50 if single else 200,
     )
     level = torch.full((3,), sigma, dtype=dtype)
-    # In units of what the measurement changes. Single precision, and a tomography adjoint that is the transpose up to interpolation.
+    # In units of what the measurement changes. Single precision, and a tomography adjoint that is the
+    # transpose up to interpolation.
     change = (prior(x_t.to(dtype), level).double() - exact).norm()
     assert (denoiser(x_t.to(dtype), level).double() - exact).norm() < (0.03 if single else 1e-6) * change
 

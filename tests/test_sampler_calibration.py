@@ -1,10 +1,13 @@
-"""Error bars of the samplers themselves: nominal 80 % intervals cover 77-83 % of the truth, and calibration tests see what is wrong.
+"""Error bars of the samplers themselves: nominal 80 % intervals cover 77-83 % of the truth, and calibration
+tests see what is wrong.
 
-Draws of the prior, their measurements, posterior samples by the library's samplers at their defaults, and the same verdicts that a user
-gets. All chains of a test go through the samplers in one batch: their sizes here are tiny, and what a chain becomes does not depend on it.
+Draws of the prior, their measurements, posterior samples by the library's samplers at their defaults, and the
+same verdicts that a user gets. All chains of a test go through the samplers in one batch: their sizes here
+are tiny, and what a chain becomes does not depend on it.
 
-False alarms, over seeds, of an exact sampler: coverage, averaged over 150 images, has a standard error of 0.006 to 0.009 and misses 77-83 % in
-less than 0.1 % of seeds; a test at level 0.05 rejects in 5 %. Seeds are fixed, so a machine that rounds otherwise sees the same draws.
+False alarms, over seeds, of an exact sampler: coverage, averaged over 150 images, has a standard error of
+0.006 to 0.009 and misses 77-83 % in less than 0.1 % of seeds; a test at level 0.05 rejects in 5 %. Seeds are
+fixed, so a machine that rounds otherwise sees the same draws.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ def mixture_prior() -> GaussianMixturePrior:
 
 
 def spectrum_prior(scale: float = 1.0) -> GaussianPrior:
-    """Prior variances from .05 to 30 sigma_y^2: what sigma_y decides, and what the prior decides."""
+    """Prior variances from 0.05 to 30 sigma_y^2: what sigma_y decides, and what the prior decides."""
     count = 2 * 4 * 4
     basis = torch.linalg.qr(torch.randn(count, count, generator=generator(9), dtype=torch.float64))[0]
     values = SIGMA**2 * torch.logspace(-1.3, 1.5, count, dtype=torch.float64)
@@ -87,7 +90,7 @@ def test_eighty_per_cent_intervals_cover_77_to_83_per_cent(prior, settings, kind
 
 @pytest.mark.parametrize("kind", ["mri", "masking"])
 def test_chi_squared_of_mmps_samples_sees_wrong_noise_without_truth(kind):
-    """Level .05; the power it states for noise of 1.3 sigma_y is above .9, and it rejects that.
+    """Level 0.05; the power it states for noise of 1.3 sigma_y is above 0.9, and it rejects that.
 
     80 levels: the default 14 leave residuals 3 % too large, and with 200 scans the test sees even that.
     """
@@ -101,7 +104,9 @@ def test_chi_squared_of_mmps_samples_sees_wrong_noise_without_truth(kind):
 
 @pytest.mark.parametrize("kind", ["mri", "masking"])
 def test_held_out_rows_of_mmps_samples_see_a_wrong_prior_without_truth(kind):
-    """Prior variance times 1.5 is rejected, the right prior accepted, at level .05; power of each score reported."""
+    """Prior variance times 1.5 is rejected, the right prior accepted, at level 0.05; power of each score
+    reported.
+    """
     operator, y, _ = scans(spectrum_prior(), kind, 150)
     for scale, accepted in ((1.0, True), (1.5, False)):
         prior = spectrum_prior(scale)

@@ -1,7 +1,8 @@
 """Every sampler on every measurement shape and every form of noise level, on Gaussian priors in float64.
 
-What is exact is compared with dense algebra, without sampling; what is not, with what the same sampler makes of the same problem said
-in another way (a level as a number, per image or per entry; an entry not measured, or measured with noise that hides it).
+What is exact is compared with dense algebra, without sampling; what is not, with what the same sampler makes
+of the same problem said in another way (a level as a number, per image or per entry; an entry not measured,
+or measured with noise that hides it).
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ LEVELS = ["none", "number", "image", "entry"]
 
 @cache
 def problem(kind: str) -> tuple[GaussianPrior, Any, Tensor, Tensor]:
-    """Prior, operator, clean measurements A x of BATCH images, and A as a matrix for each image (BATCH, rows, columns)."""
+    """Prior, operator, clean measurements A x of BATCH images, and A as a matrix for each image (BATCH, rows,
+    columns).
+    """
     channels = {"masking": 1, "masking, 3 channels": 3, "foreign": 1}.get(kind, 2)
     shape = (channels, 6, 6)
     prior = gaussian_prior(shape, seed=1)
@@ -82,7 +85,9 @@ def noisy(kind: str, sigma: Any) -> Tensor:
 
 
 def exact(a: Tensor, y: Tensor, noise: Tensor, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of x ~ N(mean, cov) given the rows of y = a x + noise n that a has (one image, flat)."""
+    """Mean and covariance of x ~ N(mean, cov) given the rows of y = a x + noise n that a has (one image,
+    flat).
+    """
     rows = a.abs().sum(1) > 1e-12
     a, y, noise = a[rows], y[rows], noise[rows]
     cross = cov @ a.T
@@ -109,7 +114,8 @@ def test_every_sampler_takes_every_measurement(sampler, kind, form):
     assert not torch.allclose(samples, run(sampler, prior, operator, y + 1, sigma), atol=1e-3)
     if kind != "foreign" or sampler != "smc":  # a foreign operator with one set of parameters is never cut
         alone = run(sampler, prior, operator, y, sigma, batch_size=1)
-        # A blur without noise is all but singular: solves that end at a residual of 1e-4 amplify how sums are rounded.
+        # A blur without noise is all but singular: solves that end at a residual of 1e-4 amplify how sums are
+        # rounded.
         assert torch.allclose(samples, alone, atol=1e-4 if (kind, form) == ("foreign", "none") else 1e-7)
 
 
@@ -117,7 +123,9 @@ def test_every_sampler_takes_every_measurement(sampler, kind, form):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sigma", [0.3, 30.0])
 def test_mmps_is_the_exact_posterior_denoiser(kind, form, sigma):
-    """E[x_0 | x_t, y] by dense algebra, x_t being one more measurement. At sigma = 30 it is the posterior mean E[x_0 | y] to a per cent."""
+    """E[x_0 | x_t, y] by dense algebra, x_t being one more measurement. At sigma = 30 it is the posterior
+    mean E[x_0 | y] to a per cent.
+    """
     prior, operator, clean, matrices = problem(kind)
     noise = noise_levels(form, clean)
     y = noisy(kind, noise)
@@ -137,7 +145,9 @@ def test_mmps_is_the_exact_posterior_denoiser(kind, form, sigma):
 @pytest.mark.parametrize("form", ["number", "image", "entry"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_isotropic_gaussian_given_every_measurement(kind, form):
-    """Mean and evidence of x ~ N(m, r^2 I) by dense algebra; the spread of draws by their law, E |x - mean|^2 = tr C, to five standard errors."""
+    """Mean and evidence of x ~ N(m, r^2 I) by dense algebra; the spread of draws by their law, E |x - mean|^2
+    = tr C, to five standard errors.
+    """
     prior, operator, clean, matrices = problem(kind)
     noise, r = noise_levels(form, clean), 0.7
     y = noisy(kind, noise)
@@ -170,7 +180,9 @@ def test_a_level_is_the_same_in_every_form(sampler, kind):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_entry_under_much_noise_is_as_good_as_missing(sampler):
-    """Identity with noise of 1e6 on some entries, and a mask without them: one posterior, and so one sample from the same streams."""
+    """Identity with noise of 1e6 on some entries, and a mask without them: one posterior, and so one sample
+    from the same streams.
+    """
     shape = (2, 6, 6)
     prior, mask = gaussian_prior(shape, seed=1), random_mask(BATCH, 2, 6, 6)
     y = prior.sample(BATCH, seeded(2)) + 0.2 * normal(BATCH, *shape)
@@ -183,8 +195,8 @@ def test_an_entry_under_much_noise_is_as_good_as_missing(sampler):
 
 @pytest.mark.parametrize("kind", ["masking", "mri, 4 coils", "foreign"])
 def test_default_solves_suit_noise_that_differs_by_entry(kind):
-    """Levels from 0.1 to 1 in one image, five products a solve: within 3 % of what the measurement changes. With rows that are not
-    balanced it is 7 to 32 %.
+    """Levels from 0.1 to 1 in one image, five products a solve: within 3 % of what the measurement changes.
+    With rows that are not balanced it is 7 to 32 %.
     """
     prior, operator, clean, matrices = problem(kind)
     noise = 10 ** -torch.rand(clean.shape, generator=seeded(3), dtype=F64)
@@ -199,7 +211,9 @@ def test_default_solves_suit_noise_that_differs_by_entry(kind):
 
 
 def test_levels_of_chains_are_those_of_their_images():
-    """An entry-wise level reaches the right chain whatever the chunk: three images of very different noise, alone and together."""
+    """An entry-wise level reaches the right chain whatever the chunk: three images of very different noise,
+    alone and together.
+    """
     shape = (1, 6, 6)
     prior, operator = gaussian_prior(shape, seed=1), Identity(shape).to(F64)
     y = prior.sample(3, seeded(2))
@@ -333,8 +347,8 @@ def test_states_are_float32_or_better_whatever_the_network_is(dtype):
 
 
 def test_states_of_half_precision_networks_do_not_round():
-    """Twenty levels of a bf16 network against the same weights in float32: the state would lose 0.4 % a level; the network's own rounding
-    is what is left.
+    """Twenty levels of a bf16 network against the same weights in float32: the state would lose 0.4 % a
+    level; the network's own rounding is what is left.
     """
     full = network()
     half = NetworkPrior.from_config(full.config)

@@ -1,8 +1,10 @@
-"""Posterior samplers against exact posteriors: the exact ones must meet them, the others must miss them by the amount that is documented.
+"""Posterior samplers against exact posteriors: the exact ones must meet them, the others must miss them by
+the amount that is documented.
 
-Statistical tests draw S = 256 samples of each of B = 2 images with 128 unknowns. The squared error of the sample mean, over its floor tr C / S,
-is a weighted mean of 256 chi-squares; with these spectra some 100 of them count, so the ratio of roots has a standard error of .07 around at
-most 1 and passes 1.15 with two of them to spare. A variance ratio averaged over K >= 100 coordinates has standard error <= .009.
+Statistical tests draw S = 256 samples of each of B = 2 images with 128 unknowns. The squared error of the
+sample mean, over its floor tr C / S, is a weighted mean of 256 chi-squares; with these spectra some 100 of
+them count, so the ratio of roots has a standard error of 0.07 around at most 1 and passes 1.15 with two of
+them to spare. A variance ratio averaged over K >= 100 coordinates has standard error <= 0.009.
 """
 
 from __future__ import annotations
@@ -64,7 +66,9 @@ def test_mmps_is_exact_on_gaussian_priors(kind):
 
 @pytest.mark.parametrize("kind", ["mri", "masking"])
 def test_mmps_at_its_default_settings(kind):
-    """Fourteen evaluations and five products a solve: within the same bars on the mean, within eight per cent on the spread."""
+    """Fourteen evaluations and five products a solve: within the same bars on the mean, within eight per cent
+    on the spread.
+    """
     scores, report = sampled(gaussian_problem(kind), "mmps")
     check(scores, low=0.92, high=1.08)
     assert report["network_evaluations"] == 14 and report["jacobian_products"] <= 14 * 5
@@ -104,14 +108,17 @@ def test_the_mean_and_the_draw_of_one_state_agree():
     level = torch.full((num,), sigma, dtype=torch.float64)
     states = x.expand(num, -1, -1, -1)
     draws = denoiser.draw(states, level, generator(3)).flatten(1)
-    # Mean: chi-square of 128 degrees of freedom over its mean, standard deviation 1 / 8. Variances: standard error 2.2 %.
+    # Mean: chi-square of 128 degrees of freedom over its mean, standard deviation 1 / 8. Variances: standard
+    # error 2.2 %.
     white = (draws.mean(0) - mean) @ torch.linalg.solve(both, draws.mean(0) - mean) * num / n
     assert white < 1.5
     assert torch.allclose(draws.var(0), both.diagonal(), rtol=0.1)
 
 
 def test_the_lanczos_root_is_a_root():
-    """N(0, V) with few distinct eigenvalues is drawn exactly; a Jacobian that is not symmetric gives something finite."""
+    """N(0, V) with few distinct eigenvalues is drawn exactly; a Jacobian that is not symmetric gives
+    something finite.
+    """
     q = torch.linalg.qr(torch.randn(20, 20, generator=generator(), dtype=torch.float64))[0]
     root = (q * torch.tensor([0.0, 1.0, 2.0, 3.0]).double().repeat(5)) @ q.T
     z = torch.randn(6, 20, generator=generator(1), dtype=torch.float64)
@@ -164,7 +171,9 @@ def draw_mixture(weights, means, covs, num: int, g: torch.Generator) -> torch.Te
 
 
 def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Of samples (n, B, d) against (k n, B, d), the mean over the B images of W2 averaged over 200 directions."""
+    """Of samples (n, B, d) against (k n, B, d), the mean over the B images of W2 averaged over 200
+    directions.
+    """
     directions = torch.randn(200, a.shape[-1], generator=generator(9), dtype=a.dtype)
     directions = directions / directions.norm(dim=1, keepdim=True)
     a, b = ((x @ directions.T).sort(0)[0] for x in (a.repeat_interleave(len(b) // len(a), 0), b))
@@ -206,7 +215,7 @@ def test_resampling_is_systematic_and_unbiased():
         expected = 4 * weights[:, 0].exp()
         assert (number >= expected.floor()).all() and (number <= expected.ceil()).all()
         counts[:, 0] += number
-    # Standard error of a frequency at most .5 / sqrt(2000) = .011.
+    # Standard error of a frequency at most 0.5 / sqrt(2000) = 0.011.
     assert torch.allclose(counts[:, 0] / trials, torch.tensor([0.4, 0.8, 1.2, 1.6]), atol=0.05)
 
 
@@ -221,9 +230,11 @@ def scalar_prior(variance: float) -> GaussianPrior:
 def reverse_sde(
     make, variance: float, noise: float, low: float = 1e-3, levels: int = 4000
 ) -> tuple[float, float]:
-    """Variance and gain of ancestral sampling with a posterior denoiser of a scalar Gaussian, over the exact ones; no sampling.
+    """Variance and gain of ancestral sampling with a posterior denoiser of a scalar Gaussian, over the exact
+    ones; no sampling.
 
-    The denoiser is m = a x + b y with coefficients that are found by asking it; the recursion of mean and variance is then exact.
+    The denoiser is m = a x + b y with coefficients that are found by asking it; the recursion of mean and
+    variance is then exact.
     """
     sigmas = torch.logspace(2, math.log10(low), levels, dtype=torch.float64)
     y = torch.ones(levels, 1, 1, 1, dtype=torch.float64)
@@ -263,7 +274,9 @@ def test_posterior_denoisers_deviate_as_documented(make, variance, noise, expect
     [(0.25, 0.04, 0.1, (1.21, 0.97)), (4.0, 1.0, 0.1**0.5, (1.08, 0.98))],
 )
 def test_pnp_dm_adds_its_coupling_to_the_noise(variance, noise, coupling, expected):
-    """rho samples the posterior of noise sigma_y^2 + rho^2; 1,500 draws, standard error of the variance 3.7 %."""
+    """rho samples the posterior of noise sigma_y^2 + rho^2; 1,500 draws, standard error of the variance 3.7
+    %.
+    """
     prior = scalar_prior(variance)
     y = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     result = reconstruct(
@@ -288,7 +301,9 @@ def test_pnp_dm_adds_its_coupling_to_the_noise(variance, noise, coupling, expect
 
 @pytest.mark.parametrize("sampler", ["pigdm", "dps", "pnp-dm"])
 def test_baselines_run_on_images_and_are_no_better_than_documented(sampler):
-    """Spread on measured rows of masked Fourier data: DPS half of what is right, PiGDM ten per cent off, PnP-DM (sigma_y^2 + rho^2) / sigma_y^2."""
+    """Spread on measured rows of masked Fourier data: DPS half of what is right, PiGDM ten per cent off,
+    PnP-DM (sigma_y^2 + rho^2) / sigma_y^2.
+    """
     settings = {"pigdm": {}, "dps": {"steps": 500}, "pnp-dm": {"steps": 40}}[sampler]
     scores, report = sampled(gaussian_problem("mri"), sampler, sigma_max=10.0, **settings)
 
@@ -299,7 +314,9 @@ def test_baselines_run_on_images_and_are_no_better_than_documented(sampler):
 
 
 def test_dps_steps_stay_finite_where_the_definition_overshoots():
-    """sigma_y = .001 against images of one: sigma^2 / sigma_y^2 reaches 10^8, and few steps must still not explode."""
+    """sigma_y = 0.001 against images of one: sigma^2 / sigma_y^2 reaches 10^8, and few steps must still not
+    explode.
+    """
     problem = gaussian_problem("mri", sigma_y=1e-3)
     result = reconstruct(
         problem.prior,
@@ -315,7 +332,9 @@ def test_dps_steps_stay_finite_where_the_definition_overshoots():
 
 
 def test_a_dps_has_no_spread_beyond_the_measured_rows():
-    """A mask-conditional prior knows nothing of x_t off the mask: the covariance of samples has at most as many directions as rows."""
+    """A mask-conditional prior knows nothing of x_t off the mask: the covariance of samples has at most as
+    many directions as rows.
+    """
     problem = gaussian_problem("masking", batch=1, size=4)
     prior = ConditionalMean(problem.prior, problem.operator)
     result = reconstruct(
@@ -420,7 +439,9 @@ def test_settings_out_of_range_are_named():
 
 
 def test_conditioning_an_isotropic_gaussian_by_dense_algebra():
-    """With and without a closed form (coil maps of any scale): mean, draws and evidence of x ~ N(m, r^2 I) given y."""
+    """With and without a closed form (coil maps of any scale): mean, draws and evidence of x ~ N(m, r^2 I)
+    given y.
+    """
     from ambient_sci.operators import MRI
     from ambient_sci.priors import operator_matrix
 
@@ -443,5 +464,5 @@ def test_conditioning_an_isotropic_gaussian_by_dense_algebra():
         many = Likelihood(operator, y.expand(4000, *y.shape[1:]), noise)
         draws = many.draw(m.expand(4000, -1, -1, -1), r, g).flatten(1)
         exact = r**2 * torch.eye(32) - gain @ a * r**2
-        assert torch.allclose(draws.mean(0), mean, atol=0.06)  # standard error at most .011
-        assert torch.allclose(draws.T.cov(), exact, atol=0.06)  # standard error at most .011
+        assert torch.allclose(draws.mean(0), mean, atol=0.06)  # standard error at most 0.011
+        assert torch.allclose(draws.T.cov(), exact, atol=0.06)  # standard error at most 0.011

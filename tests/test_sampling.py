@@ -80,7 +80,9 @@ def test_truncated_sampling_has_the_known_covariance():
 
 
 def test_ancestral_draws_the_gaussian_it_is_given():
-    """5,000 draws: the standard error of a variance is 2 % of it, the steps cost up to 3 %; four standard errors are allowed."""
+    """5,000 draws: the standard error of a variance is 2 % of it, the steps cost up to 3 %; four standard
+    errors are allowed.
+    """
     prior = gaussian(1)
     g = torch.Generator().manual_seed(0)
     start = 20.0 * torch.randn(5_000, *SHAPE, generator=g, dtype=torch.float64)
@@ -259,7 +261,9 @@ def test_solves_survive_systems_they_are_not_made_for(solve, kind):
 
 @pytest.mark.parametrize("kind", ["non-symmetric", "indefinite"])
 def test_minimal_residuals_only_fall(kind):
-    """Iteration by iteration, and below those of conjugate gradients; a residual solve of full length is a solution."""
+    """Iteration by iteration, and below those of conjugate gradients; a residual solve of full length is a
+    solution.
+    """
     matrix, r = hard_systems(kind)
     apply = product(matrix)
     runs = [residuals(apply, r, tolerance=1e-12, max_iterations=k) for k in range(1, 12)]

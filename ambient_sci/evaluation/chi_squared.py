@@ -43,7 +43,8 @@ def chi_squared(
         samples: (S, N, C, H, W) posterior samples given *all* of y. The test uses the first of each
             measurement, the power all of them.
         operator: A; with a 0/1 ``mask`` the rows measured are counted by it, else all of y counts.
-        y: (N, ...). sigma_y: noise level per real channel, > 0 where measured: float, (N,) or of the shape of y.
+        y: (N, ...). sigma_y: noise level per real channel, > 0 where measured: float, (N,) or of the shape of
+            y.
         level: probability of rejecting correct samples.
         alternatives: true noise level over sigma_y, for which the power is stated.
 
@@ -67,21 +68,7 @@ def chi_squared(
         raise InputError(f"calibration: expected samples (S, {len(y)}, ...), got {tuple(samples.shape)}")
     check_level(level)
     check_finite(samples, "samples")
-    zero = torch.zeros((), dtype=torch.float64, device=y.device)
-    sums = [zero, zero]
-    for n, seen in enumerate(_in_measurement_space(operator, samples)):
-        if seen.shape[1:] != y.shape[1:]:
-            expected = (len(y), *seen.shape[1:])
-            raise InputError(
-                f"calibration: expected measurements {expected} for these samples, got {tuple(y.shape)}"
-            )
-        level_n = sigma[n if len(sigma) > 1 else 0]
-        misfit = (((y[n] - seen[0]) * rows[n] / level_n).double() ** 2).sum()
-        sums = [
-            sums[0] + misfit,
-            sums[1] + (resolution(seen / level_n * rows[n]) if len(samples) > 2 else math.nan),
-        ]
-    statistic, resolved = torch.stack(sums).tolist()
+    statistic, resolved = _sums(samples, operator, y, sigma, rows)
     degrees = int(rows.sum())
     share = None if math.isnan(resolved) else min(max(1 + resolved / degrees, 0.0), 1.0)
     p = min(1.0, 2 * min(float(chi2.sf(statistic, degrees)), float(chi2.cdf(statistic, degrees))))
@@ -104,6 +91,26 @@ def chi_squared(
         "accepted": p >= level,
         "verdict": _verdict(ratio, p, level, power),
     }
+
+
+def _sums(samples: Tensor, operator: Any, y: Tensor, sigma: Tensor, rows: Tensor) -> tuple[float, float]:
+    """The statistic, and the sum of `resolution` over the measurements (NaN below three samples)."""
+    zero = torch.zeros((), dtype=torch.float64, device=y.device)
+    sums = [zero, zero]
+    for n, seen in enumerate(_in_measurement_space(operator, samples)):
+        if seen.shape[1:] != y.shape[1:]:
+            expected = (len(y), *seen.shape[1:])
+            raise InputError(
+                f"calibration: expected measurements {expected} for these samples, got {tuple(y.shape)}"
+            )
+        level_n = sigma[n if len(sigma) > 1 else 0]
+        misfit = (((y[n] - seen[0]) * rows[n] / level_n).double() ** 2).sum()
+        sums = [
+            sums[0] + misfit,
+            sums[1] + (resolution(seen / level_n * rows[n]) if len(samples) > 2 else math.nan),
+        ]
+    statistic, resolved = torch.stack(sums).tolist()
+    return statistic, resolved
 
 
 def _in_measurement_space(operator: Any, samples: Tensor) -> Iterator[Tensor]:
@@ -169,7 +176,9 @@ def check_level(level: float) -> None:
 
 
 def check_finite(values: Tensor, what: str) -> None:
-    """Raise InputError unless all ``values`` are numbers: the scores of others would be, too, and look like a result."""
+    """Raise InputError unless all ``values`` are numbers: the scores of others would be, too, and look like a
+    result.
+    """
     if not bool(torch.isfinite(values).all()):
         raise InputError(f"calibration: expected finite {what}, got NaN or infinity")
 
@@ -183,7 +192,8 @@ def noise_level(
         sigma_y: float, (N,) or of the shape of y.
         y: measurements, (N, ...).
         positive: refuse zero.
-        rows: 0/1 of the shape of y, what was measured; levels elsewhere do not matter, and come back as 1 where they differ by entry.
+        rows: 0/1 of the shape of y, what was measured; levels elsewhere do not matter, and come back as 1
+            where they differ by entry.
 
     Raises:
         InputError: no level, one of another shape, or one that is out of range.

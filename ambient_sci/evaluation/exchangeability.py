@@ -41,7 +41,8 @@ class Scores:
     """Scores averaged over the entries of each measurement; row 0 is the truth in its own place.
 
     ``crps``, ``energy``: (S+1, N). ``inside``: (K, S+1, N), one for each interval. ``error``: mean squared
-    error of the sample mean, (N,). ``variance``: unbiased sample variance, (N,). All on the CPU: they are few, and asked one by one.
+    error of the sample mean, (N,). ``variance``: unbiased sample variance, (N,). All on the CPU: they are
+    few, and asked one by one.
     """
 
     crps: Tensor

@@ -52,7 +52,9 @@ def chunks(
 
 
 def default_batch_size(prior: Prior, y: Tensor) -> int:
-    """Chains at a time: on a CPU what memory is sure to hold, at most ``CPU_CHAINS``; elsewhere ``DEVICE_CHAINS`` to try first."""
+    """Chains at a time: on a CPU what memory is sure to hold, at most ``CPU_CHAINS``; elsewhere
+    ``DEVICE_CHAINS`` to try first.
+    """
     if y.device.type != "cpu":
         return DEVICE_CHAINS
     available = available_memory()
@@ -63,7 +65,8 @@ def default_batch_size(prior: Prior, y: Tensor) -> int:
 
 
 def chain_memory(prior: Prior, like: Tensor) -> int:
-    """Bytes that one chain holds during a step with derivatives: what the network saves for them, and as much again for work.
+    """Bytes that one chain holds during a step with derivatives: what the network saves for them, and as much
+    again for work.
 
     Measured on one forward pass at the prior's image size.
     """

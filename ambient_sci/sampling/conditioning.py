@@ -1,15 +1,18 @@
-r"""Conditioning an isotropic Gaussian on linear measurements: no network, exact, the building block of the split samplers.
+r"""Conditioning an isotropic Gaussian on linear measurements: no network, exact, the building block of the
+split samplers.
 
 For x ~ N(m, r^2 I) and y = A x + sigma_y n,
 
     E[x | y] = m + r^2 A^H (sigma_y^2 I + r^2 A A^H)^-1 (y - A m),
 
-and a draw from p(x | y) is the same correction applied to a draw (x', y') from the joint law (Matheron's rule):
+and a draw from p(x | y) is the same correction applied to a draw (x', y') from the joint law (Matheron's
+rule):
 
     x' = m + r z,   y' = A x' + sigma_y n',        x = x' + r^2 A^H (sigma_y^2 I + r^2 A A^H)^-1 (y - y').
 
-sigma_y may differ from entry to entry of y: read sigma_y^2 I as the diagonal matrix of its squares. For a row-masked square isometry A A^H
-is the mask and the inverse a division; otherwise conjugate gradients, at the cost of operator products only. sigma_y = 0 is allowed.
+sigma_y may differ from entry to entry of y: read sigma_y^2 I as the diagonal matrix of its squares. For a
+row-masked square isometry A A^H is the mask and the inverse a division; otherwise conjugate gradients, at the
+cost of operator products only. sigma_y = 0 is allowed.
 
 Sources: Matheron's rule as in Wilson et al., "Pathwise Conditioning of Gaussian Processes" (2021).
 """
@@ -30,7 +33,8 @@ from ambient_sci.sampling.solvers import conjugate_gradient
 class SolverReport:
     """What the network evaluations and linear solves of a sampling run came to, over all chains and steps.
 
-    Counts that depend on values stay where these are computed until `to_dict` asks for them: an accelerator is not waited for.
+    Counts that depend on values stay where these are computed until `to_dict` asks for them: an accelerator
+    is not waited for.
     """
 
     def __init__(self) -> None:
@@ -69,15 +73,19 @@ def measured(operator: LinearPhysics, residual: Tensor) -> Tensor:
 
 
 def number_or_levels(level: float | Tensor, like: Tensor) -> float | Tensor:
-    """A level that multiplies ``like``: a number as it is (carried to an accelerator it would be waited for), (B,) expanded."""
+    """A level that multiplies ``like``: a number as it is (carried to an accelerator it would be waited for),
+    (B,) expanded.
+    """
     return level if isinstance(level, (int, float)) else expand(level, like)
 
 
 def row_scale(noise: Tensor, spread: float | Tensor) -> float | Tensor:
-    """1 / sqrt(noise + spread) for noise variances that differ by entry, else 1: what makes the rows of a system equal in weight.
+    """1 / sqrt(noise + spread) for noise variances that differ by entry, else 1: what makes the rows of a
+    system equal in weight.
 
-    Systems noise I + A V A^H are solved as S (noise I + A V A^H) S v = S r, u = S v. Krylov methods do not see a common factor;
-    without S, rows of little noise, of which most is known, would be the last to be fitted.
+    Systems noise I + A V A^H are solved as S (noise I + A V A^H) S v = S r, u = S v. Krylov methods do not
+    see a common factor; without S, rows of little noise, of which most is known, would be the last to be
+    fitted.
     """
     return (noise + spread).rsqrt() if noise[0].numel() > 1 else 1.0
 
@@ -146,5 +154,7 @@ class Likelihood:
 
 
 def prior_spread(sigma: float | Tensor, data_std: float) -> float | Tensor:
-    """r with r^2 = sigma^2 d^2 / (sigma^2 + d^2): standard deviation of x_0 given x_t if the prior were N(0, d^2 I)."""
+    """r with r^2 = sigma^2 d^2 / (sigma^2 + d^2): standard deviation of x_0 given x_t if the prior were N(0,
+    d^2 I).
+    """
     return sigma * data_std / (sigma**2 + data_std**2) ** 0.5

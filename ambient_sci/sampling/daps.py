@@ -6,19 +6,22 @@ At each level, from high to low,
     x_0 ~ p(x_0 | y) for x_0 ~ N(x^0, r_t^2 I)                         the measurement
     x_s ~ N(x_0, sigma_s^2 I)                                          back to the next level
 
-which for small sigma is a Gibbs sampler of the joint law of (x_0, x_t) given y. The likelihood keeps its own noise level sigma_y at
-every level, and levels go down to sigma_min: with a fixed, larger tau or a high end the posterior is another one. Two choices differ from
-the published algorithm, with the same limit for small sigma:
+which for small sigma is a Gibbs sampler of the joint law of (x_0, x_t) given y. The likelihood keeps its own
+noise level sigma_y at every level, and levels go down to sigma_min: with a fixed, larger tau or a high end
+the posterior is another one. Two choices differ from the published algorithm, with the same limit for small
+sigma:
 
-- It runs Langevin steps for the middle line. For linear measurements that line is a Gaussian and is drawn exactly (`Likelihood.draw`):
-  no step size to tune and no bias.
-- It has r_t = sigma_t. Here r_t^2 = sigma_t^2 d^2 / (sigma_t^2 + d^2), which does not heat the image beyond its own spread d.
+- It runs Langevin steps for the middle line. For linear measurements that line is a Gaussian and is drawn
+  exactly (`Likelihood.draw`): no step size to tune and no bias.
+- It has r_t = sigma_t. Here r_t^2 = sigma_t^2 d^2 / (sigma_t^2 + d^2), which does not heat the image beyond
+  its own spread d.
 
-x^0 must be D: the end of the probability flow from x_t, also found in use, moves only half as far as the noise that is added, and
-targets another law however fine the levels.
+x^0 must be D: the end of the probability flow from x_t, also found in use, moves only half as far as the
+noise that is added, and targets another law however fine the levels.
 
-Deviation: with r = sigma a mode of prior variance v is sampled at level sigma with variance v (1 + sigma^2 / 2 v), and follows the levels
-down to sigma^2 ~ v / (levels per factor e). Twenty levels per factor e leave one or two percent.
+Deviation: with r = sigma a mode of prior variance v is sampled at level sigma with variance v (1 + sigma^2 /
+2 v), and follows the levels down to sigma^2 ~ v / (levels per factor e). Twenty levels per factor e leave one
+or two percent.
 
 Source: Zhang et al., "Improving Diffusion Inverse Problem Solving with Decoupled Noise Annealing" (2024).
 """
@@ -41,11 +44,13 @@ def sample_daps(
     max_iterations: int = 100,
     precision: Precision = "fp32",
 ) -> Tensor:
-    """Decoupled annealing with exact inner draws (equations above). One network evaluation a level, no Jacobian.
+    """Decoupled annealing with exact inner draws (equations above). One network evaluation a level, no
+    Jacobian.
 
     Args:
         problem: the chains; needs many levels, see above.
-        tolerance, max_iterations: of the inner solves, where they have no closed form; they cost no network evaluations.
+        tolerance, max_iterations: of the inner solves, where they have no closed form; they cost no network
+            evaluations.
         precision: of the network.
     """
     require_unconditional(problem.prior, "DAPS")

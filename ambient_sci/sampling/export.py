@@ -1,11 +1,13 @@
-r"""Results back to the images they came from: NIfTI volumes in the original units, under the affine that the import recorded.
+r"""Results back to the images they came from: NIfTI volumes in the original units, under the affine that the
+import recorded.
 
     mean      |mean_s x_s|                     the magnitude of the posterior mean
     std       std_s |x_s|                      the spread of the magnitudes over the samples, S - 1 in the denominator
     samples   |x_s|                            a fourth axis, one sample after the other
 
-times the scale of each image. Images of one channel are real and keep their sign. The spread of magnitudes is not the magnitude of the spread
-of real and imaginary part: phase that is uncertain moves those, and no magnitude image. Places of a volume without an image are 0.
+times the scale of each image. Images of one channel are real and keep their sign. The spread of magnitudes is
+not the magnitude of the spread of real and imaginary part: phase that is uncertain moves those, and no
+magnitude image. Places of a volume without an image are 0.
 """
 
 from __future__ import annotations
@@ -32,13 +34,15 @@ def export_nifti(
 
     Args:
         result: a result file (made by `reconstruct_to_file` or `Reconstruction.save`).
-        out: FILE.nii.gz (or .nii) for the result of one volume; otherwise a folder, which gets NAME_WHAT.nii.gz for each volume.
+        out: FILE.nii.gz (or .nii) for the result of one volume; otherwise a folder, which gets
+            NAME_WHAT.nii.gz for each volume.
         what: "mean", "std" or "samples", as in the module's docstring.
         overwrite: replace files that exist.
 
     Raises:
-        InputError: another ``what``, a file name for several volumes, images of more than two channels, a standard deviation of a
-            single sample, geometry that does not fit the images, or files that exist. Nothing is written then.
+        InputError: another ``what``, a file name for several volumes, images of more than two channels, a
+            standard deviation of a single sample, geometry that does not fit the images, or files that exist.
+            Nothing is written then.
     """
     if what not in QUANTITIES:
         raise InputError(f"export: expected one of {', '.join(QUANTITIES)}, got {what!r}")

@@ -1,10 +1,11 @@
-r"""Sampling images from a mask-conditional prior with one mask held fixed: the published baseline for masked data.
+r"""Sampling images from a mask-conditional prior with one mask held fixed: the published baseline for masked
+data.
 
     denoiser of a chain:   x, sigma -> h(A_B^H A_B x, sigma, B)          the same rows B at every level
 
-in any unconditional sampler. A *baseline*, not a way to draw from the data: h is E[x_0 | A_B x_t], which knows nothing of the rows outside
-B, so what those rows receive is a mean. With a Gaussian prior the samples' covariance has the rank of A_B. An unconditional
-prior by EM (`ambient_sci.training.em`) has no such defect.
+in any unconditional sampler. A *baseline*, not a way to draw from the data: h is E[x_0 | A_B x_t], which
+knows nothing of the rows outside B, so what those rows receive is a mean. With a Gaussian prior the samples'
+covariance has the rank of A_B. An unconditional prior by EM (`ambient_sci.training.em`) has no such defect.
 
 Source: Daras et al., "Ambient Diffusion: Learning Clean Distributions from Corrupted Data" (2023), section 4.
 """
@@ -41,11 +42,13 @@ def generate_fixed_mask(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Draw ``num`` images (num, C, H, W) from a mask-conditional prior, chain i with mask i modulo the masks of ``operator``.
+    """Draw ``num`` images (num, C, H, W) from a mask-conditional prior, chain i with mask i modulo the masks
+    of ``operator``.
 
     Args:
         prior: mask-conditional.
-        operator: whose masks are used: masks like those of training, a fraction ``keep`` of whose rows the network was shown.
+        operator: whose masks are used: masks like those of training, a fraction ``keep`` of whose rows the
+            network was shown.
         steps, sampler, sigma_min, sigma_max, rho, batch_size, generator, progress: as for `generate`.
 
     Raises:

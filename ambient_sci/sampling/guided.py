@@ -1,4 +1,5 @@
-r"""Posterior samplers made of a posterior denoiser and an unconditional sampler, and those for mask-conditional priors.
+r"""Posterior samplers made of a posterior denoiser and an unconditional sampler, and those for
+mask-conditional priors.
 
 Each is one function of a `Problem`, readable from top to bottom.
 """
@@ -38,15 +39,17 @@ def sample_mmps(
 ) -> Tensor:
     """Moment matching posterior sampling: `MMPS` in an unconditional sampler.
 
-    The sampler stops at sigma_min > 0 with x_min, where E[x_0 | x_min, y] leaves out the posterior's spread below sigma_min. That is nothing
-    for a prior learned down to a small level, and most of it for one learned from noisy data, whose levels stop at their noise.
+    The sampler stops at sigma_min > 0 with x_min, where E[x_0 | x_min, y] leaves out the posterior's spread
+    below sigma_min. That is nothing for a prior learned down to a small level, and most of it for one learned
+    from noisy data, whose levels stop at their noise.
 
     Args:
         problem: the chains.
         integrator: "multistep", "heun" or "ancestral".
-        final: what to return: the "mean" E[x_0 | x_min, y]; a "draw" from N(E[x_0 | x_min, y], Cov[x_0 | x_min, y]), which restores the whole
-            posterior covariance (exactly for Gaussian priors) at the cost of a few Jacobian products more; "auto": a draw where the levels
-            end above a fiftieth of the data's standard deviation, the mean elsewhere.
+        final: what to return: the "mean" E[x_0 | x_min, y]; a "draw" from N(E[x_0 | x_min, y], Cov[x_0 |
+            x_min, y]), which restores the whole posterior covariance (exactly for Gaussian priors) at the
+            cost of a few Jacobian products more; "auto": a draw where the levels end above a fiftieth of the
+            data's standard deviation, the mean elsewhere.
         **options: of `MMPS`.
     """
     if final not in ("auto", "mean", "draw"):
@@ -61,7 +64,9 @@ def sample_mmps(
 
 
 def stops_early(prior: Prior, low: float) -> bool:
-    """Whether levels that end at ``low`` leave out spread that counts: more than a fiftieth of the data's standard deviation."""
+    """Whether levels that end at ``low`` leave out spread that counts: more than a fiftieth of the data's
+    standard deviation.
+    """
     return low > 0.02 * prior.data_std
 
 
@@ -106,7 +111,9 @@ def require_own_operator(problem: Problem, what: str) -> RowMaskedOperator:
 
 
 def sample_one_step(problem: Problem) -> Tensor:
-    """E[x_0 | y, A] of a mask-conditional prior in one evaluation, at the noise level of the measurements: no samples, no spread."""
+    """E[x_0 | y, A] of a mask-conditional prior in one evaluation, at the noise level of the measurements: no
+    samples, no spread.
+    """
     operator = require_own_operator(problem, "the one-step estimate")
     if problem.sigma_y.ndim > 1:
         raise InputError(
@@ -118,15 +125,17 @@ def sample_one_step(problem: Problem) -> Tensor:
 
 
 def sample_a_dps(problem: Problem, *, step: float = 1.0, precision: Precision = "fp32") -> Tensor:
-    r"""Ambient diffusion posterior sampling: what a mask-conditional prior h allows in place of a posterior sampler.
+    r"""Ambient diffusion posterior sampling: what a mask-conditional prior h allows in place of a posterior
+    sampler.
 
         x_s = x_t + (s - t) / t (x_t - h_t) - step / ||y - A h_t||  grad_{x_t} ||y - A h_t||^2,        h_t = h(A^H A x_t, sigma_t, A)
 
-    Euler steps with the measured mask fixed throughout; norms are those of each sample. Published setting: 500 steps, sigma_max 10,
-    sigma_min .004, step 1, for images scaled to a maximum of one.
+    Euler steps with the measured mask fixed throughout; norms are those of each sample. Published setting:
+    500 steps, sigma_max 10, sigma_min 0.004, step 1, for images scaled to a maximum of one.
 
-    Known deviation: h is a function of the measured coordinates of x_t, so the samples have no more directions of spread than there are
-    measured rows (their covariance is rank-deficient), and the normalised step has no noise level in it. A good image, no error bars.
+    Known deviation: h is a function of the measured coordinates of x_t, so the samples have no more
+    directions of spread than there are measured rows (their covariance is rank-deficient), and the normalised
+    step has no noise level in it. A good image, no error bars.
 
     Source: Aali et al., "Ambient Diffusion Posterior Sampling" (2024).
 

@@ -1,12 +1,13 @@
 r"""Work that is cut into parts: by one process or several, and from where an earlier run stopped.
 
-A finished part is a file of its own in a folder beside the output, named after a fingerprint of everything that decides what is in it; so a
-run that was interrupted continues when it is repeated, and never with somebody else's parts. Processes of one ``torchrun`` or
-``accelerate launch`` share the parts out between them; the main one joins them into the output, which appears under its name only when it is
-complete.
+A finished part is a file of its own in a folder beside the output, named after a fingerprint of everything
+that decides what is in it; so a run that was interrupted continues when it is repeated, and never with
+somebody else's parts. Processes of one ``torchrun`` or ``accelerate launch`` share the parts out between
+them; the main one joins them into the output, which appears under its name only when it is complete.
 
-The main process holds a lock on the folder for as long as it lives (the system releases it, whatever ends the process). A second run of the
-same work is refused; folders whose lock is free have been given up, and are removed once an output of that name is complete.
+The main process holds a lock on the folder for as long as it lives (the system releases it, whatever ends the
+process). A second run of the same work is refused; folders whose lock is free have been given up, and are
+removed once an output of that name is complete.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class Parts:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and not any(path.exists() for path in self.paths):
-            # Kept only if it holds finished parts, to go on from. Files of other processes are theirs to remove.
+            # Kept only if it holds finished parts, to go on from. Files of other processes are theirs to
+            # remove.
             (self.folder / "lock").unlink(missing_ok=True) if self.main else None
             with suppress(OSError):
                 self.folder.rmdir()
@@ -75,7 +77,9 @@ class Parts:
             os.close(self._lock)
 
     def missing(self, read: Callable[[Path], Any]) -> list[int]:
-        """Parts that this process has to make. One that ``read`` cannot open (cut off by a crash of the machine) is made again."""
+        """Parts that this process has to make. One that ``read`` cannot open (cut off by a crash of the
+        machine) is made again.
+        """
         mine = range(self.rank, len(self.paths), self.processes)
         for k in mine:
             if self.paths[k].exists():
@@ -124,7 +128,9 @@ class Parts:
 
 
 def _locked(handle: int) -> bool | None:
-    """Take the lock of an open file: True if that worked, False if another process has it, None where there are no locks."""
+    """Take the lock of an open file: True if that worked, False if another process has it, None where there
+    are no locks.
+    """
     if fcntl is None:
         return None
     try:
@@ -164,11 +170,14 @@ def _processes(device: torch.device) -> Any:
     from accelerate import PartialState
 
     atexit.register(_leave)  # doing it twice does no harm
-    # Unless told that it computes on the CPU, accelerate takes a launch on a machine without CUDA for one process in each.
+    # Unless told that it computes on the CPU, accelerate takes a launch on a machine without CUDA for one
+    # process in each.
     return PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
 
 
 def _leave() -> None:
-    """Give the connections to the other processes up in order: threads that are still alive when Python ends abort the process."""
+    """Give the connections to the other processes up in order: threads that are still alive when Python ends
+    abort the process.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

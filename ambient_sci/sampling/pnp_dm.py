@@ -1,15 +1,17 @@
 r"""PnP-DM: a split Gibbs sampler that takes turns between the measurement and the prior.
 
-The image and its copy, tied by N(z; x, rho^2 I), have the joint law p(x) p(y | z) N(z; x, rho^2 I). Its conditionals are
+The image and its copy, tied by N(z; x, rho^2 I), have the joint law p(x) p(y | z) N(z; x, rho^2 I). Its
+conditionals are
 
     z | x, y    Gaussian, drawn exactly (`Likelihood.draw`)
     x | z       x_0 given x_rho = z: the prior's reverse diffusion, started at level rho
 
 rho decreases from sigma_max to its final value and stays there for the second half of the iterations.
 
-Known deviation: x has the posterior for measurement noise sigma_y^2 + rho^2 in place of sigma_y^2 (A A^H = I). In one
-dimension with prior variance .25 and sigma_y^2 = .04, rho = .1 gives 1.21 times the variance and .97 times the gain; with 4 and 1 it is
-1.01 and 1.00. A small rho costs iterations: a mode of posterior variance v needs about v / rho^2 of them to move.
+Known deviation: x has the posterior for measurement noise sigma_y^2 + rho^2 in place of sigma_y^2 (A A^H =
+I). In one dimension with prior variance 0.25 and sigma_y^2 = 0.04, rho = 0.1 gives 1.21 times the variance and
+0.97 times the gain; with 4 and 1 it is 1.01 and 1.00. A small rho costs iterations: a mode of posterior
+variance v needs about v / rho^2 of them to move.
 
 Source: Wu et al., "Principled Probabilistic Imaging using Diffusion Models as Plug-and-Play Priors" (2024).
 """
@@ -35,13 +37,16 @@ def sample_pnp_dm(
     max_iterations: int = 100,
     precision: Precision = "fp32",
 ) -> Tensor:
-    """Split Gibbs sampling (equations above); ``steps`` iterations of ``inner_steps`` network evaluations each.
+    """Split Gibbs sampling (equations above); ``steps`` iterations of ``inner_steps`` network evaluations
+    each.
 
     Args:
         problem: the chains; its levels are those that rho goes through, and end at sigma_min.
-        coupling: final rho, > 0 and at least the prior's sigma_min; default: a tenth of the prior's data_std, or its sigma_min if larger.
+        coupling: final rho, > 0 and at least the prior's sigma_min; default: a tenth of the prior's data_std,
+            or its sigma_min if larger.
         inner_steps: levels of the reverse diffusion from rho to sigma_min, >= 1.
-        tolerance, max_iterations: of the likelihood steps, where they have no closed form; they cost no network evaluations.
+        tolerance, max_iterations: of the likelihood steps, where they have no closed form; they cost no
+            network evaluations.
         precision: of the network.
 
     Raises:
@@ -71,9 +76,11 @@ def sample_pnp_dm(
 def _reverse_diffusion(
     problem: Problem, x: Tensor, rho: float, low: float, steps: int, precision: Precision
 ) -> Tensor:
-    """A draw of x_0 given x_rho = x: at each level x_0 from N(D, r^2 I), and x_s from its law given x_t and x_0.
+    """A draw of x_0 given x_rho = x: at each level x_0 from N(D, r^2 I), and x_s from its law given x_t and
+    x_0.
 
-    Without the spread of x_0, as in plain ancestral sampling, a few steps lose variance, and what is lost once an iteration adds up.
+    Without the spread of x_0, as in plain ancestral sampling, a few steps lose variance, and what is lost
+    once an iteration adds up.
     """
     levels = [rho * (low / rho) ** (k / max(steps - 1, 1)) for k in range(steps)]
     for t, s in zip(levels, [*levels[1:], 0.0], strict=True):

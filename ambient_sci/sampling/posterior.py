@@ -1,10 +1,12 @@
 r"""Posterior denoisers: an unconditional prior with a measurement folded in, E[x_0 | x_t, y].
 
-For y = A x_0 + sigma_y n, Tweedie's formula for the posterior splits into the prior's denoiser and a likelihood score,
+For y = A x_0 + sigma_y n, Tweedie's formula for the posterior splits into the prior's denoiser and a
+likelihood score,
 
     E[x_0 | x_t, y] = D(x_t) + sigma_t^2 grad log p(y | x_t),
 
-and any sampler that takes a denoiser then samples p(x_0 | y). p(y | x_t) needs p(x_0 | x_t), which is replaced by a Gaussian N(D, V):
+and any sampler that takes a denoiser then samples p(x_0 | y). p(y | x_t) needs p(x_0 | x_t), which is
+replaced by a Gaussian N(D, V):
 
     V = sigma_t^2 J               `MMPS`   J the Jacobian of D: the true second moment (Tweedie's second-order formula)
     V = r_t^2 I                   `PiGDM`  r_t^2 = sigma_t^2 d^2 / (sigma_t^2 + d^2), d the standard deviation of the data
@@ -18,8 +20,9 @@ Only MMPS is exact for Gaussian priors. It needs no derivative beyond J, since s
 
 Where noise differs from entry to entry of y, sigma_y^2 I is the diagonal matrix of the squared levels.
 
-Sources: Rozet et al., "Learning Diffusion Priors from Observations by Expectation Maximization" (2024); Song et al.,
-"Pseudoinverse-Guided Diffusion Models for Inverse Problems" (2023); Chung et al., "Diffusion Posterior Sampling" (2023).
+Sources: Rozet et al., "Learning Diffusion Priors from Observations by Expectation Maximization" (2024); Song
+et al., "Pseudoinverse-Guided Diffusion Models for Inverse Problems" (2023); Chung et al., "Diffusion
+Posterior Sampling" (2023).
 """
 
 from __future__ import annotations
@@ -56,8 +59,9 @@ def linearise(
 class MMPS:
     """Moment matching posterior denoiser (*), for any linear operator.
 
-    V is applied by vector-Jacobian products through one forward graph per call; the system is solved in measurement space for all
-    chains at once, each with its own steps and its own guard (`minimal_residual`), and V A^H u is collected along the way.
+    V is applied by vector-Jacobian products through one forward graph per call; the system is solved in
+    measurement space for all chains at once, each with its own steps and its own guard (`minimal_residual`),
+    and V A^H u is collected along the way.
 
     Args:
         prior: unconditional.
@@ -98,10 +102,12 @@ class MMPS:
         return mean + self._correction(covariance, self.y - self.operator.A(mean), sigma)
 
     def draw(self, x: Tensor, sigma: Tensor, noise: Randomness) -> Tensor:
-        """A draw from p(x_0 | x_t = x, y) = N(E[x_0 | x_t, y], V - V A^H (sigma_y^2 I + A V A^H)^-1 A V), by Matheron's rule.
+        """A draw from p(x_0 | x_t = x, y) = N(E[x_0 | x_t, y], V - V A^H (sigma_y^2 I + A V A^H)^-1 A V), by
+        Matheron's rule.
 
-        x' from N(D, V), a measurement y' simulated from it, and the correction (*) applied to x' for y - y'. A sampler that ends
-        with this instead of the mean has the whole posterior covariance, whatever level it stopped at; exactly so for Gaussian priors.
+        x' from N(D, V), a measurement y' simulated from it, and the correction (*) applied to x' for y - y'.
+        A sampler that ends with this instead of the mean has the whole posterior covariance, whatever level
+        it stopped at; exactly so for Gaussian priors.
         """
         mean, covariance = self._moments(x, sigma)
         z = draw_noise(mean, noise)
@@ -135,11 +141,13 @@ class MMPS:
 
 
 class PiGDM:
-    """Pseudo-inverse guidance with the prior's own variance: (*) with V = r_t^2 I inside the inverse. Two network passes a call.
+    """Pseudo-inverse guidance with the prior's own variance: (*) with V = r_t^2 I inside the inverse. Two
+    network passes a call.
 
-    Known deviation: exact only where the prior's covariance is d^2 I. On 1-D Gaussian priors of another variance s^2 than the assumed
-    one, in the reverse SDE: d = 1, s^2 = .25, sigma_y^2 = .04 gives 1.11 times the variance and .92 times the gain; d = 1, s^2 = 4,
-    sigma_y^2 = 1 gives .83 and 1.14. In the probability flow the errors are several times larger: use "ancestral".
+    Known deviation: exact only where the prior's covariance is d^2 I. On 1-D Gaussian priors of another
+    variance s^2 than the assumed one, in the reverse SDE: d = 1, s^2 = 0.25, sigma_y^2 = 0.04 gives 1.11 times
+    the variance and 0.92 times the gain; d = 1, s^2 = 4, sigma_y^2 = 1 gives 0.83 and 1.14. In the probability
+    flow the errors are several times larger: use "ancestral".
 
     Args:
         prior, operator, y, sigma_y, precision: as for `MMPS`.
@@ -170,17 +178,20 @@ class PiGDM:
 
 
 class DPS:
-    """Diffusion posterior sampling: (*) with V = 0 inside the inverse, that is p(y | x_t) = N(y; A D, sigma_y^2 I).
+    """Diffusion posterior sampling: (*) with V = 0 inside the inverse, that is p(y | x_t) = N(y; A D,
+    sigma_y^2 I).
 
         m = D + J^T A^H kappa (y - A D),        kappa = min(sigma_t^2 / sigma_y^2, limit / c)
 
-    The first is the definition; it is stiff, 1 / sigma_y^2 being far too confident at high levels. The second keeps a step of a sampler from
-    overshooting the data: with ``limit`` = 1 / (1 - s^2 / t^2) for an ancestral step from t to s, and c = |A A^H r|^2 / |A^H r|^2 of each sample
-    the squared norm of A along its residual, the step at most meets the measurements. It vanishes as the steps get fine. Each entry of y has
+    The first is the definition; it is stiff, 1 / sigma_y^2 being far too confident at high levels. The second
+    keeps a step of a sampler from overshooting the data: with ``limit`` = 1 / (1 - s^2 / t^2) for an
+    ancestral step from t to s, and c = |A A^H r|^2 / |A^H r|^2 of each sample the squared norm of A along its
+    residual, the step at most meets the measurements. It vanishes as the steps get fine. Each entry of y has
     the kappa of its own noise.
 
-    Known deviation, in the reverse SDE on 1-D Gaussian priors: s^2 = .25, sigma_y^2 = .04 gives .58 times the variance and 1.16 times
-    the gain; s^2 = 4, sigma_y^2 = 1 gives .62 and 1.23. Over-confident: spread from DPS is not an error bar.
+    Known deviation, in the reverse SDE on 1-D Gaussian priors: s^2 = 0.25, sigma_y^2 = 0.04 gives 0.58 times the
+    variance and 1.16 times the gain; s^2 = 4, sigma_y^2 = 1 gives 0.62 and 1.23. Over-confident: spread from
+    DPS is not an error bar.
 
     Args:
         prior, operator, y, sigma_y, precision: as for `MMPS`.

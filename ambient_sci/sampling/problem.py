@@ -1,4 +1,6 @@
-"""What a posterior sampler works on: the chains (samples x images) of one batch, each with its own stream of noise."""
+"""What a posterior sampler works on: the chains (samples x images) of one batch, each with its own stream of
+noise.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from ambient_sci.priors.base import Prior
 
 
 class RepeatedPhysics(LinearPhysics):
-    """A foreign physics with parameters for a batch of B, applied to k B chains (k samples of each image, sample-major)."""
+    """A foreign physics with parameters for a batch of B, applied to k B chains (k samples of each image,
+    sample-major).
+    """
 
     def __init__(self, physics: LinearPhysics, batch: int) -> None:
         super().__init__(noise_model=physics.noise_model)
@@ -94,7 +98,9 @@ class Problem:
             return self.prior(x, self.level(sigma)).to(x.dtype)
 
     def with_samples(self, samples: int) -> Problem:
-        """The same images with ``samples`` new chains each; seeds derive from those of each image's first chain."""
+        """The same images with ``samples`` new chains each; seeds derive from those of each image's first
+        chain.
+        """
         generators = [torch.Generator().manual_seed(int(s)) for s in self.seeds[: self.images]]
         seeds = torch.stack([torch.randint(2**62, (samples,), generator=g) for g in generators], 1)
         return Problem(

@@ -1,4 +1,6 @@
-r"""Posterior reconstruction: p(x_0 | y) for y = A x_0 + sigma_y n, any prior, any linear operator, many images and samples in one batch."""
+r"""Posterior reconstruction: p(x_0 | y) for y = A x_0 + sigma_y n, any prior, any linear operator, many
+images and samples in one batch.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,8 @@ def reconstruct(
         prior: see the samplers for the kind they need; None for classic reconstructions.
         operator: A, an operator of this library or any deepinv ``LinearPhysics``.
         y: measurements, (B, ...).
-        sigma_y: their noise level per real channel, >= 0: float, (B,), or of the shape of ``y`` where noise differs by entry.
+        sigma_y: their noise level per real channel, >= 0: float, (B,), or of the shape of ``y`` where noise
+            differs by entry.
         samples: number S of posterior samples for each image.
         sampler: a name in `POSTERIOR_SAMPLERS`: for unconditional priors "mmps" (moment matching, the default), "daps",
             "smc" (exact in the limit), "pnp-dm", "pigdm", "dps"; for mask-conditional ones "a-dps" and "one-step" (a point estimate).
@@ -62,17 +65,20 @@ def reconstruct(
         steps: noise levels; default: the sampler's.
         sigma_min, sigma_max: ends of the grid; by default what the prior has learned (see `level_range`).
         rho: bend of the grid, see `level_grid`; default: the sampler's.
-        batch_size: chains (samples x images) at a time; it changes speed and memory, not the samples. Default: what fits into memory.
+        batch_size: chains (samples x images) at a time; it changes speed and memory, not the samples.
+            Default: what fits into memory.
         generator: source of randomness.
         progress: show a progress bar.
-        **options: settings of the sampler: the keyword arguments of its function, e.g. ``tolerance`` and ``max_iterations`` of `MMPS`.
+        **options: settings of the sampler: the keyword arguments of its function, e.g. ``tolerance`` and
+            ``max_iterations`` of `MMPS`.
 
     Returns:
-        mean, std, samples (S, B, C, H, W) and a report, in the type of ``y`` (float32 where that is shorter) and on its device.
+        mean, std, samples (S, B, C, H, W) and a report, in the type of ``y`` (float32 where that is shorter)
+        and on its device.
 
     Raises:
-        InputError: non-linear physics, shapes that do not match, sigma_y missing or negative, non-finite measurements, unknown options;
-            samples that are not finite.
+        InputError: non-linear physics, shapes that do not match, sigma_y missing or negative, non-finite
+            measurements, unknown options; samples that are not finite.
         ConditioningError: a prior of the other kind.
     """
     if sampler in BASELINES:
@@ -102,8 +108,8 @@ def reconstruct(
 class Run:
     """A checked request for samples of a few images, worked off in rectangular chunks of chains.
 
-    What a chain becomes depends on its seed alone, not on the chunk it is in. ``batch_size`` is the number of chains to try at a time; it
-    falls to what has fitted where that was too many.
+    What a chain becomes depends on its seed alone, not on the chunk it is in. ``batch_size`` is the number of
+    chains to try at a time; it falls to what has fitted where that was too many.
     """
 
     prior: Prior
@@ -155,7 +161,9 @@ class Run:
         )
 
     def parts(self, *, progress: bool = False) -> Iterator[tuple[Chunk, Tensor]]:
-        """(chunk, samples (s, n, C, H, W)) for every chunk. One that does not fit on the device is halved, and so are all that follow."""
+        """(chunk, samples (s, n, C, H, W)) for every chunk. One that does not fit on the device is halved,
+        and so are all that follow.
+        """
         sampler = POSTERIOR_SAMPLERS[self.name]
         rules = {
             "all_images": len(self.y) > 1 and not isinstance(self.operator, RowMaskedOperator),
@@ -217,7 +225,9 @@ def halve(chunk: Chunk, *, all_images: bool, all_samples: bool) -> list[Chunk]:
 
 
 def merge(totals: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Reports of two parts of a run as one: counts of solves add up, "worst_…" and "smallest_…" are extremes, the rest holds for each chain."""
+    """Reports of two parts of a run as one: counts of solves add up, "worst_…" and "smallest_…" are extremes,
+    the rest holds for each chain.
+    """
     merged = dict(totals)
     for key, value in new.items():
         old = merged.get(key, value)
@@ -249,7 +259,7 @@ def notes(prior: Prior, low: float, totals: dict[str, Any]) -> dict[str, Any]:
     return {"notes": found} if found else {}
 
 
-# -- the border --------------------------------------------------------------------------------------------------------------
+# -- the border ------------------------------------------------------------------------------------------
 
 COUNTS = frozenset({"max_iterations", "root_iterations", "particles", "inner_steps"})
 POSITIVE = frozenset({"tolerance", "data_std", "coupling", "resample_below"})
@@ -282,7 +292,9 @@ def check_sampler(
 
 
 def sampler_options(name: str) -> list[str]:
-    """Names of the settings that a sampler takes: the keyword arguments of its function and of its posterior denoiser."""
+    """Names of the settings that a sampler takes: the keyword arguments of its function and of its posterior
+    denoiser.
+    """
     sampler = POSTERIOR_SAMPLERS[name]
     functions = [sampler.run, *([sampler.denoiser] if sampler.denoiser is not None else [])]
     return [
@@ -375,20 +387,24 @@ def check_noise(sigma_y: Any, y: Tensor) -> Tensor:
     fits = levels.shape == y.shape or levels.numel() in (1, len(y))
     if levels.is_complex() or not fits or not bool((torch.isfinite(levels) & (levels >= 0)).all()):
         raise InputError(
-            f"sigma_y: expected real values >= 0, one, one per image ({len(y)}) or one per entry {tuple(y.shape)}, "
-            f"got {levels.flatten()[:4].tolist()}{' ...' if levels.numel() > 4 else ''} of shape {tuple(levels.shape)}"
+            f"sigma_y: expected real values >= 0, one, one per image ({len(y)}) or one per entry {tuple(y.shape)}, got "
+            f"{levels.flatten()[:4].tolist()}{' ...' if levels.numel() > 4 else ''} of shape {tuple(levels.shape)}"
         )
     levels = levels.to(y)
     return levels.flatten().expand(len(y)).contiguous() if levels.numel() in (1, len(y)) else levels
 
 
 def check_numbers(x: Tensor, report: dict[str, Any], name: str) -> None:
-    """Raise InputError for samples that are no numbers, or that came about without the measurements because these overflowed."""
+    """Raise InputError for samples that are no numbers, or that came about without the measurements because
+    these overflowed.
+    """
     if not bool(torch.isfinite(x).all()):
         raise InputError(
-            f"{name}: expected finite samples, got NaN or infinity: the prior's weights are damaged or diverged, or the levels overflow"
+            f"{name}: expected finite samples, got NaN or infinity: the prior's weights are damaged or diverged, "
+            "or the levels overflow"
         )
     if report.get("worst_relative_residual") == math.inf:
         raise InputError(
-            f"{name}: expected measurements and a denoiser whose squares are finite in {x.dtype}, got a solve that overflowed; scale the data"
+            f"{name}: expected measurements and a denoiser whose squares are finite in {x.dtype}, got a solve that "
+            "overflowed; scale the data"
         )

@@ -1,6 +1,8 @@
-r"""What a reconstruction is: posterior mean, standard deviation and samples, in memory (`Reconstruction`) and on disk (`ResultFile`).
+r"""What a reconstruction is: posterior mean, standard deviation and samples, in memory (`Reconstruction`) and
+on disk (`ResultFile`).
 
-Mean and standard deviation are running ones (Welford), so a file holds as many samples as wanted at the memory of one batch:
+Mean and standard deviation are running ones (Welford), so a file holds as many samples as wanted at the
+memory of one batch:
 
     mean_k = mean_{k-1} + (x_k - mean_{k-1}) / k,      M_k = M_{k-1} + (x_k - mean_{k-1})(x_k - mean_k),     std = sqrt(M_S / (S - 1))
 """
@@ -34,8 +36,10 @@ class Reconstruction:
         samples: (S, B, C, H, W).
         report: how it was made and how well the solves went; JSON types.
         subjects: who each image is of, if known.
-        scale: factor that was divided out of the data, one or one for each image; multiply to get the original units.
-        geometry: where the images lie in the volumes they come from, as in the measurement file; empty if that is not known.
+        scale: factor that was divided out of the data, one or one for each image; multiply to get the
+            original units.
+        geometry: where the images lie in the volumes they come from, as in the measurement file; empty if
+            that is not known.
     """
 
     mean: Tensor
@@ -74,7 +78,8 @@ class Reconstruction:
 
 
 class ResultFile:
-    """A result on disk, read lazily: ``mean(indices)``, ``std(indices)`` (n, C, H, W), ``samples(indices)`` (S, n, C, H, W).
+    """A result on disk, read lazily: ``mean(indices)``, ``std(indices)`` (n, C, H, W), ``samples(indices)``
+    (S, n, C, H, W).
 
     Raises:
         InputError: missing, truncated, foreign or incomplete file.
@@ -176,7 +181,9 @@ class ResultWriter:
         self.report: dict[str, Any] = {}
 
     def add(self, images: slice, samples: Tensor) -> None:
-        """More samples (s, n, C, H, W) of the images ``images``; those of one image come in any number of parts."""
+        """More samples (s, n, C, H, W) of the images ``images``; those of one image come in any number of
+        parts.
+        """
         data = samples.detach().to("cpu", torch.float64)
         self._missing -= data.shape[0] * data.shape[1]
         for k, image in enumerate(range(images.start, images.stop)):

@@ -1,18 +1,22 @@
-r"""Twisted sequential Monte Carlo: the reference that is exact in the limit of many particles and fine levels.
+r"""Twisted sequential Monte Carlo: the reference that is exact in the limit of many particles and fine
+levels.
 
-A population of particles x_t goes down the levels. It is moved by the ancestral step of a *posterior* denoiser, whose error is
-known and made up for by weights: with the prior's own step p and the twisting function psi,
+A population of particles x_t goes down the levels. It is moved by the ancestral step of a *posterior*
+denoiser, whose error is known and made up for by weights: with the prior's own step p and the twisting
+function psi,
 
     p(x_s | x_t) = N(D + (s/t)^2 (x_t - D), v I),        q(x_s | x_t) = N(D~ + (s/t)^2 (x_t - D~), v I),    v = s^2 (1 - s^2/t^2)
     psi_t(x_t) = p(y | x_t) for x_0 ~ N(D, r_t^2 I),     D~ = D + r_t^2 A^H (sigma_y^2 I + r_t^2 A A^H)^-1 (y - A D)
 
     w_s = w_t  p(x_s | x_t) psi_s(x_s) / (q(x_s | x_t) psi_t(x_t)).
 
-Whatever psi is, the weighted population targets p(x_min) psi_min(x_min); psi and q only decide how many particles are worth how much. Their
-effective sample size (sum w)^2 / sum w^2 is reported; when it falls below a share of their number they are resampled. At the end
-x_0 is drawn from its Gaussian given x_min and y, so that sigma_y = 0 is allowed.
+Whatever psi is, the weighted population targets p(x_min) psi_min(x_min); psi and q only decide how many
+particles are worth how much. Their effective sample size (sum w)^2 / sum w^2 is reported; when it falls below
+a share of their number they are resampled. At the end x_0 is drawn from its Gaussian given x_min and y, so
+that sigma_y = 0 is allowed.
 
-What is left is the error of the steps themselves, first order in the log-ratio of levels, and of N(D, r^2 I) at sigma_min.
+What is left is the error of the steps themselves, first order in the log-ratio of levels, and of N(D, r^2 I)
+at sigma_min.
 
 Source: Wu et al., "Practical and Asymptotically Exact Conditional Sampling in Diffusion Models" (2023).
 """
@@ -38,10 +42,12 @@ def sample_smc(
     data_std: float | None = None,
     precision: Precision = "fp32",
 ) -> Tensor:
-    """Twisted SMC (equations above): a population of each image, and as many draws from it as samples are wanted.
+    """Twisted SMC (equations above): a population of each image, and as many draws from it as samples are
+    wanted.
 
     Args:
-        problem: the chains; the samples of an image come from one population, without replacement as far as weights allow.
+        problem: the chains; the samples of an image come from one population, without replacement as far as
+            weights allow.
         particles: population of each image; at least the number of samples.
         resample_below: share of the particles in (0, 1]; below this effective sample size they are resampled.
         data_std: d in r_t^2 = sigma_t^2 d^2 / (sigma_t^2 + d^2); default: the prior's.
@@ -107,7 +113,8 @@ def resample(weights: Tensor, which: Tensor, draws: int, streams: ChainNoise) ->
         streams: one for each image; each image uses one uniform, resampled or not.
 
     Returns:
-        log-weights (draws, images), zero where resampled, and the flat index of the particles kept, sample-major.
+        log-weights (draws, images), zero where resampled, and the flat index of the particles kept,
+        sample-major.
     """
     particles, images = weights.shape
     uniform = [

@@ -1,22 +1,23 @@
 r"""Krylov methods for a batch of systems, each watched by itself: K_b u_b = r_b, and V_b^{1/2} z_b.
 
-K = sigma_y^2 I + A V A^H, with V = sigma_t^2 J and J the Jacobian of a *learned* denoiser, is close to symmetric positive definite but not
-exactly. Conjugate gradients then meet search directions of zero or negative curvature, and iterates that explode. `minimal_residual`
-asks nothing of K: each product is made orthogonal to the earlier ones and the step along it minimises ||K u - r||, which can only fall
-(generalised conjugate residuals; the iterates of GMRES, up to where a step gains nothing: there it ends). It keeps all directions, so it is
-for few iterations.
-`conjugate_gradient`, for K that are what they should be, keeps two. Either leaves a system that breaks down at the best iterate it had, and
-says what was reached.
+K = sigma_y^2 I + A V A^H, with V = sigma_t^2 J and J the Jacobian of a *learned* denoiser, is close to
+symmetric positive definite but not exactly. Conjugate gradients then meet search directions of zero or
+negative curvature, and iterates that explode. `minimal_residual` asks nothing of K: each product is made
+orthogonal to the earlier ones and the step along it minimises ||K u - r||, which can only fall (generalised
+conjugate residuals; the iterates of GMRES, up to where a step gains nothing: there it ends). It keeps all
+directions, so it is for few iterations. `conjugate_gradient`, for K that are what they should be, keeps two.
+Either leaves a system that breaks down at the best iterate it had, and says what was reached.
 
-A Gaussian of covariance V, known only by its products, is drawn with the Lanczos process: for an orthonormal basis Q of the
-Krylov space of (V, z) and T = Q^T V Q,
+A Gaussian of covariance V, known only by its products, is drawn with the Lanczos process: for an orthonormal
+basis Q of the Krylov space of (V, z) and T = Q^T V Q,
 
     V^{1/2} z  ~  |z| Q T^{1/2} e_1,
 
 exact once the Krylov space is invariant, and best along the directions of large variance long before that.
 
-Sources: Hestenes & Stiefel (1952); Eisenstat, Elman & Schultz, "Variational iterative methods for nonsymmetric systems of linear equations"
-(1983); Chow & Saad, "Preconditioned Krylov subspace methods for sampling multivariate Gaussian distributions" (2014).
+Sources: Hestenes & Stiefel (1952); Eisenstat, Elman & Schultz, "Variational iterative methods for
+nonsymmetric systems of linear equations" (1983); Chow & Saad, "Preconditioned Krylov subspace methods for
+sampling multivariate Gaussian distributions" (2014).
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def minimal_residual(
     """Solve K u = r for each sample of the batch from u = 0, for any K; the residual never grows.
 
     Args:
-        apply: u -> (K u, L u) on the whole batch, treating samples independently. L is another linear map whose value at the solution
-            is wanted: it comes along the way without one more product.
+        apply: u -> (K u, L u) on the whole batch, treating samples independently. L is another linear map
+            whose value at the solution is wanted: it comes along the way without one more product.
         r: right-hand sides, (B, ...).
         tolerance: stop a system at ||K u - r|| <= tolerance ||r||.
         max_iterations: applications of K at most; as many directions are kept.
@@ -116,14 +117,16 @@ def conjugate_gradient(
     max_iterations: int = 10,
     growth: float = 10.0,
 ) -> Solution:
-    """Solve K u = r for each sample of the batch from u = 0, for symmetric positive definite K; guarded where it is not.
+    """Solve K u = r for each sample of the batch from u = 0, for symmetric positive definite K; guarded where
+    it is not.
 
     Args:
         apply: u -> K u on the whole batch; must treat samples independently.
         r: right-hand sides, (B, ...).
         tolerance: stop a system at ||K u - r|| <= tolerance ||r||.
         max_iterations: applications of K at most.
-        growth: a system whose residual norm exceeds this many times its best so far has lost progress and is stopped.
+        growth: a system whose residual norm exceeds this many times its best so far has lost progress and is
+            stopped.
     """
     r, start, stopped = _finite(r)
     u, residual, direction = torch.zeros_like(r), r.clone(), r.clone()
@@ -173,9 +176,10 @@ def _advance(x: Tensor, direction: Tensor, step: Tensor, active: Tensor) -> Tens
 def gaussian_draw(apply: Callable[[Tensor], Tensor], z: Tensor, *, iterations: int = 6) -> Tensor:
     """V^{1/2} z for each sample of the batch: a draw from N(0, V) if z is standard normal.
 
-    The small matrix Q^T V Q is symmetrised and its negative eigenvalues (a learned Jacobian may have some) count as zero, so that the
-    result is a draw from some Gaussian whatever ``apply`` does. With k iterations the covariance is exact for V with k
-    distinct eigenvalues; a sample whose products are not finite gets zero.
+    The small matrix Q^T V Q is symmetrised and its negative eigenvalues (a learned Jacobian may have some)
+    count as zero, so that the result is a draw from some Gaussian whatever ``apply`` does. With k iterations
+    the covariance is exact for V with k distinct eigenvalues; a sample whose products are not finite gets
+    zero.
 
     Args:
         apply: v -> V v on the whole batch, treating samples independently.

@@ -1,6 +1,8 @@
-r"""Results too large for memory: a measurement file reconstructed into a result file, images generated into a file of images.
+r"""Results too large for memory: a measurement file reconstructed into a result file, images generated into a
+file of images.
 
-Both are cut into parts (`ambient_sci.sampling.parts`): repeated after an interruption they go on, and processes of one ``torchrun`` share them.
+Both are cut into parts (`ambient_sci.sampling.parts`): repeated after an interruption they go on, and
+processes of one ``torchrun`` share them.
 """
 
 from __future__ import annotations
@@ -45,17 +47,19 @@ def reconstruct_to_file(
     device: str | torch.device = "cpu",
     **settings: Any,
 ) -> dict[str, Any]:
-    """Reconstruct a measurement file into a result file, at the memory of one batch of chains whatever the number of samples.
+    """Reconstruct a measurement file into a result file, at the memory of one batch of chains whatever the
+    number of samples.
 
-    Repeated with the same prior, measurements, settings and generator state after an interruption, it goes on where it was. Under
-    ``torchrun`` each process takes its share of the images.
+    Repeated with the same prior, measurements, settings and generator state after an interruption, it goes on
+    where it was. Under ``torchrun`` each process takes its share of the images.
 
     Args:
         prior: as for `reconstruct`.
         measurements: an open `MeasurementFile`.
         out: result file to make.
         samples, sampler: as for `reconstruct`.
-        images_at_once: images of one part: what an interruption can lose, and what is shared out to processes.
+        images_at_once: images of one part: what an interruption can lose, and what is shared out to
+            processes.
         indices: which images, a range of step 1; default all.
         overwrite: replace an existing result.
         generator: source of randomness; one seed is drawn from it for each part.
@@ -147,7 +151,9 @@ def join(
     prior: Prior,
     overwrite: bool,
 ) -> None:
-    """One result file from the parts', a few samples in memory at a time. ``about``: subjects, scale and geometry."""
+    """One result file from the parts', a few samples in memory at a time. ``about``: subjects, scale and
+    geometry.
+    """
     totals: dict[str, Any] = {}
     with ResultWriter(out, shape, *about, overwrite=overwrite) as writer:
         start, report = 0, {}
@@ -180,17 +186,20 @@ def generate_to_file(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Path:
-    """Generate images into a file of images, at the memory of one part whatever their number: those of `generate`, from the same generator.
+    """Generate images into a file of images, at the memory of one part whatever their number: those of
+    `generate`, from the same generator.
 
-    Repeated with the same prior, settings and generator state after an interruption, it goes on where it was. Under ``torchrun`` each process
-    takes its share. Images of two channels are stored as complex ones, all in single precision.
+    Repeated with the same prior, settings and generator state after an interruption, it goes on where it was.
+    Under ``torchrun`` each process takes its share. Images of two channels are stored as complex ones, all in
+    single precision.
 
     Args:
         prior: unconditional.
         num: number of images.
         out: file to make.
         steps, sampler, sigma_min, sigma_max, rho, batch_size, generator, progress: as for `generate`.
-        images_at_once: images of one part: what an interruption can lose, and what is shared out to processes.
+        images_at_once: images of one part: what an interruption can lose, and what is shared out to
+            processes.
         history: how the file was made, in words, to be stored in it.
         overwrite: replace an existing file.
 

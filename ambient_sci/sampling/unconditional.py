@@ -1,14 +1,15 @@
 r"""Samplers that turn a denoiser into samples: each is one function, readable from top to bottom.
 
-A denoiser is any callable (x, sigma) -> E[x_0 | x_t = x]. With a posterior denoiser E[x_0 | x_t, y] the same functions sample the
-posterior. Levels come as a decreasing grid that ends at sigma_min > 0; what is returned is the denoised image at that level.
+A denoiser is any callable (x, sigma) -> E[x_0 | x_t = x]. With a posterior denoiser E[x_0 | x_t, y] the same
+functions sample the posterior. Levels come as a decreasing grid that ends at sigma_min > 0; what is returned
+is the denoised image at that level.
 
     probability flow:  dx/dsigma = (x - D(x, sigma)) / sigma
                        `multistep`, second order, one evaluation a level;   `heun`, second order, two evaluations a level
     reverse SDE:       x_s = D + (s/t)^2 (x_t - D) + s sqrt(1 - (s/t)^2) z         `ancestral`, first order
 
-Sources: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (2022), algorithm 1; Lu et al.,
-"DPM-Solver++" (2022).
+Sources: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (2022), algorithm
+1; Lu et al., "DPM-Solver++" (2022).
 """
 
 from __future__ import annotations
@@ -55,10 +56,11 @@ def heun(
 def multistep(
     denoiser: Denoise, x: Tensor, sigmas: Tensor, generator: Randomness = None, final: Denoise | None = None
 ) -> Tensor:
-    """Two-step exponential integrator of the probability flow (DPM-Solver++ 2M); n denoiser calls for n levels.
+    """Two-step exponential integrator of the probability flow (DPM-Solver++ 2M); n denoiser calls for n
+    levels.
 
-    The flow is linear in x given D, so over a step only D has to be extrapolated, linearly in log sigma from the last two
-    levels: x_s = D' + (s/t) (x - D'). Arguments as for `heun`.
+    The flow is linear in x given D, so over a step only D has to be extrapolated, linearly in log sigma from
+    the last two levels: x_s = D' + (s/t) (x - D'). Arguments as for `heun`.
     """
     levels = [float(s) for s in sigmas]
     before: Tensor | None = None
@@ -87,7 +89,8 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {"multistep": multistep, "heun": he
 
 
 def level_grid(steps: int, sigma_min: float, sigma_max: float, rho: float = math.inf) -> Tensor:
-    """``steps`` decreasing levels from sigma_max to sigma_min: `karras_grid` with bend ``rho``, whose limit at infinity has equal ratios.
+    """``steps`` decreasing levels from sigma_max to sigma_min: `karras_grid` with bend ``rho``, whose limit
+    at infinity has equal ratios.
 
     The ends are exact: rounded, the last level could lie below what a prior has learned.
 
@@ -110,7 +113,8 @@ def _level(sigma: float, x: Tensor) -> Tensor:
 
 
 def level_range(prior: Prior, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
-    """The levels a sampler should cover: down to what the prior has learned, up to where the image drowns in noise.
+    """The levels a sampler should cover: down to what the prior has learned, up to where the image drowns in
+    noise.
 
     Defaults: sigma_min = max(the prior's, data_std / 100); sigma_max = the prior's, else 100 data_std.
 
@@ -143,8 +147,9 @@ def generation_grid(
 
 
 def state_like(prior: Prior) -> Tensor:
-    """An empty tensor of the type and on the device that a sampler's state should have: those of the prior's first floating-point
-    tensor, but float32 at least, since states add up over many steps what a shorter type would round away.
+    """An empty tensor of the type and on the device that a sampler's state should have: those of the prior's
+    first floating-point tensor, but float32 at least, since states add up over many steps what a shorter type
+    would round away.
     """
     tensors = (t for t in chain(prior.parameters(), prior.buffers()) if t.is_floating_point())
     first = next(tensors, torch.empty(0))
@@ -172,11 +177,12 @@ def generate(
 ) -> Tensor:
     """Draw images from an unconditional prior.
 
-    The grid stops at sigma_min, by default the lowest level the prior has learned. For a prior trained on noisy data
-    without consistency that is sigma_n, and what is returned is E[x_0 | x_sigma_n] ("truncated"): its
-    covariance is Sigma (Sigma + sigma_n^2)^-1 Sigma, less than the data's.
+    The grid stops at sigma_min, by default the lowest level the prior has learned. For a prior trained on
+    noisy data without consistency that is sigma_n, and what is returned is E[x_0 | x_sigma_n] ("truncated"):
+    its covariance is Sigma (Sigma + sigma_n^2)^-1 Sigma, less than the data's.
 
-    With one step what is returned is D(sigma_max z, sigma_max), which is an image if the prior is a one-step generator.
+    With one step what is returned is D(sigma_max z, sigma_max), which is an image if the prior is a one-step
+    generator.
 
     Args:
         prior: unconditional.

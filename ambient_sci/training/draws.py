@@ -1,4 +1,6 @@
-"""The posterior draws of an E-step on disk: one image for each measurement, filled batch by batch by any number of processes."""
+"""The posterior draws of an E-step on disk: one image for each measurement, filled batch by batch by any
+number of processes.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from torch import Tensor
 
 
 class Draws:
-    """One image for each measurement in a memory-mapped file, filled batch by batch, with a marker file for each complete batch."""
+    """One image for each measurement in a memory-mapped file, filled batch by batch, with a marker file for
+    each complete batch.
+    """
 
     def __init__(self, path: Path, shape: tuple[int, ...], accelerator: Accelerator) -> None:
         self._markers = path / "drawn"

@@ -1,24 +1,28 @@
-r"""Expectation maximisation: an unconditional prior from the measurements of any linear operator [Rozet et al. 2024].
+r"""Expectation maximisation: an unconditional prior from the measurements of any linear operator [Rozet et
+al. 2024].
 
     lap 0    a Gaussian fitted to the measurements (`ambient_sci.training.gaussian_em`), or the network of the Ambient loss
     lap l    E-step   x_i ~ p_{l-1}(x | y_i) for every measurement, by moment matching posterior sampling (MMPS)
              M-step   denoising score matching on the x_i, from the weights of the lap before
 
-Where rows are missing that network is mask-conditional: it has no posterior to draw from, and the x_i of lap 1 are its estimates E[x_0 | y_i].
+Where rows are missing that network is mask-conditional: it has no posterior to draw from, and the x_i of lap
+1 are its estimates E[x_0 | y_i].
 
-With exact posterior draws the likelihood of the measurements rises from lap to lap; MMPS is exact for Gaussian priors. How good a lap's prior
-is can be told without the truth: rows of y that are held out are predicted from the others by posterior samples x_1 .. x_S,
-z_s = A_H x_s + sigma_y n_s, and scored by the continuous ranked probability score, per entry
+With exact posterior draws the likelihood of the measurements rises from lap to lap; MMPS is exact for
+Gaussian priors. How good a lap's prior is can be told without the truth: rows of y that are held out are
+predicted from the others by posterior samples x_1 .. x_S, z_s = A_H x_s + sigma_y n_s, and scored by the
+continuous ranked probability score, per entry
 
     CRPS = mean_s |z_s - y_H| - sum_{s<s'} |z_s - z_s'| / (S (S - 1)),
 
-smallest in expectation for the true posterior. EM stops when it no longer falls; the prior of the best lap is kept. A mask-conditional start is not
-compared with the laps after it: what is kept is an unconditional prior.
+smallest in expectation for the true posterior. EM stops when it no longer falls; the prior of the best lap is
+kept. A mask-conditional start is not compared with the laps after it: what is kept is an unconditional prior.
 
-On disk, in the run folder: ``em.json`` (a report a lap), ``prior/`` (the best so far), ``laps/NN/`` with the draws (streamed, a marker for each
-batch that is complete), the M-step's checkpoint and the lap's prior. A run that is killed continues inside its lap, with the same draws
-and the same bits. Several processes share both steps; what they must agree on, the score and whether to stop, the main one decides, and all
-go on from the prior that it saved.
+On disk, in the run folder: ``em.json`` (a report a lap), ``prior/`` (the best so far), ``laps/NN/`` with the
+draws (streamed, a marker for each batch that is complete), the M-step's checkpoint and the lap's prior. A run
+that is killed continues inside its lap, with the same draws and the same bits. Several processes share both
+steps; what they must agree on, the score and whether to stop, the main one decides, and all go on from the
+prior that it saved.
 """
 
 from __future__ import annotations
@@ -103,8 +107,8 @@ def run_em(
 
 @dataclass
 class Laps:
-    """An EM run: `initial` gives the prior of lap 0; `lap` an `e_step` and an `m_step` from one prior to the next; `held_out_score` scores
-    it, `keep` writes it, `finished` says whether that was all.
+    """An EM run: `initial` gives the prior of lap 0; `lap` an `e_step` and an `m_step` from one prior to the
+    next; `held_out_score` scores it, `keep` writes it, `finished` says whether that was all.
     """
 
     data: Measurements
@@ -135,7 +139,9 @@ class Laps:
         return self._prior(_best(reports)).eval()
 
     def agreed(self, value: Any) -> Any:
-        """The main process's ``value``, on every process: in the last digits they may differ, and then one would wait for another for ever."""
+        """The main process's ``value``, on every process: in the last digits they may differ, and then one
+        would wait for another for ever.
+        """
         if self.accelerator.num_processes == 1:
             return value
         return broadcast_object_list([value], from_process=0)[0]
@@ -224,7 +230,9 @@ class Laps:
         return self.m_step(lap, images, prior, steps), {**details, "steps": steps}
 
     def e_step(self, lap: int, prior: Prior) -> tuple[Tensor, dict[str, Any]]:
-        """A posterior draw for every measurement, (N, C, H, W) on disk, and what the solver reports of this process's last batch."""
+        """A posterior draw for every measurement, (N, C, H, W) on disk, and what the solver reports of this
+        process's last batch.
+        """
         settings, device = self.settings, self.accelerator.device
         draws = Draws(self._path(lap), (len(self.data), *self.data.image_shape), self.accelerator)
         report: dict[str, Any] = {}
@@ -270,7 +278,9 @@ class Laps:
         )
 
     def m_step(self, lap: int, images: Tensor, prior: Prior, steps: int) -> Prior:
-        """Denoising score matching on the draws. The first lap fixes data_std, so that weights can be handed on."""
+        """Denoising score matching on the draws. The first lap fixes data_std, so that weights can be handed
+        on.
+        """
         data = MeasurementArrays(Identity(tuple(self.data.image_shape)), images, 0.0)
         source = Source(data, complete=True, design=None, reason=f"EM lap {lap}", data_std=prior.data_std)
         config = replace(self.config, em=None, max_steps=steps, seed=self.config.seed + 1_000_003 * lap)
@@ -325,7 +335,9 @@ class Laps:
 
 
 def crps(samples: Tensor, truth: Tensor) -> Tensor:
-    """Continuous ranked probability score of samples (S, ...), S >= 2, entry by entry: unbiased in S; lower is better."""
+    """Continuous ranked probability score of samples (S, ...), S >= 2, entry by entry: unbiased in S; lower
+    is better.
+    """
     num = len(samples)
     ordered = samples.sort(0).values
     # sum_{s<s'} |z_s - z_s'| = sum_k (2 k - S + 1) z_(k), k = 0 .. S - 1

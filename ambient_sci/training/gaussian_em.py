@@ -1,4 +1,5 @@
-r"""A Gaussian fitted to incomplete, noisy measurements by expectation maximisation: where EM for a network begins.
+r"""A Gaussian fitted to incomplete, noisy measurements by expectation maximisation: where EM for a network
+begins.
 
 For y_i = A_i x + sigma_i n, A_i = M_i T, and x ~ N(mu, Sigma):
 
@@ -6,15 +7,17 @@ For y_i = A_i x + sigma_i n, A_i = M_i T, and x ~ N(mu, Sigma):
     E-step   E[x | y_i] = mu + Sigma b_i,      Cov[x | y_i] = Sigma - Sigma P_i Sigma
     M-step   mu <- mean_i E[x | y_i],          Sigma <- mean_i Cov[x | y_i] + cov_i E[x | y_i]
 
-in closed form (`fit_gaussian`): every iteration raises the likelihood of the measurements, whose maximum is the limit. Sum of the P_i
-first, and the two products with Sigma are taken once an iteration.
+in closed form (`fit_gaussian`): every iteration raises the likelihood of the measurements, whose maximum is
+the limit. Sum of the P_i first, and the two products with Sigma are taken once an iteration.
 
-sigma_i may differ from entry to entry, and be 0. Without noise the likelihood has no maximum as soon as there are fewer samples than unknowns:
-a Gaussian that is flat along what they leave open explains them infinitely well, and its systems cannot be solved. So noise below
-`NOISE_FLOOR` times the standard deviation of the data counts as that much; a fit says so where that happened.
+sigma_i may differ from entry to entry, and be 0. Without noise the likelihood has no maximum as soon as there
+are fewer samples than unknowns: a Gaussian that is flat along what they leave open explains them infinitely
+well, and its systems cannot be solved. So noise below `NOISE_FLOOR` times the standard deviation of the data
+counts as that much; a fit says so where that happened.
 
-Images too large for a covariance matrix get a stationary one (`fit_stationary`). Its E-step draws x ~ p(x | y_i) exactly, by conjugate gradients:
-x_p ~ N(mu, Sigma), n ~ N(0, I), K u = y_i - A_i x_p - sigma_i n, x = x_p + Sigma A_i^H u, with K = A_i Sigma A_i^H + sigma_i^2 I.
+Images too large for a covariance matrix get a stationary one (`fit_stationary`). Its E-step draws x ~ p(x |
+y_i) exactly, by conjugate gradients: x_p ~ N(mu, Sigma), n ~ N(0, I), K u = y_i - A_i x_p - sigma_i n, x =
+x_p + Sigma A_i^H u, with K = A_i Sigma A_i^H + sigma_i^2 I.
 """
 
 from __future__ import annotations
@@ -47,7 +50,8 @@ class GaussianFit:
 
     Attributes:
         prior: the Gaussian.
-        log_likelihood: of the measurements, a number a sample, before each iteration; empty for the stationary fit.
+        log_likelihood: of the measurements, a number a sample, before each iteration; empty for the
+            stationary fit.
         noise_floor: the noise level that stood in for smaller ones; None where there were none.
     """
 
@@ -126,7 +130,9 @@ def _shares_transform(operator: RowMaskedOperator) -> bool:
 
 
 def _spread(mask: Tensor, rows: Tensor) -> float:
-    """Standard deviation of measured rows about their means over the samples; their size where each was measured once."""
+    """Standard deviation of measured rows about their means over the samples; their size where each was
+    measured once.
+    """
     mean = rows.sum(0) / mask.sum(0).clamp(min=1)
     about = float((rows - mean * mask).square().sum())
     return math.sqrt((about or float(rows.square().sum())) / float(mask.sum()))
@@ -155,8 +161,9 @@ def _iterate(
     largest = int(mask.sum(1).max())
     identity = torch.eye(largest, dtype=rows.dtype, device=rows.device)
     for part in torch.arange(num, device=rows.device).split(max(_CHUNK_ENTRIES // largest**2, 1)):
-        # The measured rows of each sample, first; a system costs the cube of their number. Samples with fewer are filled up with rows
-        # of unit variance and residual zero, which change neither solution nor likelihood.
+        # The measured rows of each sample, first; a system costs the cube of their number. Samples with fewer
+        # are filled up with rows of unit variance and residual zero, which change neither solution nor
+        # likelihood.
         chosen = mask[part].argsort(dim=1, descending=True, stable=True)[:, :largest]
         m, noise = mask[part].gather(1, chosen), variance[part].gather(1, chosen)
         pairs = (chosen[:, :, None].expand(-1, -1, largest), chosen[:, None, :].expand(-1, largest, -1))
@@ -192,13 +199,15 @@ def fit_stationary(
     generator: torch.Generator | None = None,
     batch_size: int = 64,
 ) -> StationaryGaussianPrior:
-    """Stationary Gaussian of the images behind measurements, by EM with exact posterior draws; any operator of the library.
+    """Stationary Gaussian of the images behind measurements, by EM with exact posterior draws; any operator
+    of the library.
 
     The mean of the last half of the iterations is returned, which averages the draws' noise out.
 
     Args:
         operator, y, shape: as for `fit_gaussian`; coil maps may differ.
-        sigma_y: noise level, float, (N,) or of the shape of y; at least `NOISE_FLOOR` of the fit's standard deviation is assumed.
+        sigma_y: noise level, float, (N,) or of the shape of y; at least `NOISE_FLOOR` of the fit's standard
+            deviation is assumed.
         iterations: number of E-steps.
         generator: of the draws.
         batch_size: samples at a time.
@@ -231,11 +240,13 @@ def fit_stationary(
 
 
 def _first_spectrum(operator: RowMaskedOperator, y: Tensor, sigma: Tensor, mean: Tensor) -> Tensor:
-    """Variances of the Fourier modes to start from, (C, H, W), from second moments of each row over the samples that measured it.
+    """Variances of the Fourier modes to start from, (C, H, W), from second moments of each row over the
+    samples that measured it.
 
-    Rows of k-space are the modes, but for what coil maps, which are smooth, mix of their neighbours; elsewhere the start is flat. EM forgets a
-    start slowly where few samples measure, so it should not be far off there: averaging over *measurements* instead, of which masks of
-    variable density put most where the power is, would give every mode several times the variance that it has.
+    Rows of k-space are the modes, but for what coil maps, which are smooth, mix of their neighbours;
+    elsewhere the start is flat. EM forgets a start slowly where few samples measure, so it should not be far
+    off there: averaging over *measurements* instead, of which masks of variable density put most where the
+    power is, would give every mode several times the variance that it has.
     """
     mask = operator.mask.to(y).expand(y.shape)
     count = mask.sum(0)

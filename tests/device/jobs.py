@@ -1,4 +1,6 @@
-"""What samplers, the E-step and calibration make a pretended accelerator wait for, as JSON: run by `test_waits` in a process of its own."""
+"""What samplers, the E-step and calibration make a pretended accelerator wait for, as JSON: run by
+`test_waits` in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def prior() -> NetworkPrior:
 
 
 def counted(job: Callable[[], Any]) -> dict[str, Any]:
-    """What one job waited for and carried over, by line; or how it failed. Its own result: the report of a run."""
+    """What one job waited for and carried over, by line; or how it failed. Its own result: the report of a
+    run.
+    """
     SYNCS.clear()
     COPIES.clear()
     try:

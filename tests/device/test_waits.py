@@ -1,6 +1,8 @@
-"""No mixed devices, no CPU generator for noise of the device, and few waits: samplers, EM's E-step, calibration.
+"""No mixed devices, no CPU generator for noise of the device, and few waits: samplers, EM's E-step,
+calibration.
 
-On a pretended accelerator (`virtual_device`), in a process of its own: the registration of a device cannot be undone.
+On a pretended accelerator (`virtual_device`), in a process of its own: the registration of a device cannot be
+undone.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def total(job: dict[str, Any], what: str = "waits") -> int:
 @pytest.mark.parametrize("kind", OPERATORS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers_wait_once_an_iteration_of_a_solver(found, sampler, kind, form):
-    """Four levels more cost a wait for each iteration of their solves and one for each solve, which is one a level; and no copy."""
+    """Four levels more cost a wait for each iteration of their solves and one for each solve, which is one a
+    level; and no copy.
+    """
     few, many = (found[f"{sampler} {kind} {form} {steps}"] for steps in (4, 8))
     iterations = many["report"].get("solver_iterations", 0) - few["report"].get("solver_iterations", 0)
     solves = {"smc": 3}.get(sampler, 1) * 4 if iterations else 0

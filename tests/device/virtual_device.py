@@ -1,18 +1,20 @@
-"""A pretended accelerator that computes on the CPU: finds code that mixes devices, and counts what waits for the host.
+"""A pretended accelerator that computes on the CPU: finds code that mixes devices, and counts what waits for
+the host.
 
     with virtual_device():
         prior.to("vgpu"); x = torch.randn(4, 2, 32, 32, device="vgpu")
         losses.ambient(prior, operator.to("vgpu"), x, 0.05, 0.5).mean().backward()
     print(SYNCS.most_common(), COPIES.most_common())
 
-Tensors on "vgpu:0" are wrappers around CPU tensors. Every operation checks that its tensors are where an accelerator needs them
-("DEVICE MIX" otherwise), that random numbers come from a generator of the right device ("GENERATOR ..."), and that nothing calls
-``.numpy()`` on a device tensor. By line of the package, `SYNCS` counts what the host waits for (``.item()``, ``bool(...)``, ``nonzero``,
-``tolist``, copies to the CPU), and `COPIES` what is carried to the device from memory of the host, which waits as well. Autograd works.
-Uses torch's registration for Python backends, which cannot be undone: import this module in a process of its own.
+Tensors on "vgpu:0" are wrappers around CPU tensors. Every operation checks that its tensors are where an
+accelerator needs them ("DEVICE MIX" otherwise), that random numbers come from a generator of the right device
+("GENERATOR ..."), and that nothing calls ``.numpy()`` on a device tensor. By line of the package, `SYNCS`
+counts what the host waits for (``.item()``, ``bool(...)``, ``nonzero``, ``tolist``, copies to the CPU), and
+`COPIES` what is carried to the device from memory of the host, which waits as well. Autograd works. Uses
+torch's registration for Python backends, which cannot be undone: import this module in a process of its own.
 
-Limits: it says nothing of speed or memory, and code that asks ``device.type == "cuda"`` takes its other branch; ask for
-``device.type != "cpu"`` where that is what is meant.
+Limits: it says nothing of speed or memory, and code that asks ``device.type == "cuda"`` takes its other
+branch; ask for ``device.type != "cpu"`` where that is what is meant.
 """
 
 from __future__ import annotations

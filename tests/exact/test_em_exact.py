@@ -1,4 +1,6 @@
-"""EM on Gaussian data reaches the maximum-likelihood Gaussian of the incomplete measurements, found here by another way."""
+"""EM on Gaussian data reaches the maximum-likelihood Gaussian of the incomplete measurements, found here by
+another way.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ def problem(name: str) -> tuple[RowMaskedOperator, Tensor, Tensor, tuple[int, ..
     else:
         design = Independent(shape, "pixels", 0.7)
         operator = Masking(design.sample(NUM, seeded(5)), img_size=shape, design=design)
-    # "none": no noise. "entry": noise that differs from entry to entry, some of it zero.
-    # "mix": noise that differs from sample to sample, some of it zero, and rows missing in three of four samples.
+    # "none": no noise. "entry": noise that differs from entry to entry, some of it zero. "mix": noise that
+    # differs from sample to sample, some of it zero, and rows missing in three of four samples.
     sigma = torch.full((NUM,), 0.4, dtype=F64)
     if name.endswith("mix"):
         sigma = torch.linspace(0, 0.8, NUM, dtype=F64)
@@ -94,7 +96,9 @@ def test_em_reaches_the_maximum_likelihood_covariance(name):
 
 
 def test_missing_noise_is_noticed():
-    """What the test above would not pass: the noise left out of the model inflates the covariance by about sigma^2 = .16."""
+    """What the test above would not pass: the noise left out of the model inflates the covariance by about
+    sigma^2 = 0.16.
+    """
     operator, y, sigma, shape = problem("noise")
     right = fit_gaussian(operator, y, sigma, shape, iterations=2000).prior.cov
     wrong = fit_gaussian(operator, y, 0.01, shape, iterations=2000).prior.cov
@@ -103,8 +107,8 @@ def test_missing_noise_is_noticed():
 
 @pytest.mark.parametrize("sigma", [0.0, "entry"])
 def test_fewer_samples_than_unknowns(sigma):
-    """20 images of 36 pixels, where a likelihood without noise is unbounded: a Gaussian that is finite, explains the data, and says
-    that a floor stood in for the noise.
+    """20 images of 36 pixels, where a likelihood without noise is unbounded: a Gaussian that is finite,
+    explains the data, and says that a floor stood in for the noise.
     """
     operator = Masking(random_mask(20, 1, 6, 6), img_size=(1, 6, 6)).to(F64)
     y = operator.A(gaussian_prior((1, 6, 6)).sample(20, seeded()))
@@ -127,8 +131,9 @@ def test_stationary_em_without_noise_and_with_noise_of_each_entry(name, form):
 
 @pytest.mark.parametrize("name", ["noise", "masking", "mri"])
 def test_stationary_em_recovers_mean_and_spectrum(name):
-    """300 images of 8 x 8, spectrum ~ 1/k^2: each mode's variance is known to 8 % (one standard error of 300 draws, and the noise's
-    share), so the mean relative error over modes stays below 25 %."""
+    """300 images of 8 x 8, spectrum ~ 1/k^2: each mode's variance is known to 8 % (one standard error of 300
+    draws, and the noise's share), so the mean relative error over modes stays below 25 %.
+    """
     recovered(name, 0.3)
 
 
