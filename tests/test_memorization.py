@@ -16,7 +16,7 @@ from ambient_sci.data import ReferenceFile, write_images
 from ambient_sci.errors import InputError
 from ambient_sci.evaluation import memorization_attack, memorization_error, memorization_score
 from ambient_sci.evaluation import memorization_statistics as statistics
-from ambient_sci.evaluation.memorization_attack import _box
+from ambient_sci.evaluation.memorization_attack import _lower_part
 from ambient_sci.operators import Masking
 from ambient_sci.priors import EmpiricalPrior, GaussianPrior, Prior, load_prior
 from ambient_sci.sampling import generate
@@ -164,8 +164,8 @@ def test_the_error_of_an_attack_is_of_what_was_hidden(attacked: dict[str, Any]) 
 
 @pytest.mark.parametrize("shape", [(1, 1, 2), (1, 2, 1), (3, 8, 8), (1, 28, 28), (1, 5, 9)])
 @pytest.mark.parametrize("hidden", [0.01, 0.5, 0.75, 0.999])
-def test_a_box_hides_something_and_never_all(shape: tuple[int, int, int], hidden: float) -> None:
-    share = float(1 - _box(shape, hidden).mean())
+def test_a_mask_hides_something_and_never_all(shape: tuple[int, int, int], hidden: float) -> None:
+    share = float(1 - _lower_part(shape, hidden).mean())
     assert 0 < share < 1
     if shape[1] >= 8 and 0.1 < hidden < 0.9:
         assert abs(share - hidden) < 0.15

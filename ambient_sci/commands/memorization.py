@@ -113,7 +113,7 @@ class MemorizationScoreCommand:
 class MemorizationAttackCommand:
     """Noise or mask training images and let the prior sample them back: does the very image return?
 
-    Two attacks: noise up to a level, and a hidden box that is inpainted by MMPS; the MMSE estimates beside. With --held-out the same
+    Two attacks: noise up to a level, and lower rows that are hidden and inpainted by MMPS; the MMSE estimates beside. With --held-out the same
     is done to images that the prior never saw, without which the similarities prove nothing.
     """
 
@@ -140,7 +140,8 @@ class MemorizationAttackCommand:
         ),
     ] = None
     hidden: Annotated[
-        float, arg(metavar="P", help="Share of the pixels that the second attack hides, > 0 and < 1.")
+        float,
+        arg(metavar="P", help="Share of the rows that the second attack hides, the lower ones, > 0 and < 1."),
     ] = 0.5
     num: Annotated[int, arg(metavar="N", help="Images of each kind, drawn by the seed, >= 1.")] = 32
     samples: Annotated[int, arg(metavar="S", help="Draws for each image, >= 1.")] = 4

@@ -30,7 +30,8 @@ from ambient_sci.whole_files import write_json
 Images = Tensor | np.ndarray | ReferenceFile | str | os.PathLike[str]
 Number = Literal["float16", "float32"]
 BLOCK = 1024
-CLIPPED_WORTH_SAYING = 0.01
+#: A warning is given where more than this share of the values lies outside the range by more than that part of it.
+CLIPPED_WORTH_SAYING, CLIPPED_BY = 0.01, 0.05
 
 
 def features_of(
@@ -156,7 +157,7 @@ class _Work:
         for start in track(starts, f"features ({self.extractor.name})", enabled=self.progress):
             images = self.source(start, min(start + self.batch_size, len(self.source)))
             if self.value_range is not None and images.shape[1] != 2:
-                slack = (self.value_range[1] - self.value_range[0]) / 255
+                slack = CLIPPED_BY * (self.value_range[1] - self.value_range[0])
                 outside = (images < self.value_range[0] - slack) | (images > self.value_range[1] + slack)
                 clipped, entries = clipped + int(outside.sum()), entries + images.numel()
             block = self._features(images, start)
@@ -171,7 +172,7 @@ class _Work:
         file.flush()
         if clipped > CLIPPED_WORTH_SAYING * max(entries, 1):
             warnings.warn(
-                f"features ({self.extractor.name}): {clipped / entries:.1%} of the values lay outside {self.value_range} "
+                f"features ({self.extractor.name}): {clipped / entries:.1%} of the values lay well outside {self.value_range} "
                 "and were clipped",
                 stacklevel=4,
             )

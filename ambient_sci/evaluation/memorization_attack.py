@@ -1,7 +1,7 @@
 r"""Memorisation by attack: most of a suspected image is taken away, and the prior samples it back.
 
     noise      x_sigma = x + sigma z, ancestral samples of p(x | x_sigma); the MMSE estimate is D(x_sigma, sigma)
-    inpaint    y = M x + sigma_y n outside a centred box, MMPS samples of p(x | y); the MMSE estimate is their mean
+    inpaint    y = M x + sigma_y n of the upper rows, MMPS samples of p(x | y); the MMSE estimate is their mean
 
 A prior that remembers the image returns it; one that does not returns another that fits. How alike "another that fits" is, the same
 attack on held-out images says.
@@ -67,10 +67,10 @@ def memorization_attack(
     seed: int = 0,
     progress: bool = False,
 ) -> MemorizationAttack:
-    r"""Take most of an image away and let the prior sample it back: noise up to a level, or hide a centred box.
+    r"""Take most of an image away and let the prior sample it back: noise up to a level, or hide the lower rows.
 
         noise      x_sigma = x + sigma z, ancestral samples of p(x | x_sigma); the MMSE estimate is D(x_sigma, sigma)
-        inpaint    y = M x + sigma_y n outside the box, MMPS samples of p(x | y); the MMSE estimate is their mean
+        inpaint    y = M x + sigma_y n of the upper rows, MMPS samples of p(x | y); the MMSE estimate is their mean
 
     What comes back is compared with the image itself: similarity of features, and error of the pixels that were hidden (of all pixels
     for noise) in data standard deviations. A prior that remembers the image returns it; one that does not returns another that fits.
@@ -82,7 +82,7 @@ def memorization_attack(
         extractor, value_range: see `memorization_score`.
         level: noise level of the first attack; default: 4 data standard deviations (fewer for images of less than 576 values, see
             `_default_level`), at most the highest trained level.
-        hidden: share of the pixels in the box of the second attack, > 0 and < 1.
+        hidden: share of the rows that the second attack hides, the lower ones, > 0 and < 1.
         num: images attacked of each kind, drawn by the seed.
         samples: draws for each image.
         steps: noise levels of the first attack's sampler.
@@ -96,6 +96,10 @@ def memorization_attack(
         ConditioningError: a mask-conditional prior.
     """
     require_unconditional(prior, "memorization attack")
+    if len(prior.shape) != 3 or prior.shape[1] * prior.shape[2] < 2:
+        raise InputError(
+            f"memorization attack: expected a prior of images (C, H, W) of 2 pixels or more, got {prior.shape}"
+        )
     low, high = level_range(prior, None, None)
     level = min(_default_level(prior), high) if level is None else level
     if not low < level <= high:
@@ -116,7 +120,7 @@ def memorization_attack(
     assert sets["train"] is not None
     if found.rgb and value_range is None:
         value_range = natural_range(sets["train"])
-    grid, mask = karras_grid(steps, low, level), _box(prior.shape, hidden)
+    grid, mask = karras_grid(steps, low, level), _lower_part(prior.shape, hidden)
     settings: dict[str, Any] = {
         "samples": samples,
         "batch_size": batch_size,
@@ -201,7 +205,7 @@ def _inpaint_attack(
     generator: torch.Generator,
     progress: bool,
 ) -> dict[str, Tensor]:
-    """What MMPS puts into the hidden box of images (B, ...)."""
+    """What MMPS puts into the hidden rows of images (B, ...)."""
     operator = Masking(mask.to(images), tuple(images.shape[1:])).to(images.device)
     sigma_y = 0.01 * prior.data_std
     noise = draw_noise(images, ChainNoise(chain_seeds(len(images), generator)))
@@ -276,14 +280,15 @@ def _attack_report(
     return report
 
 
-def _box(shape: tuple[int, ...], hidden: float) -> Tensor:
-    """A mask (1, 1, H, W) that hides a centred box of about this share of the image, and at least a pixel of it, never all."""
+def _lower_part(shape: tuple[int, ...], hidden: float) -> Tensor:
+    """A mask (1, 1, H, W) that hides about this share of the rows, the lower ones: at least one, never all.
+
+    A half and not a centred box: of centred objects a box leaves the empty border, from which nobody could tell which image it was.
+    """
     height, width = shape[-2:]
-    tall, wide = (min(max(round(n * hidden**0.5), 1), n) for n in (height, width))
-    if (tall, wide) == (height, width):
-        wide = width - 1 if width > 1 else width
-        tall = height - 1 if width == 1 else tall
     mask = torch.ones(1, 1, height, width)
-    top, left = (height - tall) // 2, (width - wide) // 2
-    mask[..., top : top + tall, left : left + wide] = 0
+    if height > 1:
+        mask[..., height - min(max(round(height * hidden), 1), height - 1) :, :] = 0
+    else:
+        mask[..., width - min(max(round(width * hidden), 1), width - 1) :] = 0
     return mask
