@@ -1,4 +1,5 @@
-"""Memorisation, planted: a perfect memory of 20 images is told from a prior that never saw them, by every measure."""
+"""Memorisation, planted: a perfect memory of 20 images is told from a prior that never saw them, by every
+measure."""
 
 from __future__ import annotations
 
@@ -99,7 +100,8 @@ def test_the_error_curve_tells_memory_from_others(planted: Planted) -> None:
     assert memory["separation"]["auc"] >= 0.95
     low, high = law["separation"]["interval"]
     assert low < 0.5 < high
-    # Both ends are calm for a law; a perfect memory is calm where noise hides all, and has no error where it hides nothing.
+    # Both ends are calm for a law; a perfect memory is calm where noise hides all, and has no error where it
+    # hides nothing.
     assert len(law["memorised_at"]) <= 1 and len(memory["memorised_at"]) >= 8
     assert memory["levels"][0]["ratio"] > 1e6 and memory["levels"][-1]["ratio"] < 1.5
     between = [-(found[name].train / found["law"].train.mean(0)).mean(1) for name in ("memory", "law")]
