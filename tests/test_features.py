@@ -1,4 +1,5 @@
-"""Features: what they are of, kept and resumed by it; extractors and their weights; distances from streams, with intervals."""
+"""Features: what they are of, kept and resumed by it; extractors and their weights; distances from streams,
+with intervals."""
 
 from __future__ import annotations
 
@@ -284,7 +285,8 @@ def test_dinov2_is_the_published_transformer() -> None:
 
 
 def test_inception_pools_as_tensorflow_does() -> None:
-    """Average pools without the padding in their average, in all blocks but the last, which pools by maximum."""
+    """Average pools without the padding in their average, in all blocks but the last, which pools by
+    maximum."""
     network = networks.fid_inception()
     constant = torch.ones(1, 192, 5, 5)
     seen: list[Tensor] = []

@@ -1,4 +1,5 @@
-"""Memorisation, planted: a perfect memory of 20 images is told from a prior that never saw them, by every measure."""
+"""Memorisation, planted: a perfect memory of 20 images is told from a prior that never saw them, by every
+measure."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from ambient_sci.data import ReferenceFile, write_images
 from ambient_sci.errors import InputError
 from ambient_sci.evaluation import memorization_attack, memorization_error, memorization_score
 from ambient_sci.evaluation import memorization_statistics as statistics
-from ambient_sci.evaluation.memorization_attack import _box
+from ambient_sci.evaluation.memorization_attack import _lower_part
 from ambient_sci.operators import Masking
 from ambient_sci.priors import EmpiricalPrior, GaussianPrior, Prior, load_prior
 from ambient_sci.sampling import generate
@@ -99,7 +100,8 @@ def test_the_error_curve_tells_memory_from_others(planted: Planted) -> None:
     assert memory["separation"]["auc"] >= 0.95
     low, high = law["separation"]["interval"]
     assert low < 0.5 < high
-    # Both ends are calm for a law; a perfect memory is calm where noise hides all, and has no error where it hides nothing.
+    # Both ends are calm for a law; a perfect memory is calm where noise hides all, and has no error where it
+    # hides nothing.
     assert len(law["memorised_at"]) <= 1 and len(memory["memorised_at"]) >= 8
     assert memory["levels"][0]["ratio"] > 1e6 and memory["levels"][-1]["ratio"] < 1.5
     between = [-(found[name].train / found["law"].train.mean(0)).mean(1) for name in ("memory", "law")]
@@ -164,8 +166,8 @@ def test_the_error_of_an_attack_is_of_what_was_hidden(attacked: dict[str, Any]) 
 
 @pytest.mark.parametrize("shape", [(1, 1, 2), (1, 2, 1), (3, 8, 8), (1, 28, 28), (1, 5, 9)])
 @pytest.mark.parametrize("hidden", [0.01, 0.5, 0.75, 0.999])
-def test_a_box_hides_something_and_never_all(shape: tuple[int, int, int], hidden: float) -> None:
-    share = float(1 - _box(shape, hidden).mean())
+def test_a_mask_hides_something_and_never_all(shape: tuple[int, int, int], hidden: float) -> None:
+    share = float(1 - _lower_part(shape, hidden).mean())
     assert 0 < share < 1
     if shape[1] >= 8 and 0.1 < hidden < 0.9:
         assert abs(share - hidden) < 0.15

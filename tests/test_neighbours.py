@@ -1,4 +1,5 @@
-"""Nearest neighbours against brute force, however the references lie in blocks, and what has no direction is refused."""
+"""Nearest neighbours against brute force, however the references lie in blocks, and what has no direction is
+refused."""
 
 from __future__ import annotations
 

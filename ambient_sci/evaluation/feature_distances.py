@@ -1,13 +1,16 @@
-r"""Distances between two sets of features, from streams, with their uncertainty, and only where there are samples enough.
+r"""Distances between two sets of features: from streams, with their uncertainty, refused for too few samples.
 
-    Frechet      |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2)        from n, sum and sum of outer products
-    KID          unbiased MMD^2, kernel (a.b / d + 1)^3           mean over subsets, interval from disjoint groups
-    precision    share of samples within reach of a reference     Kynkaanniemi et al. (2019): reach is the distance to
-    recall       share of references within reach of a sample     the k-th neighbour among their own kind
+    Frechet      |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2)     from n, sum and sum of outer products
+    KID          unbiased MMD^2, kernel (a.b / d + 1)^3        mean over subsets, interval by disjoint groups
+    precision    share of samples within reach of a reference
+    recall       share of references within reach of a sample
 
-On Inception features the first is called FID. On any others it is a Frechet distance on those features, and its numbers compare with
-nothing but numbers on the same ones: every result names them. A covariance of fewer samples than dimensions is singular and the
-distance means little: it is refused unless a number of principal directions is stated.
+A point's reach is the distance to its k-th neighbour among its own kind (Kynkaanniemi et al. 2019).
+
+On Inception features the first is called FID. On any others it is a Frechet distance on those features, and
+its numbers compare with nothing but numbers on the same ones: every result names them. A covariance of fewer
+samples than dimensions is singular and the distance means little: it is refused unless a number of principal
+directions is stated.
 """
 
 from __future__ import annotations
@@ -52,7 +55,8 @@ class FeatureMoments:
         if x.ndim != 2 or (self.n and x.shape[1] != len(self._shift)) or not bool(torch.isfinite(x).all()):
             expected = f"(b, {len(self._shift)})" if self.n else "(b, d)"
             raise InputError(
-                f"moments: expected finite features {expected}, got {tuple(x.shape)}, or values that are not finite"
+                f"moments: expected finite features {expected}, got {tuple(x.shape)}, or values that are "
+                "not finite"
             )
         if self.n == 0:
             self._shift = x.mean(0)
@@ -102,7 +106,8 @@ def frechet(
         raise InputError(f"Frechet distance on {features}: expected pca from 1 to {dim}, got {pca}")
     if min(x.n, y.n) <= used:
         raise InputError(
-            f"Frechet distance on {features}: expected more samples than the {used} dimensions, got {x.n} and {y.n}; "
+            f"Frechet distance on {features}: expected more samples than the {used} dimensions, got {x.n} "
+            f"and {y.n}; "
             f"state a smaller number of principal directions (pca), or use KID"
         )
     c1, c2, difference = x.covariance, y.covariance, x.mean - y.mean
@@ -113,7 +118,8 @@ def frechet(
             directions.T @ c2 @ directions,
             directions.T @ difference,
         )
-    # tr (C1 C2)^1/2 is the nuclear norm of F1^T F2 for any factors Ci = Fi Fi^T: no root of a product that is not symmetric.
+    # tr (C1 C2)^1/2 is the nuclear norm of F1^T F2 for any factors Ci = Fi Fi^T: no root of a product that is
+    # not symmetric.
     f1, f2 = (_factor(c) for c in (c1, c2))
     overlap = float(torch.linalg.svdvals(f1.T @ f2).sum())
     distance = float(difference.square().sum() + c1.trace() + c2.trace()) - 2 * overlap
@@ -138,8 +144,8 @@ def kid(
 ) -> dict[str, Any]:
     """KID of features (n, d) and (m, d), with a 95 % interval.
 
-    The estimate is `kernel_distance`'s. The interval is Student's, from the estimates of 10 disjoint random groups of each set, whose
-    mean varies no less than the estimate: it errs on the wide side.
+    The estimate is `kernel_distance`'s. The interval is Student's, from the estimates of 10 disjoint random
+    groups of each set, whose mean varies no less than the estimate: it errs on the wide side.
 
     Args:
         a, b: samples and references.
@@ -151,7 +157,8 @@ def kid(
     """
     if min(len(a), len(b)) < 2 * GROUPS:
         raise InputError(
-            f"KID on {features}: expected at least {2 * GROUPS} samples on each side, got {len(a)} and {len(b)}"
+            f"KID on {features}: expected at least {2 * GROUPS} samples on each side, got {len(a)} and "
+            f"{len(b)}"
         )
     generator = generator or torch.Generator().manual_seed(0)
     x, y = _tensor(a, torch.float32), _tensor(b, torch.float32)
@@ -173,7 +180,8 @@ def kid(
 
 
 def precision_recall(a: Rows, b: Rows, *, features: str, k: int = 3) -> dict[str, Any]:
-    """Precision and recall of samples ``a`` against references ``b``, features (n, d) and (m, d), by distances in blocks.
+    """Precision and recall of samples ``a`` against references ``b``, features (n, d) and (m, d), by
+    distances in blocks.
 
     Both depend on how many there are: compare only between sets of equal numbers.
 
@@ -205,7 +213,8 @@ def precision_recall(a: Rows, b: Rows, *, features: str, k: int = 3) -> dict[str
 def compare_features(
     a: Rows, b: Rows, *, features: str, pca: int | None = None, generator: torch.Generator | None = None
 ) -> dict[str, Any]:
-    """Frechet distance, KID, precision and recall of samples ``a`` against references ``b``, each with the name of the features."""
+    """Frechet distance, KID, precision and recall of samples ``a`` against references ``b``, each with the
+    name of the features."""
     return {
         "frechet": frechet(a, b, features=features, pca=pca),
         "kid": kid(a, b, features=features, generator=generator),

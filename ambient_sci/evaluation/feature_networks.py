@@ -1,10 +1,11 @@
 r"""Networks whose published weights make features: FID's Inception, DINOv2, SSCD, EfficientNet-Lite0.
 
-The definitions have the tensor names of the published files, so that a file's tensors go in as they are. Files are read by a reader
-that rebuilds tensors and executes nothing.
+The definitions have the tensor names of the published files, so that a file's tensors go in as they are.
+Files are read by a reader that rebuilds tensors and executes nothing.
 
-Sources: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule" (2017), with the Inception of 2015-12-05; Oquab et al., "DINOv2"
-(2023); Pizzi et al., "A Self-Supervised Descriptor for Image Copy Detection" (2022); Tan & Le, "EfficientNet" (2019).
+Sources: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule" (2017), with the Inception of
+2015-12-05; Oquab et al., "DINOv2" (2023); Pizzi et al., "A Self-Supervised Descriptor for Image Copy
+Detection" (2022); Tan & Le, "EfficientNet" (2019).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a PyTorch file that holds tensors by name and nothing else.
 
-    PyTorch files go through torch's restricted unpickler: what is not a tensor or a plain container is refused, not run.
+    PyTorch files go through torch's restricted unpickler: what is not a tensor or a plain container is
+    refused, not run.
 
     Raises:
         InputError: no such file, or one that is damaged or holds anything else.
@@ -79,7 +81,8 @@ def standardised(
 
 
 def fid_inception() -> nn.Module:
-    """Inception-v3 as the Frechet inception distance knows it: torchvision's, with TensorFlow's pooling and 1008 classes.
+    """Inception-v3 as the Frechet inception distance knows it: torchvision's, with TensorFlow's pooling and
+    1008 classes.
 
     Average pools leave the padding out of their average, and the last block pools by maximum.
     """
@@ -105,7 +108,8 @@ def fid_inception() -> nn.Module:
 
 
 def inception_features(network: nn.Module, x: Tensor) -> Tensor:
-    """(B, 2048) after the last average pool, of images (B, 3, H, W) in [0, 1], by a network whose head is off."""
+    """(B, 2048) after the last average pool, of images (B, 3, H, W) in [0, 1], by a network whose head is
+    off."""
     x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False) * 2 - 1
     return network(x)
 
@@ -154,7 +158,8 @@ class _Block(nn.Module):
 
 
 class DinoV2(nn.Module):
-    """Vision transformer with patches of 14 pixels and heads of 64 dimensions; the features are its normalised class token.
+    """Vision transformer with patches of 14 pixels and heads of 64 dimensions; the features are its
+    normalised class token.
 
     Args:
         dim, depth: width and number of blocks (384, 12: small; 768, 12: base; 1024, 24: large).
@@ -190,12 +195,14 @@ class DinoV2(nn.Module):
         return cls(positions.shape[2], depth, round((positions.shape[1] - 1) ** 0.5))
 
     def positions(self, height: int, width: int) -> Tensor:
-        """The position embedding for a grid of patches, (1, 1 + height width, dim), interpolated as in the published code."""
+        """The position embedding for a grid of patches, (1, 1 + height width, dim), interpolated as in the
+        published code."""
         if (height, width) == (self.grid, self.grid):
             return self.pos_embed
         dim = self.pos_embed.shape[2]
         grid = self.pos_embed[:, 1:].reshape(1, self.grid, self.grid, dim).permute(0, 3, 1, 2)
-        # The offset of .1 keeps rounding from losing a row; it is part of how the published features came about.
+        # The offset of .1 keeps rounding from losing a row; it is part of how the published features came
+        # about.
         scale = ((height + 0.1) / self.grid, (width + 0.1) / self.grid)
         grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
         return torch.cat([self.pos_embed[:, :1], grid.permute(0, 2, 3, 1).reshape(1, -1, dim)], 1)

@@ -1,8 +1,10 @@
-r"""Features of many images, batch by batch, on disk: kept under a hash of the data, the extractor and the preparation, and resumable.
+r"""Features of many images, batch by batch, on disk: kept under a hash of the data, the extractor and the
+preparation, and resumable.
 
-A cache is a folder. ``KEY.npy`` holds finished features, ``KEY.json`` says what they are of; ``KEY.part`` grows by whole batches, and
-an interrupted run goes on where it ended. The key is the SHA-256 of the pixels, of what identifies the extractor (weights and
-preparation), and of the number type: change any, and features are computed anew.
+A cache is a folder. ``KEY.npy`` holds finished features, ``KEY.json`` says what they are of; ``KEY.part``
+grows by whole batches, and an interrupted run goes on where it ended. The key is the SHA-256 of the pixels,
+of what identifies the extractor (weights and preparation), and of the number type: change any, and features
+are computed anew.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from ambient_sci.whole_files import write_json
 Images = Tensor | np.ndarray | ReferenceFile | str | os.PathLike[str]
 Number = Literal["float16", "float32"]
 BLOCK = 1024
-CLIPPED_WORTH_SAYING = 0.01
+#: A warning is given where more than this share of the values lies outside the range by more than that part
+#: of it.
+CLIPPED_WORTH_SAYING, CLIPPED_BY = 0.01, 0.05
 
 
 def features_of(
@@ -49,17 +53,18 @@ def features_of(
     Args:
         images: (N, C, H, W), or a file of images (`ReferenceFile` or its path), which is read batch by batch.
         extractor: see `get_extractor`.
-        cache: folder to keep features in and to resume from; None: a temporary file that goes with the memory map.
-        value_range: what black and white are, for extractors that see 8-bit RGB; default: `natural_range` of the first images.
-            Give it where sets are compared that might be told apart by it.
+        cache: folder to keep features in and to resume from; None: a temporary file that goes with the memory
+            map.
+        value_range: what black and white are, for extractors that see 8-bit RGB; default: `natural_range` of
+            the first images. Give it where sets are compared that might be told apart by it.
         dtype: "float32", or "float16" for half the disk and a rounding of 5e-4 of each value.
         batch_size: images at a time.
         device: where the network computes.
         progress: show a progress bar.
 
     Raises:
-        InputError: no images, an unknown extractor, a function without fingerprint and a cache, features that are not (B, d) or not
-            finite, or features that another process is computing.
+        InputError: no images, an unknown extractor, a function without fingerprint and a cache, features that
+            are not (B, d) or not finite, or features that another process is computing.
     """
     if dtype not in ("float16", "float32") or batch_size < 1:
         raise InputError(
@@ -156,7 +161,7 @@ class _Work:
         for start in track(starts, f"features ({self.extractor.name})", enabled=self.progress):
             images = self.source(start, min(start + self.batch_size, len(self.source)))
             if self.value_range is not None and images.shape[1] != 2:
-                slack = (self.value_range[1] - self.value_range[0]) / 255
+                slack = CLIPPED_BY * (self.value_range[1] - self.value_range[0])
                 outside = (images < self.value_range[0] - slack) | (images > self.value_range[1] + slack)
                 clipped, entries = clipped + int(outside.sum()), entries + images.numel()
             block = self._features(images, start)
@@ -171,7 +176,8 @@ class _Work:
         file.flush()
         if clipped > CLIPPED_WORTH_SAYING * max(entries, 1):
             warnings.warn(
-                f"features ({self.extractor.name}): {clipped / entries:.1%} of the values lay outside {self.value_range} "
+                f"features ({self.extractor.name}): {clipped / entries:.1%} of the values lay well outside "
+                f"{self.value_range} "
                 "and were clipped",
                 stacklevel=4,
             )
@@ -185,13 +191,15 @@ class _Work:
             block = found.detach().cpu().float().numpy().astype(self.dtype)
         if not np.isfinite(block).all():
             raise InputError(
-                f"{self.extractor.name}: expected finite features that fit {self.dtype.name}, got others in images {start} "
+                f"{self.extractor.name}: expected finite features that fit {self.dtype.name}, got others "
+                f"in images {start} "
                 f"to {start + len(images) - 1}"
             )
         return block
 
     def _done(self, file: IO[bytes]) -> int:
-        """Images whose features are in ``file``, which is cut back to whole batches of them and left open at its end."""
+        """Images whose features are in ``file``, which is cut back to whole batches of them and left open at
+        its end."""
         file.seek(0)
         try:
             np.lib.format.read_magic(file)

@@ -1,10 +1,12 @@
 r"""Memorisation by attack: most of a suspected image is taken away, and the prior samples it back.
 
-    noise      x_sigma = x + sigma z, ancestral samples of p(x | x_sigma); the MMSE estimate is D(x_sigma, sigma)
-    inpaint    y = M x + sigma_y n outside a centred box, MMPS samples of p(x | y); the MMSE estimate is their mean
+    noise      x_sigma = x + sigma z;    ancestral samples of p(x | x_sigma)
+    inpaint    y = M x + sigma_y n;      MMPS samples of p(x | y), M keeps the upper rows
 
-A prior that remembers the image returns it; one that does not returns another that fits. How alike "another that fits" is, the same
-attack on held-out images says.
+The MMSE estimates beside are D(x_sigma, sigma) for noise, and the mean of the samples for inpainting.
+
+A prior that remembers the image returns it; one that does not returns another that fits. How alike "another
+that fits" is, the same attack on held-out images says.
 
 Source: Daras et al., "Consistent Diffusion Meets Tweedie" (2024).
 """
@@ -30,8 +32,9 @@ from ambient_sci.progress import track
 from ambient_sci.sampling import reconstruct
 from ambient_sci.sampling.unconditional import ancestral, chain_seeds, level_range
 
-#: Products of a solve in the inpainting attack. A memory has a denoiser of steps, whose Jacobian is far from any Gaussian's: with the
-#: sampler's usual 5 products the perfect memory of 20 images is caught in 99 of 100 draws, with 15 in all.
+#: Products of a solve in the inpainting attack. A memory has a denoiser of steps, whose Jacobian is far from
+#: any Gaussian's: with the sampler's usual 5 products the perfect memory of 20 images is caught in 99 of 100
+#: draws, with 15 in all.
 PRODUCTS = 15
 
 
@@ -41,8 +44,9 @@ class MemorizationAttack:
 
     Attributes:
         report: numbers in JSON types.
-        suspects, controls: attack ("noise", "inpaint") to what came back: ``image`` (B, ...), ``attacked`` (B, ...), ``samples``
-            (S, B, ...), ``mmse`` (B, ...), and ``similarity`` (S, B), ``mmse_similarity`` (B,) with the image itself.
+        suspects, controls: attack ("noise", "inpaint") to what came back: ``image`` (B, ...), ``attacked``
+            (B, ...), ``samples`` (S, B, ...), ``mmse`` (B, ...), and ``similarity`` (S, B),
+            ``mmse_similarity`` (B,) with the image itself.
     """
 
     report: dict[str, Any]
@@ -67,22 +71,27 @@ def memorization_attack(
     seed: int = 0,
     progress: bool = False,
 ) -> MemorizationAttack:
-    r"""Take most of an image away and let the prior sample it back: noise up to a level, or hide a centred box.
+    r"""Take most of an image away and let the prior sample it back: noise up to a level, or hide the lower
+    rows.
 
-        noise      x_sigma = x + sigma z, ancestral samples of p(x | x_sigma); the MMSE estimate is D(x_sigma, sigma)
-        inpaint    y = M x + sigma_y n outside the box, MMPS samples of p(x | y); the MMSE estimate is their mean
+        noise      x_sigma = x + sigma z;    ancestral samples of p(x | x_sigma)
+        inpaint    y = M x + sigma_y n;      MMPS samples of p(x | y), M keeps the upper rows
 
-    What comes back is compared with the image itself: similarity of features, and error of the pixels that were hidden (of all pixels
-    for noise) in data standard deviations. A prior that remembers the image returns it; one that does not returns another that fits.
+    The MMSE estimates beside are D(x_sigma, sigma) for noise, and the mean of the samples for inpainting.
+
+    What comes back is compared with the image itself: similarity of features, and error of the pixels that
+    were hidden (of all pixels for noise) in data standard deviations. A prior that remembers the image
+    returns it; one that does not returns another that fits.
 
     Args:
         prior: unconditional.
         train: suspected images (N, C, H, W), or a file of them.
-        held_out: images that were not trained on, for the same attack. Without them nothing can be concluded, which the report says.
+        held_out: images that were not trained on, for the same attack. Without them nothing can be concluded,
+            which the report says.
         extractor, value_range: see `memorization_score`.
-        level: noise level of the first attack; default: 4 data standard deviations (fewer for images of less than 576 values, see
-            `_default_level`), at most the highest trained level.
-        hidden: share of the pixels in the box of the second attack, > 0 and < 1.
+        level: noise level of the first attack; default: 4 data standard deviations (fewer for images of less
+            than 576 values, see `_default_level`), at most the highest trained level.
+        hidden: share of the rows that the second attack hides, the lower ones, > 0 and < 1.
         num: images attacked of each kind, drawn by the seed.
         samples: draws for each image.
         steps: noise levels of the first attack's sampler.
@@ -95,67 +104,88 @@ def memorization_attack(
         InputError: images of another shape than the prior's, or numbers out of range.
         ConditioningError: a mask-conditional prior.
     """
-    require_unconditional(prior, "memorization attack")
-    low, high = level_range(prior, None, None)
-    level = min(_default_level(prior), high) if level is None else level
-    if not low < level <= high:
-        raise InputError(
-            f"memorization attack: expected a noise level above {low:.3g} and up to {high:.3g}, got {level:g}"
-        )
+    low, level = _levels(prior, level)
     if not 0 < hidden < 1 or min(num, samples, batch_size) < 1 or steps < 2:
         raise InputError(
-            "memorization attack: expected 0 < hidden < 1, num, samples and batch_size >= 1 and steps >= 2, got "
-            f"{hidden}, {num}, {samples}, {batch_size} and {steps}"
+            "memorization attack: expected 0 < hidden < 1, num, samples and batch_size >= 1 and steps >= 2, "
+            f"got {hidden}, {num}, {samples}, {batch_size} and {steps}"
         )
     found = get_extractor(extractor).to(device)
     generator = torch.Generator().manual_seed(seed)
-    sets = {
-        name: None if images is None else chosen_images(prior, images, num, generator, name)
-        for name, images in (("train", train), ("held_out", held_out))
-    }
-    assert sets["train"] is not None
-    if found.rgb and value_range is None:
+    sets = {"train": chosen_images(prior, train, num, generator, "train")}
+    if held_out is not None:
+        sets["held_out"] = chosen_images(prior, held_out, num, generator, "held_out")
+    if not found.rgb:
+        value_range = None
+    elif value_range is None:
         value_range = natural_range(sets["train"])
-    grid, mask = karras_grid(steps, low, level), _box(prior.shape, hidden)
+    grid, mask = karras_grid(steps, low, level), _lower_part(prior.shape, hidden)
     settings: dict[str, Any] = {
         "samples": samples,
         "batch_size": batch_size,
         "generator": generator,
         "progress": progress,
     }
-    results: dict[str, Any] = {"held_out": None}
+    results: dict[str, dict[str, dict[str, Tensor]]] = {}
     for name, images in sets.items():
-        if images is not None:
-            results[name] = {
-                "noise": _noise_attack(prior, images, grid, **settings),
-                "inpaint": _inpaint_attack(prior, images, mask, **settings),
-            }
-            for result in results[name].values():
-                result |= _resemblance(result, found, value_range, prior.data_std, device)
-    controls = results["held_out"]
+        noise = _noise_attack(prior, images, grid, **settings)
+        inpaint = _inpaint_attack(prior, images, mask, **settings)
+        results[name] = {
+            attack: {**result, **_resemblance(result, found, value_range, prior.data_std, device)}
+            for attack, result in (("noise", noise), ("inpaint", inpaint))
+        }
+    return _found(
+        results,
+        generator,
+        **identity(found, value_range),
+        level=level,
+        hidden=float(1 - mask.mean()),
+        samples=samples,
+        steps=steps,
+        seed=seed,
+    )
+
+
+def _found(
+    results: dict[str, dict[str, dict[str, Tensor]]], generator: torch.Generator, **about: Any
+) -> MemorizationAttack:
+    """The results with their report, of which ``about`` is the part that was asked for."""
+    suspects, controls = results["train"], results.get("held_out")
     report = {
-        **identity(found, value_range if found.rgb else None),
-        "level": level,
-        "hidden": float(1 - mask.mean()),
-        "samples": samples,
-        "steps": steps,
-        "suspects": len(sets["train"]),
-        "controls": 0 if sets["held_out"] is None else len(sets["held_out"]),
-        "seed": seed,
+        **about,
+        "suspects": len(suspects["noise"]["image"]),
+        "controls": 0 if controls is None else len(controls["noise"]["image"]),
         "attacks": {
-            name: _attack_report(found, None if controls is None else controls[name], generator)
-            for name, found in results["train"].items()
+            attack: _attack_report(result, None if controls is None else controls[attack], generator)
+            for attack, result in suspects.items()
         },
     }
-    return MemorizationAttack(report, results["train"], controls)
+    return MemorizationAttack(report, suspects, controls)
+
+
+def _levels(prior: Prior, level: float | None) -> tuple[float, float]:
+    """The noise levels that the first attack's sampler ends and starts at."""
+    require_unconditional(prior, "memorization attack")
+    if len(prior.shape) != 3 or prior.shape[1] * prior.shape[2] < 2:
+        raise InputError(
+            "memorization attack: expected a prior of images (C, H, W) of 2 pixels or more, got "
+            f"{prior.shape}"
+        )
+    low, high = level_range(prior, None, None)
+    level = min(_default_level(prior), high) if level is None else level
+    if not low < level <= high:
+        raise InputError(
+            f"memorization attack: expected a noise level above {low:.3g} and up to {high:.3g}, got {level:g}"
+        )
+    return low, level
 
 
 def _default_level(prior: Prior) -> float:
     """min(4, sqrt(n) / 6) data standard deviations, for images of n values.
 
-    Two images differ by about sqrt(2 n) standard deviations, so that up to this level their log-likelihoods stay some 36 apart: enough
-    for a perfect memory of some tens of images, whose pixels go together, to tell which it was. More noise would hide it even from
-    such a memory.
+    Two images differ by about sqrt(2 n) standard deviations, so that up to this level their log-likelihoods
+    stay some 36 apart: enough for a perfect memory of some tens of images, whose pixels go together, to tell
+    which it was. More noise would hide it even from such a memory.
     """
     return min(4.0, float(np.prod(prior.shape)) ** 0.5 / 6) * prior.data_std
 
@@ -170,7 +200,8 @@ def _noise_attack(
     generator: torch.Generator,
     progress: bool,
 ) -> dict[str, Tensor]:
-    """Images (B, ...) noised to the first level of ``grid``, and ``samples`` ancestral draws back from the same noisy images."""
+    """Images (B, ...) noised to the first level of ``grid``, and ``samples`` ancestral draws back from the
+    same noisy images."""
     level, count = float(grid[0]), len(images)
     start = ChainNoise(chain_seeds(count, generator))
     noisy = images + level * draw_noise(images, start)
@@ -201,7 +232,7 @@ def _inpaint_attack(
     generator: torch.Generator,
     progress: bool,
 ) -> dict[str, Tensor]:
-    """What MMPS puts into the hidden box of images (B, ...)."""
+    """What MMPS puts into the hidden rows of images (B, ...)."""
     operator = Masking(mask.to(images), tuple(images.shape[1:])).to(images.device)
     sigma_y = 0.01 * prior.data_std
     noise = draw_noise(images, ChainNoise(chain_seeds(len(images), generator)))
@@ -234,7 +265,8 @@ def _resemblance(
     scale: float,
     device: str | torch.device,
 ) -> dict[str, Tensor]:
-    """Similarity with the image itself of every draw and of the MMSE estimate, and their errors where something was hidden."""
+    """Similarity with the image itself of every draw and of the MMSE estimate, and their errors where
+    something was hidden."""
     image, draws, hidden = result["image"], result["samples"], result["hidden"]
 
     def features(images: Tensor) -> Tensor:
@@ -258,7 +290,8 @@ def _resemblance(
 def _attack_report(
     suspects: dict[str, Tensor], controls: dict[str, Tensor] | None, generator: torch.Generator
 ) -> dict[str, Any]:
-    """Distributions of similarity and error for both kinds of images, and how far apart they are, one value an image."""
+    """Distributions of similarity and error for both kinds of images, and how far apart they are, one value
+    an image."""
     report: dict[str, Any] = {}
     for kind in ("similarity", "mmse_similarity", "error", "mmse_error"):
         sign = -1 if "error" in kind else 1
@@ -276,14 +309,16 @@ def _attack_report(
     return report
 
 
-def _box(shape: tuple[int, ...], hidden: float) -> Tensor:
-    """A mask (1, 1, H, W) that hides a centred box of about this share of the image, and at least a pixel of it, never all."""
+def _lower_part(shape: tuple[int, ...], hidden: float) -> Tensor:
+    """A mask (1, 1, H, W) that hides about this share of the rows, the lower ones: at least one, never all.
+
+    A half and not a centred box: of centred objects a box leaves the empty border, from which nobody could
+    tell which image it was.
+    """
     height, width = shape[-2:]
-    tall, wide = (min(max(round(n * hidden**0.5), 1), n) for n in (height, width))
-    if (tall, wide) == (height, width):
-        wide = width - 1 if width > 1 else width
-        tall = height - 1 if width == 1 else tall
     mask = torch.ones(1, 1, height, width)
-    top, left = (height - tall) // 2, (width - wide) // 2
-    mask[..., top : top + tall, left : left + wide] = 0
+    if height > 1:
+        mask[..., height - min(max(round(height * hidden), 1), height - 1) :, :] = 0
+    else:
+        mask[..., width - min(max(round(width * hidden), 1), width - 1) :] = 0
     return mask

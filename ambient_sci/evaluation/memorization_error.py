@@ -1,4 +1,5 @@
-r"""Memorisation by the denoising error: how much better a prior knows its training images than others of their kind, level by level.
+r"""Memorisation by the denoising error: how much better a prior knows its training images than others of
+their kind, level by level.
 
 ratio(sigma) = mean over held-out of |D(x + sigma z, sigma) - x|^2  /  the same over training images
 """
@@ -53,8 +54,9 @@ def memorization_error(
 
         ratio(sigma) = mean over held-out of |D(x + sigma z, sigma) - x|^2  /  the same over training images
 
-    Above 1, the prior knows its training images better than others of their kind at that level. Both ends are calm: noise that hides
-    nothing, and noise that hides all. Intervals are pointwise: of twelve levels without memory, one may lie above 1 in its interval.
+    Above 1, the prior knows its training images better than others of their kind at that level. Both ends are
+    calm: noise that hides nothing, and noise that hides all. Intervals are pointwise: of twelve levels
+    without memory, one may lie above 1 in its interval.
 
     Args:
         prior: unconditional.
@@ -76,7 +78,8 @@ def memorization_error(
     high = min(prior.sigma_max or float("inf"), 20 * prior.data_std) if sigma_max is None else sigma_max
     if not 0 < low < high or min(levels, num) < 2 or min(draws, batch_size) < 1:
         raise InputError(
-            "memorization error: expected 0 < sigma_min < sigma_max, levels and num >= 2, draws and batch_size >= 1, got "
+            "memorization error: expected 0 < sigma_min < sigma_max, levels and num >= 2, draws and "
+            "batch_size >= 1, got "
             f"{low:g}, {high:g}, {levels}, {num}, {draws} and {batch_size}"
         )
     generator = torch.Generator().manual_seed(seed)
@@ -114,7 +117,8 @@ def _denoising_errors(
     generator: torch.Generator,
     progress: bool,
 ) -> Tensor:
-    """Mean squared error per entry, (B, levels), averaged over ``draws`` noises; every image has a noise stream of its own."""
+    """Mean squared error per entry, (B, levels), averaged over ``draws`` noises; every image has a noise
+    stream of its own."""
     seeds = chain_seeds(len(images), generator)
     errors = torch.zeros(len(images), len(grid), dtype=torch.float64)
     for start in track(range(0, len(images), batch_size), "denoising", enabled=progress):

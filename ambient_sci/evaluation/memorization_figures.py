@@ -1,4 +1,5 @@
-"""Figures of memorisation: pairs of images with their nearest neighbours, what came back from attacks, distributions, error curves."""
+"""Figures of memorisation: pairs of images with their nearest neighbours, what came back from attacks,
+distributions, error curves."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ _BOX = {"facecolor": "black", "alpha": 0.55, "pad": 1.5, "linewidth": 0}
 def distributions_figure(
     path: str | os.PathLike[str], panels: Mapping[str, Mapping[str, Tensor]], label: str = "similarity"
 ) -> Path:
-    """Histograms, one panel a title, of two kinds of images each; the first is drawn full, the second as an outline.
+    """Histograms, one panel a title, of two kinds of images each; the first is drawn full, the second as an
+    outline.
 
     Args:
         path: PNG to write.

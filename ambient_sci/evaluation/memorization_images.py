@@ -1,4 +1,5 @@
-"""Images for the measures of memorisation: from memory or from files, and what identifies the features that they are judged by."""
+"""Images for the measures of memorisation: from memory or from files, and what identifies the features that
+they are judged by."""
 
 from __future__ import annotations
 

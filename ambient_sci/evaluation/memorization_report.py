@@ -1,4 +1,5 @@
-"""What `ambient-sci memorization` writes and says: report.json, the values behind it, figures, and a summary in words."""
+"""What `ambient-sci memorization` writes and says: report.json, the values behind it, figures, and a summary
+in words."""
 
 from __future__ import annotations
 
@@ -18,13 +19,17 @@ from ambient_sci.evaluation.memorization_images import Images, take
 from ambient_sci.whole_files import write_json
 
 PAIRS = 12
-NO_YARDSTICK = "no held-out images were attacked: how alike an image is that merely fits cannot be said, and nothing can be concluded"
+NO_YARDSTICK = (
+    "no held-out images were attacked: how alike an image is that merely fits cannot be said, and nothing "
+    "can be concluded"
+)
 
 
 def write_score(
     out: str | os.PathLike[str], found: MemorizationScore, samples: Images, train: Images, held_out: Images
 ) -> list[Path]:
-    """Write a score into the folder ``out``: report, similarities, histogram, the most similar pairs of both kinds."""
+    """Write a score into the folder ``out``: report, similarities, histogram, the most similar pairs of both
+    kinds."""
     folder = _folder(out)
     near, held = found.neighbours, found.neighbours.held_out
     assert held is not None
@@ -55,7 +60,8 @@ def write_score(
 
 
 def write_attack(out: str | os.PathLike[str], found: MemorizationAttack) -> list[Path]:
-    """Write an attack into the folder ``out``: report, similarities and errors, histograms, what came back."""
+    """Write an attack into the folder ``out``: report, similarities and errors, histograms, what came
+    back."""
     folder = _folder(out)
     values, panels, written = {}, {}, []
     for attack, suspects in found.suspects.items():
@@ -97,17 +103,20 @@ def write_error(out: str | os.PathLike[str], found: MemorizationError) -> list[P
 def score_text(report: Mapping[str, Any]) -> str:
     """The summary of a score."""
     lines = [
-        f"{report['samples']} generated and {report['held_out']} held-out images against {report['train']} training images, on "
+        f"{report['samples']} generated and {report['held_out']} held-out images against {report['train']} "
+        "training images, on "
         f"{report['features']}{_range(report)}"
     ]
     for title, key in (("generated", "samples"), ("held out", "held_out")):
         side = report["similarity"][key]
         lines.append(
-            f"  {title:10s} similarity {side['quantiles']['0.5']:.3f} (median), {side['max']:.3f} (largest); {_counts(side)}; "
+            f"  {title:10s} similarity {side['quantiles']['0.5']:.3f} (median), {side['max']:.3f} "
+            f"(largest); {_counts(side)}; "
             f"calibrated ratio {report['ratio'][key]['quantiles']['0.5']:.3f}"
         )
     lines.append(
-        f"a generated image is nearer than a held-out one with probability {_separation(report['similarity'])}"
+        "a generated image is nearer than a held-out one with probability "
+        f"{_separation(report['similarity'])}"
     )
     lines.append(f"  by the calibrated ratio {_separation(report['ratio'])}; 0.5 is no memory")
     return "\n".join(lines)
@@ -116,7 +125,8 @@ def score_text(report: Mapping[str, Any]) -> str:
 def attack_text(report: Mapping[str, Any]) -> str:
     """The summary of an attack."""
     lines = [
-        f"{report['suspects']} suspected and {report['controls']} held-out images, {report['samples']} draws each, on "
+        f"{report['suspects']} suspected and {report['controls']} held-out images, {report['samples']} "
+        "draws each, on "
         f"{report['features']}{_range(report)}"
     ]
     for attack, found in report["attacks"].items():
@@ -127,7 +137,8 @@ def attack_text(report: Mapping[str, Any]) -> str:
                 if found[kind][side] is not None:
                     values = found[kind][side]
                     lines.append(
-                        f"  {name:5s} {side:9s} similarity {values['quantiles']['0.5']:.3f}; {_counts(values)}"
+                        f"  {name:5s} {side:9s} similarity {values['quantiles']['0.5']:.3f}; "
+                        f"{_counts(values)}"
                     )
             if "separation" in found[kind]:
                 lines.append(
@@ -141,12 +152,14 @@ def attack_text(report: Mapping[str, Any]) -> str:
 def error_text(report: Mapping[str, Any]) -> str:
     """The summary of an error curve."""
     lines = [
-        f"denoising error of {report['held_out']} held-out images over that of {report['train']} training images"
+        f"denoising error of {report['held_out']} held-out images over that of {report['train']} training "
+        "images"
     ]
     for row in report["levels"]:
         low, high = row["interval"]
         lines.append(
-            f"  sigma {row['sigma']:9.4g}   ratio {row['ratio']:.4g}   ({low:.4g} to {high:.4g})   AUC {row['auc']:.3f}"
+            f"  sigma {row['sigma']:9.4g}   ratio {row['ratio']:.4g}   ({low:.4g} to {high:.4g})   AUC "
+            f"{row['auc']:.3f}"
         )
     levels = report["memorised_at"]
     lines.append(
@@ -154,7 +167,8 @@ def error_text(report: Mapping[str, Any]) -> str:
         + (f", {levels[0]:.3g} to {levels[-1]:.3g}" if levels else "")
     )
     lines.append(
-        f"over all levels a held-out image has the larger error with probability {_separation(report)}; 0.5 is no memory"
+        f"over all levels a held-out image has the larger error with probability {_separation(report)}; "
+        "0.5 is no memory"
     )
     return "\n".join(lines)
 

@@ -1,4 +1,5 @@
-r"""The statistics that all measures of memorisation share: distributions, counts above thresholds, AUC, and their intervals."""
+r"""The statistics that all measures of memorisation share: distributions, counts above thresholds, AUC, and
+their intervals."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Published for copies: Somepalli et al. (2023) and the works after them, on their features. On others they are marks, not verdicts.
+#: Published for copies: Somepalli et al. (2023) and the works after them, on their features. On others they
+#: are marks, not verdicts.
 THRESHOLDS = (0.9, 0.95, 0.99)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 RESAMPLES = 1000
@@ -32,7 +34,8 @@ def distribution(values: Tensor) -> dict[str, Any]:
 
 
 def above(values: Tensor, thresholds: tuple[float, ...] = THRESHOLDS) -> dict[str, Any]:
-    """How many values exceed each threshold, as count, fraction and Wilson's 95 % interval of the fraction."""
+    """How many values exceed each threshold, as count, fraction and Wilson's 95 % interval of the
+    fraction."""
     flat = values.flatten()
     return {f"{t:g}": _share(int((flat > t).sum()), len(flat)) for t in thresholds}
 
@@ -63,7 +66,8 @@ def bootstrap(
     generator: torch.Generator,
     resamples: int = RESAMPLES,
 ) -> list[float]:
-    """95 % percentile interval of a statistic of two independent sets of images, (n, ...) and (m, ...), each resampled."""
+    """95 % percentile interval of a statistic of two independent sets of images, (n, ...) and (m, ...), each
+    resampled."""
     values = []
     for _ in range(resamples):
         picks = (torch.randint(len(s), (len(s),), generator=generator) for s in (first, second))

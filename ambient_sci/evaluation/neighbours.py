@@ -2,11 +2,13 @@ r"""Exact nearest neighbours of features by cosine similarity, in bounded memory
 
     s(q, r) = q . r / (|q| |r|)
 
-The references are read once, block by block, from wherever they lie (an array, a memory map, float16 or float32), so their number is
-limited by the disk and not by memory. Products are in float32 with a few candidates to spare; those are ranked again in float64.
+The references are read once, block by block, from wherever they lie (an array, a memory map, float16 or
+float32), so their number is limited by the disk and not by memory. Products are in float32 with a few
+candidates to spare; those are ranked again in float64.
 
-How near is near depends on features and data: two faces of one person may be as similar as a copy. So held-out real images, which no
-generator can have copied, go through the same search, and what they give is part of the result.
+How near is near depends on features and data: two faces of one person may be as similar as a copy. So
+held-out real images, which no generator can have copied, go through the same search, and what they give is
+part of the result.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Neighbours:
     Attributes:
         similarity: cosines (Q, k) float64, falling along the second axis.
         index: rows of the references (Q, k) int64.
-        held_out: the same for held-out real images, whose similarities are the yardstick; None if there were none.
+        held_out: the same for held-out real images, whose similarities are the yardstick; None if there were
+            none.
     """
 
     similarity: Tensor
@@ -60,11 +63,12 @@ def neighbours(queries: Rows, references: Rows, k: int = 1, held_out: Rows | Non
     """The ``k`` references of largest cosine similarity, for each query and for each held-out image.
 
     Args:
-        queries: features (Q, d) of generated images, a Tensor, an array or a memory map; they need not be normalised.
+        queries: features (Q, d) of generated images, a Tensor, an array or a memory map; they need not be
+            normalised.
         references: features (N, d) of the training images, of any number.
         k: neighbours of each, 1 to N.
-        held_out: features (H, d) of real images that were not trained on. Without them similarities have nothing to be compared
-            with, which a warning says.
+        held_out: features (H, d) of real images that were not trained on. Without them similarities have
+            nothing to be compared with, which a warning says.
 
     Returns:
         `Neighbours`. Equal similarities come in no particular order.
@@ -91,7 +95,8 @@ def _check(queries: Rows, references: Rows, k: int, name: str) -> None:
             raise InputError(f"neighbours: expected {what} (n, d) with n, d >= 1, got {got}")
     if queries.shape[1] != references.shape[1]:
         raise InputError(
-            f"neighbours: expected {name} of {references.shape[1]} dimensions like the references, got {queries.shape[1]}"
+            f"neighbours: expected {name} of {references.shape[1]} dimensions like the references, got "
+            f"{queries.shape[1]}"
         )
     if not 1 <= k <= len(references):
         raise InputError(f"neighbours: expected 1 <= k <= {len(references)} (the references), got {k}")
@@ -142,7 +147,8 @@ def _rank(queries: Rows, start: int, references: Rows, candidates: Tensor, k: in
 
 
 def _release(rows: Rows) -> None:
-    """Let go of what was read of a mapped file: it stays in the system's cache, and does not pile up in this process."""
+    """Let go of what was read of a mapped file: it stays in the system's cache, and does not pile up in this
+    process."""
     mapped = getattr(rows, "_mmap", None)
     if isinstance(rows, np.memmap) and rows.mode in ("r", "r+") and hasattr(mapped, "madvise"):
         mapped.madvise(mmap.MADV_DONTNEED)

@@ -2,8 +2,8 @@ r"""The prior of a finite set of images: the perfect memoriser.
 
     D(x, sigma) = sum_i r_i(x) x_i,        r_i proportional to exp(-|x - x_i|^2 / (2 sigma^2))
 
-It is what denoising score matching has as its optimum on these images, and what a network that is trained too long on too few tends to:
-its samples are copies. Tests of memorisation measure themselves by it.
+It is what denoising score matching has as its optimum on these images, and what a network that is trained too
+long on too few tends to: its samples are copies. Tests of memorisation measure themselves by it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class EmpiricalPrior(Prior):
         super().__init__()
         if images.ndim < 2 or len(images) < 2 or not images.is_floating_point():
             raise InputError(
-                f"empirical prior: expected at least 2 images (N, *shape) of floats, got {tuple(images.shape)}"
+                "empirical prior: expected at least 2 images (N, *shape) of floats, got "
+                f"{tuple(images.shape)}"
             )
         variance = float(images.double().var(0, correction=0).mean())
         if not 0 < variance < float("inf"):
@@ -52,18 +53,20 @@ class EmpiricalPrior(Prior):
         ).square()
         return (-distance / (2 * per_sample(sigma, z)[:, None] ** 2)).softmax(1)
 
-    def forward(self, x: Tensor, sigma: float | Tensor, given: Given | None = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, sigma: float | Tensor, given: Given | None = None
+    ) -> Tensor:
         """The images' mean, weighted by their responsibilities; ``sigma`` > 0."""
         self.check_given(given)
         mean = self.responsibilities(x, sigma) @ self.images.flatten(1)
         return mean.reshape(x.shape).to(x.dtype)
 
     def posterior(self, operator: LinearPhysics, y: Tensor, sigma_y: float | Tensor) -> Tensor:
-        """Exact probabilities of the images given y = A x + sigma_y n, (B, N); for an operator of one sample, or as many as y."""
+        """Exact probabilities of the images given y = A x + sigma_y n, (B, N); for an operator of one sample,
+        or as many as y."""
         weights = []
         level = torch.as_tensor(sigma_y, dtype=y.dtype, device=y.device).reshape(-1, *[1] * (y.ndim - 1))
-        images: Tensor = self.images.to(y.dtype)  # type: ignore[assignment]
-        for image in images.unbind():
+        for image in self.images.to(y.dtype).unbind():
             residual = (y - operator.A(image.expand(len(y), *self.shape))) / level
             weights.append(-residual.flatten(1).square().sum(1) / 2)
         return torch.stack(weights, 1).softmax(1)
