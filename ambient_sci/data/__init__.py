@@ -7,6 +7,7 @@ from ambient_sci.data.files import MeasurementFile, ReferenceFile
 from ambient_sci.data.importers import ImportOptions, import_source
 from ambient_sci.data.inspect import contact_sheet, describe
 from ambient_sci.data.loader import Batch, MeasurementArrays, MeasurementLoader
+from ambient_sci.data.many_files import MeasurementFiles
 from ambient_sci.data.packaged import brains
 from ambient_sci.data.simulate import simulate, smooth_phase
 from ambient_sci.data.sources import ImageSource, open_source
@@ -19,6 +20,7 @@ __all__ = [
     "ImportOptions",
     "MeasurementArrays",
     "MeasurementFile",
+    "MeasurementFiles",
     "MeasurementLoader",
     "MeasurementWriter",
     "ReferenceFile",

@@ -179,7 +179,7 @@ class MeasurementFile(Hdf5File):
                 )
         elif name == "coil_maps":
             check_coil_map_values(block, rows)
-            self._isometric[rows] = isometric(block)
+            self._isometric[rows] = isometric_maps(block)
         elif name == "noise_std":
             check_levels(block)
             self._largest[rows] = block.reshape(len(block), -1).max(1)
@@ -197,6 +197,8 @@ class MeasurementFile(Hdf5File):
     @property
     def measured_fraction(self) -> float:
         """Measured entries of the masks over all entries; 1 exactly if nothing is missing."""
+        if self.operator_name == "identity":
+            return 1.0
         return self._measured[0] / self._measured[1]
 
     @property
@@ -240,6 +242,12 @@ class MeasurementFile(Hdf5File):
         if "design" not in self._shared:
             self._shared["design"] = design_from_dict(self.design_dict)
         return self._shared["design"]
+
+    def isometric(self, indices: Indices = None) -> bool:
+        """T^H T = I for these samples: no coil maps, or maps with sum_c |s_c|^2 = 1 everywhere."""
+        return not self._map_count or bool(
+            self._isometric[self._rows_of(self._map_count, self.rows(indices))].all()
+        )
 
     # -- samples -------------------------------------------------------------------------------------------------
 
@@ -296,8 +304,7 @@ class MeasurementFile(Hdf5File):
     def _mri(self, mask: Tensor, rows: np.ndarray):
         from ambient_sci.operators import MRI
 
-        flags = self._isometric[self._rows_of(self._map_count, rows)] if self._map_count else True
-        return MRI._trusted(mask, self.coil_maps(rows), self.design, isometry=bool(np.all(flags)), own=True)
+        return MRI._trusted(mask, self.coil_maps(rows), self.design, isometry=self.isometric(rows), own=True)
 
     def _mask_of(self, rows: np.ndarray) -> Tensor | None:
         if self._mask_count == 0:
@@ -319,7 +326,7 @@ class MeasurementFile(Hdf5File):
         return {**super().__getstate__(), "_shared": {}}
 
 
-def isometric(maps: np.ndarray) -> np.ndarray:
+def isometric_maps(maps: np.ndarray) -> np.ndarray:
     """Whether sum_c |s_c|^2 = 1 everywhere, for each of (B, coils, H, W), (B,) bool."""
     from ambient_sci.operators.mri import coil_power, is_isometric
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -211,6 +212,16 @@ class Hdf5File:
         return str(self.geometry.get("orientation", ""))
 
     # -- trust ---------------------------------------------------------------------------------------------------
+
+    @property
+    def checksum(self) -> str | None:
+        """A digest of the values of all samples, or None if the file carries none; attributes do not enter it."""
+        if not self._checksums:
+            return None
+        found = hashlib.blake2b(digest_size=16)
+        for name in sorted(self._checksums):
+            found.update(name.encode() + self._checksums[name].tobytes())
+        return found.hexdigest()
 
     def _check_rows(self, name: str, file: h5py.File) -> None:
         """Read a dataset through: values of a file without checksums; checksums of a small one that has them."""

@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ambient_sci.data.files import DESIGN_STATUS, IMAGE_FORMAT, MEASUREMENT_FORMAT, isometric
+from ambient_sci.data.files import DESIGN_STATUS, IMAGE_FORMAT, MEASUREMENT_FORMAT, isometric_maps
 from ambient_sci.data.hdf5_writer import Hdf5Writer, check_output
 from ambient_sci.data.layout import (
     Layout,
@@ -144,35 +144,31 @@ class MeasurementWriter(Hdf5Writer):
         self._extend("measurements", stored)
         self._store_masks(masks, maps)
         self._noise.append(levels)
-        if by_entry is not None and not (len(by_entry) == 1 and first):
+        if by_entry is not None:
             self._extend("noise_std", by_entry)
 
     def _levels(self, noise_std: Any, num: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """The largest level of each sample, and the levels of the entries where they differ."""
-        assert self._layout is not None
-        if np.ndim(noise_std) < 2:
-            levels, by_entry = check_noise_std(noise_std, num), None
-        else:
-            by_entry = check_noise_map(noise_std, num, self._layout.memory_shape)
-            if len(by_entry) == 1 and num > 1 and len(self) and self._noise_map is None:
-                by_entry = np.broadcast_to(by_entry, (num, *by_entry.shape[1:]))
-            levels = np.broadcast_to(by_entry.reshape(len(by_entry), -1).max(1), (num,))
-        return levels, self._as_before(by_entry, num)
+        """The largest level of each sample, and the levels of entries as they are stored, if they differ.
 
-    def _as_before(self, by_entry: np.ndarray | None, num: int) -> np.ndarray | None:
-        """Levels of entries are one map for all samples or one each, from the first block on."""
-        shared = by_entry is not None and len(by_entry) == 1 and num > 1
+        One map for several samples in the first block is the map of all; otherwise each sample has its own.
+        """
+        assert self._layout is not None
+        by_entry = None
+        if np.ndim(noise_std) >= 2:
+            by_entry = check_noise_map(noise_std, num, self._layout.memory_shape)
         if not len(self):
-            self._noise_map = by_entry if shared else None
             self._by_entry = by_entry is not None
-            return by_entry
-        if (by_entry is not None) != self._by_entry:
+            self._noise_map = by_entry if by_entry is not None and len(by_entry) == 1 < num else None
+        elif (by_entry is not None) != self._by_entry:
             raise InputError("noise_std: expected levels for each entry in every block, or in none")
-        if self._noise_map is not None and (
-            by_entry is None or len(by_entry) != 1 or not np.array_equal(by_entry, self._noise_map)
-        ):
+        if by_entry is None:
+            return check_noise_std(noise_std, num), None
+        largest = np.broadcast_to(by_entry.reshape(len(by_entry), -1).max(1), (num,))
+        if self._noise_map is None:
+            return largest, np.broadcast_to(by_entry, (num, *by_entry.shape[1:]))
+        if not np.array_equal(by_entry, self._noise_map):
             raise InputError("noise_std: expected the one map of levels of the first block")
-        return by_entry
+        return largest, None if len(self) else by_entry
 
     def _masks_and_maps(self, mask: Any, coil_maps: Any, num: int) -> tuple[np.ndarray, np.ndarray | None]:
         assert self._layout is not None
@@ -198,7 +194,7 @@ class MeasurementWriter(Hdf5Writer):
             self._measured[1] += masks.size
         if maps is not None and not (self._shared_maps is not None and "coil_maps" in file):
             self._extend("coil_maps", maps)
-            self._isometric.append(isometric(maps))
+            self._isometric.append(isometric_maps(maps))
 
     def _note_rounding(self, block: np.ndarray, rounded: np.ndarray, levels: np.ndarray) -> None:
         exact = np.stack((block.real, block.imag), axis=1) if block.dtype.kind == "c" else block

@@ -106,14 +106,14 @@ class MaskDesign(ABC):
     def possible_units(self, units: Tensor) -> Tensor:
         """Which masks over units (n, U) the design draws with positive probability, (n,) bool."""
 
-    def check_drawn(self, mask: Tensor, first: int = 0) -> None:
+    def check_drawn(self, mask: Tensor, numbers: Sequence[int] | None = None) -> None:
         """Raise unless the design can have drawn every mask: weights would be wrong without a word.
 
         Asked once, when the masks of a data set are surveyed; losses and splits of surveyed data do not ask again.
 
         Args:
             mask: (n, m, H, W).
-            first: number of the first sample, for the message.
+            numbers: of the samples, for the message; default 0, 1, ...
 
         Raises:
             InputError: masks of another shape, rows of one unit not measured together, or a mask of probability 0.
@@ -122,8 +122,9 @@ class MaskDesign(ABC):
         wrong = ~self.possible_units(units.double())
         if bool(wrong.any()):
             k = int(wrong.nonzero()[0, 0])
+            sample = k if numbers is None else int(numbers[k])
             raise InputError(
-                f"mask design {self.name!r} ({self.status}): it cannot have drawn the mask of sample {first + k} "
+                f"mask design {self.name!r} ({self.status}): it cannot have drawn the mask of sample {sample} "
                 f"({int(units[k].sum())} of {self.num_units} {self.layout} measured), so the weights of held-out rows "
                 "would be wrong; state the design that drew the masks, or none"
             )
