@@ -58,6 +58,18 @@ def format_of(file: h5py.File) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def _scattered(dataset: h5py.Dataset, rows: np.ndarray) -> np.ndarray:
+    """Rows of a dataset in any order, each read into its place: h5py's own indexing would copy it there."""
+    shape = dataset.shape[1:]
+    block = np.empty((len(rows), *shape), dataset.dtype)
+    target, space = h5py.h5s.create_simple((1, *shape)), dataset.id.get_space()
+    kind, corner = h5py.h5t.py_create(dataset.dtype), (0,) * len(shape)
+    for k, row in enumerate(rows):
+        space.select_hyperslab((int(row), *corner), (1, *shape))
+        dataset.id.read(target, space, block[k : k + 1], kind)
+    return block
+
+
 class Hdf5File:
     """A read-only HDF5 file that opens its own handle in each process, so that workers may fork or be spawned."""
 
@@ -264,9 +276,7 @@ class Hdf5File:
             if len(rows) and (np.diff(rows) == 1).all():
                 block = dataset[int(rows[0]) : int(rows[-1]) + 1]
             else:
-                block = np.empty((len(rows), *dataset.shape[1:]), dataset.dtype)
-                for k, row in enumerate(rows):
-                    block[k] = dataset[int(row)]
+                block = _scattered(dataset, rows)
         except (OSError, RuntimeError) as error:
             raise InputError(
                 f"{self.path}: cannot read {name!r}, the file is damaged ({one_line(error)})"

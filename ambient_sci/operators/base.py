@@ -373,7 +373,7 @@ def _same_values(mask: Tensor, other: Tensor) -> bool:
     if mask is other:
         return True
     base = other if other._base is None else other._base
-    return mask._base is base and mask.storage_offset() == other.storage_offset()
+    return bool(mask._base is base and mask.storage_offset() == other.storage_offset())
 
 
 def _rebuild(
