@@ -19,7 +19,7 @@ import numpy as np
 from ambient_sci.data.checksums import CHECKSUMS, MARK, digest, row_checksums
 from ambient_sci.data.hdf5_file import FORMAT_VERSIONS, TEXTS, one_line, plain
 from ambient_sci.data.hdf5_safety import entries
-from ambient_sci.data.layout import to_numpy
+from ambient_sci.data.layout import Numbers, to_numpy
 from ambient_sci.errors import InputError
 
 #: Longer texts are datasets: HDF5 protects those, and attributes up to 64 kB, by checksums of its own.
@@ -128,6 +128,12 @@ class Hdf5Writer:
     def _say(self, text: str) -> None:
         """Add to the history."""
         self.history = f"{self.history}; {text}" if self.history else text
+
+    def _say_step(self, file: h5py.File, numbers: Numbers) -> None:
+        """What turns uint8 into values, as an attribute and in words."""
+        if numbers.name == "uint8":
+            file.attrs["step"] = numbers.step
+            self._say(f"stored as uint8, value = stored x {numbers.step:.9g}")
 
     def _finish(self, file: h5py.File) -> None:
         """What is known when all samples are there; subclasses add to it."""
