@@ -230,7 +230,9 @@ def counted(monkeypatch: pytest.MonkeyPatch, name: str = "_read") -> list[str]:
 
 
 def test_a_file_of_the_library_is_opened_without_reading_its_samples(tmp_path, monkeypatch):
-    """However many they are: masks, maps and measurements are read when somebody asks for them, and not looked at then."""
+    """However many they are: masks, maps and measurements are read when somebody asks for them, and not
+    looked at then.
+    """
     path = write_mri(tmp_path / "m.h5", num=6)
     monkeypatch.setattr(hdf5_file, "FULL_CHECK_BYTES", 0)
     seen, looked = counted(monkeypatch), counted(monkeypatch, "_check_values")
@@ -251,7 +253,9 @@ def test_a_file_of_the_library_is_opened_without_reading_its_samples(tmp_path, m
 @pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("name", ["measurements", "mask", "coil_maps"])
 def test_a_changed_sample_is_refused_by_name(tmp_path, monkeypatch, name: str, small: bool):
-    """One bit of one value, and a value that would be allowed: at once in a small file, when it is read in a large one."""
+    """One bit of one value, and a value that would be allowed: at once in a small file, when it is read in a
+    large one.
+    """
     path = write_mri(tmp_path / "m.h5", num=4, coil_maps=kspace(4, 3, 8, 8, seed=2))
     mask = MeasurementFile(path).mask()
     row, column = (int(i) for i in mask[2, 0, 0].nonzero()[0])
@@ -270,7 +274,9 @@ def test_a_changed_sample_is_refused_by_name(tmp_path, monkeypatch, name: str, s
 
 
 def test_every_bit_of_a_file_is_guarded(tmp_path: Path):
-    """A flipped bit is refused in one line, or lies where nothing of the file lies: what is read is what was written."""
+    """A flipped bit is refused in one line, or lies where nothing of the file lies: what is read is what was
+    written.
+    """
     path, spoilt = (
         write_mri(tmp_path / "m.h5", num=2, scale=[1.0, 2.0], labels=[3, 1], history="x" * 50),
         tmp_path / "n.h5",
@@ -880,7 +886,9 @@ def test_arrays_are_validated(y: torch.Tensor, sigma: float, message: str):
 
 
 def test_parts_are_virtual_processes():
-    """m processes with one part and one process with m parts read the same samples; so do two with two and four."""
+    """m processes with one part and one process with m parts read the same samples; so do two with two and
+    four.
+    """
     four = [MeasurementLoader(arrays(), 2, seed=0, rank=r, num_processes=4) for r in range(4)]
     two = [MeasurementLoader(arrays(), 2, seed=0, rank=r, num_processes=2, parts=2) for r in range(2)]
     one = MeasurementLoader(arrays(), 2, seed=0, parts=4)
@@ -904,7 +912,9 @@ def same_batch(a, b) -> bool:
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("kind", ["file", "files", "arrays"])
 def test_who_reads_changes_no_bit(tmp_path, monkeypatch, kind: str, workers: int):
-    """Kept in memory, read by a thread or by any number of processes, in order or not: batches are a function of the step."""
+    """Kept in memory, read by a thread or by any number of processes, in order or not: batches are a function
+    of the step.
+    """
     path = write_mri(tmp_path / "m.h5", num=7, noise_std=np.arange(7) / 10, labels=np.arange(7))
     other = write_mri(tmp_path / "n.h5", num=5, labels=np.arange(5))
     data = {"file": lambda: MeasurementFile(path), "files": lambda: MeasurementFiles([path, other])}
@@ -950,7 +960,9 @@ def test_large_arrays_stay_where_they_are(monkeypatch):
 
 
 def test_a_list_of_files_is_the_data_set(tmp_path: Path):
-    """Samples, operators, noise, labels, subjects and scales of each file in turn, for any choice of samples."""
+    """Samples, operators, noise, labels, subjects and scales of each file in turn, for any choice of
+    samples.
+    """
     masks, maps = column_masks(9), kspace(9, 3, 8, 8, seed=4)
     y = kspace(9, 3, 8, 8) * masks[:, None]
     whole = {"noise_std": np.arange(9) / 10, "labels": np.arange(9), "subjects": [f"p{k}" for k in range(9)]}
@@ -1038,7 +1050,9 @@ def test_half_precision_on_disk(tmp_path: Path, operator: str):
 
 
 def test_images_of_8_bits_stay_8_bits(tmp_path: Path):
-    """value = stored * step, in measurement and reference files alike; what is not on that grid is refused."""
+    """value = stored * step, in measurement and reference files alike; what is not on that grid is
+    refused.
+    """
     stored = rng().integers(0, 256, (4, 3, 5, 6), dtype=np.uint8)
     values = torch.from_numpy(stored).float() / 255
     common = {
@@ -1072,7 +1086,9 @@ def test_images_of_8_bits_stay_8_bits(tmp_path: Path):
 
 @pytest.mark.parametrize("kind", ["shared", "each", "broadcast"])
 def test_noise_that_differs_by_entry(tmp_path, monkeypatch, kind: str):
-    """A level for each entry, of the shape of y when it is read; `noise_std` is the largest of each sample."""
+    """A level for each entry, of the shape of y when it is read; `noise_std` is the largest of each
+    sample.
+    """
     y = rng().standard_normal((4, 2, 3, 5)).astype(np.float32)
     shape = {"shared": (1, 2, 3, 5), "each": (4, 2, 3, 5), "broadcast": (4, 2, 1, 1)}[kind]
     levels = rng(1).random(shape).astype(np.float32)
@@ -1193,7 +1209,9 @@ def test_masks_that_the_stated_design_cannot_have_drawn(tmp_path: Path):
 
 
 def test_fully_sampled_kspace_has_one_noise_level(tmp_path: Path):
-    """Noise that differs between entries of k-space has another covariance in the image: no white noise to train on."""
+    """Noise that differs between entries of k-space has another covariance in the image: no white noise to
+    train on.
+    """
     y = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
     with pytest.raises(InputError, match="one level a sample for fully sampled k-space"):
         open_measurements_source((MRI(torch.ones(8, 8)), y, torch.full((1, 2, 8, 8), 0.1)), TrainConfig())
@@ -1206,7 +1224,9 @@ def test_fully_sampled_kspace_has_one_noise_level(tmp_path: Path):
 
 
 def test_fingerprints_see_every_sample_of_a_file(tmp_path: Path):
-    """Equal values are one data set, wherever they lie and whatever is noted about them; one changed value is another."""
+    """Equal values are one data set, wherever they lie and whatever is noted about them; one changed value is
+    another.
+    """
     y = kspace(20, 3, 8, 8) * column_masks(20)[:, None]
     first = MeasurementFile(write_mri(tmp_path / "a.h5", num=20, measurements=y))
     again = MeasurementFile(write_mri(tmp_path / "b.h5", num=20, measurements=y, history="copied"))

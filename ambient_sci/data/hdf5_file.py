@@ -1,4 +1,4 @@
-"""A read-only HDF5 file of the library's own format: handles, attributes, and rows that are checked as they are read."""
+"""A read-only HDF5 file of the library's own format: handles, attributes, rows checked as they are read."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def plain(value: Any) -> Any:
 
 
 def format_of(file: h5py.File) -> str | None:
-    """The attribute ``format`` of a file of ours, whichever way its text is stored; None where there is none."""
+    """The attribute ``format`` of an HDF5 file, whichever way its text is stored; None without one."""
     found = plain(file.attrs.get("format"))
     return found if isinstance(found, str) else None
 
@@ -71,7 +71,7 @@ def _scattered(dataset: h5py.Dataset, rows: np.ndarray) -> np.ndarray:
 
 
 class Hdf5File:
-    """A read-only HDF5 file that opens its own handle in each process, so that workers may fork or be spawned."""
+    """A read-only HDF5 file with a handle in each process, so that workers may fork or be spawned."""
 
     kind: str
     attributes: dict[str, Any]  # the root attributes as plain Python values
@@ -119,7 +119,7 @@ class Hdf5File:
             self._owner = os.getpid()
         return self._handle
 
-    # -- attributes ----------------------------------------------------------------------------------------------
+    # -- attributes ------------------------------------------------------------------------------------------
 
     def _read_attributes(self, file: h5py.File) -> dict[str, Any]:
         attributes = {name: plain(value) for name, value in file.attrs.items()}
@@ -137,7 +137,7 @@ class Hdf5File:
         return attributes
 
     def _read_mark(self, file: h5py.File, attributes: dict[str, Any]) -> None:
-        """Look at every entry, fetch attributes too long to be one, and take over the checksums of an unchanged file."""
+        """Look at every entry, fetch long attributes, and take over the checksums of an unchanged file."""
         datasets = entries(file, (CHECKSUMS, TEXTS), self._file_bytes)
         for path, dataset in datasets.items():
             if path.startswith(f"{TEXTS}/"):
@@ -223,11 +223,11 @@ class Hdf5File:
         """ "RAS" for anatomical slices ``volume[:, :, k]`` (display them with ``np.rot90``), else ""."""
         return str(self.geometry.get("orientation", ""))
 
-    # -- trust ---------------------------------------------------------------------------------------------------
+    # -- trust -----------------------------------------------------------------------------------------------
 
     @property
     def checksum(self) -> str | None:
-        """A digest of the values of all samples, or None if the file carries none; attributes do not enter it."""
+        """A digest of the values of all samples, not of attributes; None if the file carries none."""
         if not self._checksums:
             return None
         found = hashlib.blake2b(digest_size=16)
@@ -236,7 +236,7 @@ class Hdf5File:
         return found.hexdigest()
 
     def _check_rows(self, name: str, file: h5py.File) -> None:
-        """Read a dataset through: values of a file without checksums; checksums of a small one that has them."""
+        """Read a dataset through: all values of a file without checksums, the checksums of a small one."""
         dataset = file[name]
         assert isinstance(dataset, h5py.Dataset)
         small = self._file_bytes < FULL_CHECK_BYTES and len(dataset) <= FULL_CHECK_ROWS
@@ -247,7 +247,7 @@ class Hdf5File:
             if not self.trusted:
                 self._check_values(name, block, rows)
 
-    # -- rows ----------------------------------------------------------------------------------------------------
+    # -- rows ------------------------------------------------------------------------------------------------
 
     def rows(self, indices: Indices) -> np.ndarray:
         """Sample numbers (B,) for an int, slice, sequence, or None for all."""

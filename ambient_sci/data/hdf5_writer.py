@@ -1,7 +1,7 @@
 """An HDF5 file that is written whole or not at all, with the checksums that let readers trust it.
 
-A writer fills a temporary file beside its goal and renames it when it is complete, so a killed job or a bad sample
-leaves nothing behind. Samples are appended in blocks, so a data set need never fit in memory.
+A writer fills a temporary file beside its goal and renames it when it is complete, so a killed job or a bad
+sample leaves nothing behind. Samples are appended in blocks, so a data set need never fit in memory.
 """
 
 from __future__ import annotations
@@ -111,14 +111,14 @@ class Hdf5Writer:
         self._subjects.append(np.array(codes, np.int32))
         self._scales.append(np.broadcast_to(scales, (num,)))
 
-    # -- the end ---------------------------------------------------------------------------------------------------
+    # -- the end ---------------------------------------------------------------------------------------------
 
     def _small(self, name: str, data: np.ndarray) -> None:
         """A dataset that is read whole when the file is opened; HDF5 keeps its checksum."""
         self._open().create_dataset(name, data=data, fletcher32=True, chunks=True)
 
     def _text(self, name: str, text: str) -> None:
-        """A text attribute of fixed length, or a dataset where it is long: both are protected, as HDF5's heap is not."""
+        """A text of fixed length, or a dataset where it is long: HDF5 protects both, but not its heap."""
         data = text.encode()
         if len(data) > _LONGEST_ATTRIBUTE or b"\0" in data:
             self._small(f"{TEXTS}/{name}", np.frombuffer(data, np.uint8))

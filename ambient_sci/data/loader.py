@@ -1,16 +1,17 @@
 """Batches for training as a pure function of (seed, step).
 
-The samples are visited in an endless stream of permutations, one an epoch. Permutation e depends on (seed, e) alone and no
-state is kept, so a resumed run sees exactly the batches that the interrupted one would have seen, and every sample is seen
-equally often. Of P processes with m parts a step each, part k of process r is virtual rank v = r m + k of V = P m:
+The samples are visited in an endless stream of permutations, one an epoch. Permutation e depends on (seed, e)
+alone and no state is kept, so a resumed run sees exactly the batches that the interrupted one would have
+seen, and every sample is seen equally often. Of P processes with m parts a step each, part k of process r is
+virtual rank v = r m + k of V = P m:
 
     batch (s, v) takes positions (s V + v) B to (s V + v + 1) B - 1 of the stream,
 
 so that m GPUs with one part and one GPU with m parts read the same samples.
 
-Data stay where they are read: small ones (`CACHE_BYTES`) are kept, and moved to the device as a whole; larger ones stay on
-disk or in host memory, and batches are read ahead, by a thread or by worker processes, and moved without waiting. Who reads a
-batch changes no bit of it.
+Data stay where they are read: small ones (`CACHE_BYTES`) are kept, and moved to the device as a whole; larger
+ones stay on disk or in host memory, and batches are read ahead, by a thread or by worker processes, and moved
+without waiting. Who reads a batch changes no bit of it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ CACHE_BYTES = 1 << 30
 
 
 class Batch(NamedTuple):
-    """``y = operator.A(x) + noise`` of B samples, its noise level, which samples they are, and their classes if known."""
+    """``y = operator.A(x) + noise`` of B samples, its noise level, which samples they are, their classes."""
 
     operator: Any
     y: Tensor
@@ -52,12 +53,14 @@ class MeasurementArrays:
     Args:
         operator: RowMaskedOperator for all N samples (a mask of first axis 1 is shared).
         y: (N, ...) real.
-        sigma_y: noise level per real channel, a float or (N,), or (1 or N, ...) for noise that differs by entry.
+        sigma_y: noise level per real channel, a float or (N,), or (1 or N, ...) for noise that differs by
+            entry.
         subjects: of each sample.
         labels: class of each sample (N,), whole numbers.
 
     Raises:
-        InputError: y is not finite, does not fit the operator, or the noise level is negative or of another length.
+        InputError: y is not finite, does not fit the operator, or the noise level is negative or of another
+            length.
     """
 
     def __init__(
@@ -214,7 +217,8 @@ class MeasurementLoader:
     """Batches by step number.
 
     Args:
-        data: measurements. Small ones (``CACHE_BYTES``) are kept in memory, on ``device``; larger ones are read batch by batch.
+        data: measurements. Small ones (``CACHE_BYTES``) are kept in memory, on ``device``; larger ones are
+            read batch by batch.
         batch_size: samples of a batch, of one part of this process.
         seed: fixes every batch.
         samples: the samples to use (default: all), e.g. those of the training subjects.
@@ -222,8 +226,8 @@ class MeasurementLoader:
         num_processes: processes that share each step's ``batch_size * num_processes * parts`` samples.
         device: where batches go.
         parts: batches of a step of this process (micro-batches); see the equation of the module.
-        workers: processes that read data too large to be kept; batch k is read by worker k mod workers. With 0 a thread of
-            this process reads one batch ahead.
+        workers: processes that read data too large to be kept; batch k is read by worker k mod workers. With
+            0 a thread of this process reads one batch ahead.
 
     Raises:
         InputError: a batch size, number of parts or of workers that is none, or no sample.

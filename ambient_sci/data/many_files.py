@@ -22,8 +22,8 @@ class MeasurementFiles:
     Sample i is sample i - offset of the file it lies in; offsets are the cumulated sizes.
 
     Args:
-        files: paths, or open files. They must agree in operator, shapes, mask design, labels (all or none) and in whether
-            noise differs by entry.
+        files: paths, or open files. They must agree in operator, shapes, mask design, labels (all or none)
+            and in whether noise differs by entry.
 
     Raises:
         InputError: no file, one that cannot be read, or files that do not agree.

@@ -1,15 +1,16 @@
 r"""What measurements say about themselves: how much was measured, by which masks, how large the images are.
 
-A survey looks at a bounded part of the data, so that a data set of a million samples is judged as fast as one of thousands.
+A survey looks at a bounded part of the data, so that a data set of a million samples is judged as fast as one
+of thousands.
 
-The standard deviation of the clean images, which scales network and levels, comes from noisy rows alone: with m_i and v_i the
-mean and the second moment of row i over the samples that measured it,
+The standard deviation of the clean images, which scales network and levels, comes from noisy rows alone: with
+m_i and v_i the mean and the second moment of row i over the samples that measured it,
 
     d^2 = (1 / #pixels) sum_i (v_i - sigma_y^2) - m^2,        m: mean of the image where T = I, else 0.
 
-Complete data (every row measured, T^H T = I) are noisy images: A^H y = x_0 + sigma_y n with white n of the same level. Coil
-maps that are cropped to a support make T^H T a projection P; outside it the image is known to be 0, and
-P A^H y + sigma_y (1 - P) n' completes the noise.
+Complete data (every row measured, T^H T = I) are noisy images: A^H y = x_0 + sigma_y n with white n of the
+same level. Coil maps that are cropped to a support make T^H T a projection P; outside it the image is known
+to be 0, and P A^H y + sigma_y (1 - P) n' completes the noise.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def spread(num: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, num - 1, min(num, count)).astype(np.int64))
 
 
-# -- masks -------------------------------------------------------------------------------------------------------
+# -- masks ---------------------------------------------------------------------------------------------------
 
 
 def survey_masks(data: Measurements) -> tuple[float, Tensor]:
@@ -53,8 +54,8 @@ def survey_masks(data: Measurements) -> tuple[float, Tensor]:
         data: measurements.
 
     Returns:
-        The measured fraction of all rows of all samples, 1 exactly where nothing is missing; and at most `SURVEYED` masks, evenly
-        spread over the data, (n, m, H, W) uint8.
+        The measured fraction of all rows of all samples, 1 exactly where nothing is missing; and at most
+        `SURVEYED` masks, evenly spread over the data, (n, m, H, W) uint8.
     """
     if data.operator_name == "identity":
         return 1.0, torch.ones(1, 1, 1, 1, dtype=torch.uint8)
@@ -85,7 +86,7 @@ def check_design(design: MaskDesign, masks: Tensor, num: int) -> None:
         design.check_drawn(masks[rows[0] : rows[-1] + 1].float(), numbers[rows])
 
 
-# -- complete data as noisy images -------------------------------------------------------------------------------
+# -- complete data as noisy images ---------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=8)
@@ -106,13 +107,13 @@ def combine(
         generator: fills in noise outside the support of coil maps.
 
     Raises:
-        InputError: T^H T is neither the identity nor a projection onto a support (coil maps not normalised), or noise that
-            differs by entry of k-space, which has another covariance in the image.
+        InputError: T^H T is neither the identity nor a projection onto a support (coil maps not normalised),
+            or noise that differs by entry of k-space, which has another covariance in the image.
     """
     if sigma.ndim > 1 and operator.name == "mri":
         raise InputError(
-            "noise_std: expected one level a sample for fully sampled k-space (its noise is white in the image), got one "
-            "for each entry"
+            "noise_std: expected one level a sample for fully sampled k-space (its noise is white in the "
+            "image), got one for each entry"
         )
     image = operator.A_adjoint(y)
     if operator.isometry:
@@ -124,8 +125,9 @@ def combine(
     wrong = ((support - inside.float()).abs() > 1e-3).flatten(1).any(1)
     if bool(wrong.any()):
         raise InputError(
-            "coil maps: expected sum_c |s_c|^2 = 1 (0 outside a support) for fully sampled data, got other values in "
-            f"{int(wrong.sum())} of {len(wrong)} samples; normalise them (ambient_sci.operators.normalise_maps)"
+            "coil maps: expected sum_c |s_c|^2 = 1 (0 outside a support) for fully sampled data, got other "
+            f"values in {int(wrong.sum())} of {len(wrong)} samples; normalise them "
+            "(ambient_sci.operators.normalise_maps)"
         )
     noise = torch.randn(image.shape, generator=generator, dtype=image.dtype).to(image.device)
     return torch.where(inside, image, sigma.reshape(-1, *[1] * (image.ndim - 1)) * noise)
@@ -140,11 +142,11 @@ def as_noisy_images(
     return identity(tuple(operator.img_size), y.device), combine(operator, y, sigma, generator)
 
 
-# -- statistics --------------------------------------------------------------------------------------------------
+# -- statistics ----------------------------------------------------------------------------------------------
 
 
 def data_std(data: Measurements, complete: bool) -> float:
-    """Estimate the standard deviation of the clean images (the equation of the module) from at most 512 samples.
+    """Estimate the standard deviation of the clean images (equation of the module) from 512 samples.
 
     Args:
         data: measurements.
@@ -182,7 +184,8 @@ def data_std(data: Measurements, complete: bool) -> float:
 def fingerprint(data: Measurements) -> dict[str, Any]:
     """What identifies the data, of JSON types: checked when a run is resumed.
 
-    ``content`` is of 8 samples; a file of the library's own adds the digest of all of them, which it carries (``file``).
+    ``content`` is of 8 samples; a file of the library's own adds the digest of all of them, which it carries
+    (``file``).
     """
     some = data.measurements(torch.from_numpy(spread(len(data), 8))).cpu().contiguous()
     found = {

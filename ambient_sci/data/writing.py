@@ -31,7 +31,6 @@ from ambient_sci.errors import InputError
 __all__ = ["ImageWriter", "MeasurementWriter", "check_output", "write_images", "write_measurements"]
 
 
-
 class MeasurementWriter(Hdf5Writer):
     """Appends blocks of measurements to a new measurement file.
 
@@ -47,8 +46,9 @@ class MeasurementWriter(Hdf5Writer):
         geometry: orientation and volumes, see `files`.
         attributes: further root attributes.
         overwrite: replace a file that is there.
-        dtype: numbers on disk: "float32"; "float16", half the bytes, rounded by at most 1 part in 2,048 of each value
-            (what that was for these data is written into the history); or "uint8" for real images of 8 bits.
+        dtype: numbers on disk: "float32"; "float16", half the bytes, rounded by at most 1 part in 2,048 of
+            each value (what that was for these data is written into the history); or "uint8" for real images
+            of 8 bits.
         step: of uint8: value = stored * step. An array of uint8 given to `append` holds stored numbers.
 
     Raises:
@@ -114,8 +114,8 @@ class MeasurementWriter(Hdf5Writer):
 
         Args:
             measurements: (B, ...).
-            noise_std: per real channel: a float, (B,), or for noise that differs by entry (1 or B, ...), each axis 1 or
-                that of a measurement in memory.
+            noise_std: per real channel: a float, (B,), or for noise that differs by entry (1 or B, ...), each
+                axis 1 or that of a measurement in memory.
             mask: (1 or B, ...) of 0/1, needed unless shared or identity.
             coil_maps: (1 or B, coils, H, W) complex.
             subjects: one name, or B of them.
@@ -209,7 +209,7 @@ class MeasurementWriter(Hdf5Writer):
         ]
 
     def _logical(self, block: np.ndarray) -> np.ndarray:
-        """Complex stays complex, two-channel k-space becomes complex, real images stay real; uint8 is stored as it is."""
+        """Complex stays complex, two-channel k-space becomes complex, real images and uint8 stay."""
         if len(block) == 0:
             raise InputError("measurements: expected at least one sample, got none")
         with np.errstate(over="ignore"):
@@ -264,7 +264,9 @@ class MeasurementWriter(Hdf5Writer):
         if not self._by_entry:
             self._small("noise_std", levels)
         else:
-            self._small("noise_std_largest", levels[: len(file["noise_std"])])  # pyright: ignore[reportArgumentType]
+            stored = file["noise_std"]
+            assert isinstance(stored, h5py.Dataset)
+            self._small("noise_std_largest", levels[: len(stored)])
         if self._isometric:
             self._small("isometric", np.concatenate(self._isometric).astype(np.uint8))
         file.attrs["measured"] = np.asarray(self._measured)

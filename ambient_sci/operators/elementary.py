@@ -21,7 +21,8 @@ class Masking(RowMaskedOperator):
     """Random or fixed missing pixels: A x = mask * x.
 
     Args:
-        mask: 0/1; (H, W), (1|B, H, W) or (1|B, 1|C, H, W). One channel means that a pixel is missing in all channels at once.
+        mask: 0/1; (H, W), (1|B, H, W) or (1|B, 1|C, H, W). One channel means that a pixel is missing in all
+            channels at once.
         img_size: (C, H, W). Without it a mask of one channel takes images of any number of channels.
         design: how the mask was drawn, if known.
 
@@ -79,7 +80,8 @@ class Masking(RowMaskedOperator):
         """The mask as image channels, (1|B, m, H, W)."""
         return self.mask.expand(-1, -1, *self.img_size[1:])
 
-    # A projection onto coordinates is its own adjoint and its own normal operator: one multiplication, not two.
+    # A projection onto coordinates is its own adjoint and its own normal operator: one multiplication, not
+    # two.
     def A_adjoint_A(self, x: Tensor, **kwargs: Any) -> Tensor:
         """A^H A x = mask * x."""
         return self.A(x, **kwargs)

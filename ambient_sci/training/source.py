@@ -2,9 +2,10 @@ r"""From measurements to batches that a loss can take, and what they say about t
 
 Which stage runs follows from the data:
 
-- *Complete* (identity; or every row measured, T^H T = I): A^H y = x_0 + sigma_y n with white n of the same level, so the noisy
-  image itself is the training datum, x_tn = A^H y, and an unconditional prior is learned. Coil maps that are cropped to a support make
-  T^H T a projection P; outside it the image is known to be 0, and x_tn = P A^H y + sigma_y (1 - P) n' completes the noise.
+- *Complete* (identity; or every row measured, T^H T = I): A^H y = x_0 + sigma_y n with white n of the same
+  level, so the noisy image itself is the training datum, x_tn = A^H y, and an unconditional prior is learned.
+  Coil maps that are cropped to a support make T^H T a projection P; outside it the image is known to be 0,
+  and x_tn = P A^H y + sigma_y (1 - P) n' completes the noise.
 - *Incomplete*: rows are missing; a mask-conditional prior is learned from (y, M) by holding out further rows.
 """
 
@@ -48,7 +49,9 @@ __all__ = [
 
 
 class NoisyBatch(NamedTuple):
-    """Operator, measurement and noise level (B,) of some samples; ``y`` is the noisy image where the data are complete."""
+    """Operator, measurement and noise level (B,) of some samples; ``y`` is the noisy image where the data are
+    complete.
+    """
 
     operator: RowMaskedOperator
     y: Tensor
@@ -108,9 +111,10 @@ def open_source(
     """Open and judge measurements: a file, a list of files, or (operator, y, sigma_y).
 
     Raises:
-        InputError: not readable, not finite, noise that explains all variance, masks that the stated design cannot have
-            drawn, or a loss that the data do not allow.
-        IdentifiabilityError: rows are missing by a design that leaves some unsupervised, or by an unknown one.
+        InputError: not readable, not finite, noise that explains all variance, masks that the stated design
+            cannot have drawn, or a loss that the data do not allow.
+        IdentifiabilityError: rows are missing by a design that leaves some unsupervised, or by an unknown
+            one.
     """
     return judge(open_measurements(measurements), config)
 
@@ -132,7 +136,9 @@ def judge(data: Measurements, config: TrainConfig) -> Source:
 
 
 def open_measurements(measurements: Any) -> Measurements:
-    """A file or a list of files (in memory where small) or (operator, y, sigma_y) as measurements; InputError otherwise."""
+    """A file or a list of files (in memory where small) or (operator, y, sigma_y) as measurements; InputError
+    otherwise.
+    """
     if isinstance(measurements, list):
         measurements = MeasurementFiles(measurements) if len(measurements) != 1 else measurements[0]
     if isinstance(measurements, MeasurementFiles):
@@ -159,7 +165,9 @@ def open_measurements(measurements: Any) -> Measurements:
 
 
 def default_keep(complete: bool) -> float:
-    """Fraction of measured rows to show the network: all of complete data, three quarters where rows are missing."""
+    """Fraction of measured rows to show the network: all of complete data, three quarters where rows are
+    missing.
+    """
     return 1.0 if complete else 0.75
 
 

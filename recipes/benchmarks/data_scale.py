@@ -2,13 +2,14 @@ r"""How far the data room goes: a million samples, large k-space, files of gigab
 
     python recipes/benchmarks/data_scale.py open operator memory speed checksums --folder FOLDER
 
-- open: a file of a million samples, each with a subject, a mask, a scale and a noise level of its own: seconds and memory of
-  opening it, in a process of its own.
-- operator: milliseconds (CPU time, one thread) for the operator of 16 x 4 x 384 x 320, by constructor, from a file, by index.
+- open: a file of a million samples, each with a subject, a mask, a scale and a noise level of its own:
+  seconds and memory of opening it, in a process of its own.
+- operator: milliseconds (CPU time, one thread) for the operator of 16 x 4 x 384 x 320, by constructor, from a
+  file, by index.
 - memory: peak memory of a training process on a file of 4 GB and on one of 100 MB.
 - speed: images a second from uint8 files of 64 and 256 pixels with 0, 1 and 2 workers, batches of 64 and 16.
-- checksums: CPU time to open a file and to read half of it at random, with its checksums and with every value looked at
-  instead (a foreign file), over the time with neither; in turns.
+- checksums: CPU time to open a file and to read half of it at random, with its checksums and with every value
+  looked at instead (a foreign file), over the time with neither; in turns.
 
 Files are written to FOLDER (default: a temporary one) and removed afterwards.
 """
@@ -33,7 +34,8 @@ from ambient_sci.operators import MRI, normalise_maps
 
 PARTS = ("open", "operator", "memory", "speed", "checksums")
 
-# What runs in a process of its own, so that its memory is that of the task: VmHWM is the peak, VmRSS what is held now.
+# What runs in a process of its own, so that its memory is that of the task: VmHWM is the peak, VmRSS what is
+# held now.
 _STATUS = """
 def memory(key):
     lines = open("/proc/self/status").read().splitlines()
