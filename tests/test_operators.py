@@ -334,6 +334,31 @@ def test_what_is_derived_inside_is_not_looked_at_again(operator, monkeypatch):
     derive()
 
 
+def test_splits_of_moved_operators_are_drawn_from_the_mask_on_the_host(name):
+    """The mask that is remembered goes where the operator goes: indexing, mirroring, one for each sample. Same draws."""
+    here = operator_zoo()[name].float()
+    there = here.on_device("cpu")
+    assert there is not here and there._host_mask is here.mask
+    there._buffers["mask"] = there.mask.clone()  # as on a device: other memory
+    y = normal(3, *here.measurement_size)
+    for change in (
+        lambda op: op,
+        lambda op: op[[2, 0]],
+        lambda op: op[1:],
+        lambda op: op.for_samples(3),
+        lambda op: flip(op, y, -1)[0],
+        lambda op: flip(op, y, -2)[0],
+    ):
+        a, b = change(here), change(there)
+        assert name == "identity" or torch.equal(b._host_mask, b.mask)
+        one, other = (op.split(keep=0.5, generator=seeded(3)) for op in (a, b))
+        assert torch.equal(one.kept.mask, other.kept.mask) and torch.equal(one.weights, other.weights)
+    assert there.with_mask(torch.ones_like(there.mask))._host_mask is None
+    there._host_mask = torch.ones_like(there.mask)  # what is drawn from is this one
+    full = there.split(keep=0.5, generator=seeded(3)).kept.mask
+    assert name == "identity" or bool((full > there.mask).any())
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e25])
 def test_impossible_maps_are_found_at_every_scale(scale):
     """Squares of maps vanish or overflow in float32; their values are what is judged."""

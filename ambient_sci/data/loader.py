@@ -127,7 +127,13 @@ class MeasurementArrays:
 
     def operator(self, indices: Any = None) -> Any:
         """The operator of these samples."""
-        return self._operator if indices is None else self._operator[self._rows(indices)]
+        if indices is None:
+            return self._operator
+        taken, host = self._operator[self._rows(indices)], self._operator._host_mask
+        if host is not None and len(host) > 1:
+            host = host[torch.as_tensor(indices, device="cpu").reshape(-1)]
+        taken._host_mask = host
+        return taken
 
     def measurements(self, indices: Any = None) -> Tensor:
         """y (B, ...)."""
@@ -152,7 +158,7 @@ class MeasurementArrays:
         for name in ("_y", "_levels", "noise_std", "_labels"):
             value = getattr(self, name)
             setattr(moved, name, value if value is None else value.to(device))
-        moved._operator = self._operator[:].to(device)  # a copy: the caller's operator stays where it is
+        moved._operator = self._operator.on_device(device)  # a copy: the caller's stays where it is
         return moved
 
 
@@ -348,7 +354,7 @@ class MeasurementLoader:
             for t in (batch.y, batch.sigma_y, batch.labels)
         )
         assert y is not None and sigma is not None
-        return Batch(batch.operator.to(self.device, non_blocking=True), y, sigma, batch.indices, labels)
+        return Batch(batch.operator.on_device(self.device), y, sigma, batch.indices, labels)
 
     def close(self) -> None:
         """Stop reading ahead."""

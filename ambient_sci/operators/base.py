@@ -105,6 +105,7 @@ class RowMaskedOperator(LinearPhysics):
         self.design = design
         self.isometry = isometry
         self._drawn_by: MaskDesign | None = None  # the design that the masks are known to fit
+        self._host_mask: Tensor | None = None  # the mask on the CPU, where this operator is on another device
         self.register_buffer("mask", self._checked(mask))
 
     def _checked(self, mask: Tensor) -> Tensor:
@@ -227,19 +228,30 @@ class RowMaskedOperator(LinearPhysics):
         """
         self._check_mask_shape(mask)
         new = self._with_rows(mask, design)
-        if not _same_values(mask, self.mask):
+        if _same_values(mask, self.mask):
+            new._host_mask = None if self._host_mask is None else self._host_mask.expand(mask.shape)
+        else:
             new._drawn_by = None
         return new
 
     def for_samples(self, count: int) -> RowMaskedOperator:
         """The operator with a mask for each of ``count`` samples; a shared one is expanded, not copied."""
-        return self._with_rows(self.mask.expand(count, *self.mask.shape[1:]), self.design)
+        return self.with_mask(self.mask.expand(count, *self.mask.shape[1:]), design=self.design)
 
-    def _with_rows(self, mask: Tensor, design: MaskDesign | None) -> RowMaskedOperator:
+    def _with_rows(
+        self, mask: Tensor, design: MaskDesign | None, host: Tensor | None = None
+    ) -> RowMaskedOperator:
         """The same T under rows derived from this mask (thinned, mirrored), which fit the same design."""
         new = copied(self)
         new._buffers["mask"] = mask
+        new._host_mask = host
         new.design = design
+        return new
+
+    def on_device(self, device: torch.device | str) -> RowMaskedOperator:
+        """A copy on another device that remembers its mask on the host, so that a split waits for nothing."""
+        new = copied(self).to(device, non_blocking=True)
+        new._host_mask = self.mask if self.mask.device.type == "cpu" else self._host_mask
         return new
 
     def __getitem__(self, index: Any) -> RowMaskedOperator:
@@ -257,6 +269,11 @@ class RowMaskedOperator(LinearPhysics):
         new = copied(self)
         if self.mask.shape[0] > 1:
             new._buffers["mask"] = self.mask[index]
+            # Numbers that lie on a device cannot index what lies on the host without waiting for them.
+            on_host = self._host_mask is not None and not (
+                torch.is_tensor(index) and index.device.type != "cpu"
+            )
+            new._host_mask = self._host_mask[index] if on_host and self._host_mask is not None else None
         new._index_shared(index)
         return new
 
@@ -281,7 +298,11 @@ class RowMaskedOperator(LinearPhysics):
     @property
     def network_mask(self) -> Tensor:
         """The mask as image channels, (1|B, m, H, W): what a mask-conditional network is shown."""
-        return self.mask
+        return self._as_network_mask(self.mask)
+
+    def _as_network_mask(self, mask: Tensor) -> Tensor:
+        """A mask in measurement space as image channels."""
+        return mask
 
     @property
     def kept_fraction(self) -> Tensor:
@@ -322,14 +343,13 @@ class RowMaskedOperator(LinearPhysics):
             # is supervised.
             zero = torch.zeros_like(self.mask)
             return Split(self, self._with_rows(zero, None), self.mask)
-        mask = self.network_mask
-        design = design or self.design or unknown_design(self.name, mask)
+        host = self._as_network_mask(self.mask if self._host_mask is None else self._host_mask)
+        design = design or self.design or unknown_design(self.name, host)
         if design is not self._drawn_by:
-            design._checked_units(mask)
+            design._checked_units(host)
             self._drawn_by = design
-        kept = design._thin(mask, keep, generator)
-        probability = design.probability(mask, kept, keep)
-        held = mask * (1 - kept)
+        kept, probability = design._split(host, keep, generator, like=self.mask)
+        held = self.network_mask * (1 - kept)
         weights = kept + torch.where(held > 0, held / probability.clamp(min=1e-12), held)
         as_rows = self._rows_from_network_mask
         return Split(

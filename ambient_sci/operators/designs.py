@@ -194,6 +194,19 @@ class MaskDesign(ABC):
         units = self.to_units(mask).cpu()
         return self.to_mask(self.thin_units(units, keep, generator).to(mask)).to(mask)
 
+    def _split(
+        self, mask: Tensor, keep: float, generator: torch.Generator | None, *, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Kept rows of masks that were checked before, and P(A_i = 1 | B), (n, m, H, W) as ``like``.
+
+        Drawn where ``mask`` lies, the CPU at best; what moves to the device of ``like`` is units, not rows.
+        """
+        units = self.to_units(mask).cpu()
+        kept = self.thin_units(units, keep, generator).to(mask.dtype)
+        probability = self.probability_units(units.double(), kept.double(), keep)
+        kept_rows, rows = (self.to_mask(u.to(like, non_blocking=True)) for u in (kept, probability))
+        return kept_rows, rows
+
     def probability(self, mask: Tensor, kept: Tensor, keep: float) -> Tensor:
         """P(A_i = 1 | B) for every row, (n, m, H, W). ``mask`` is A: all designs but `RandomBox` ignore
         it.

@@ -75,10 +75,8 @@ class Masking(RowMaskedOperator):
     def _fields(self) -> dict[str, Any]:
         return {**super()._fields(), "_any_channels": self._any_channels}
 
-    @property
-    def network_mask(self) -> Tensor:
-        """The mask as image channels, (1|B, m, H, W)."""
-        return self.mask.expand(-1, -1, *self.img_size[1:])
+    def _as_network_mask(self, mask: Tensor) -> Tensor:
+        return mask.expand(-1, -1, *self.img_size[1:])
 
     # A projection onto coordinates is its own adjoint and its own normal operator: one multiplication, not
     # two.
@@ -111,9 +109,11 @@ class Identity(Masking):
         """Always: nothing is missing (said without reading the mask, which may be on another device)."""
         return True
 
-    def _with_rows(self, mask: Tensor, design: MaskDesign | None) -> RowMaskedOperator:
+    def _with_rows(
+        self, mask: Tensor, design: MaskDesign | None, host: Tensor | None = None
+    ) -> RowMaskedOperator:
         """A `Masking` operator: the identity with rows missing is no identity."""
         self._check_mask_shape(mask)
         new = Masking._trusted(mask, self.img_size, design)
-        new.noise_model = copied(self.noise_model)
+        new.noise_model, new._host_mask = copied(self.noise_model), host
         return new

@@ -392,10 +392,9 @@ class MRI(RowMaskedOperator):
         if self._maps is not None and self._maps.shape[0] > 1:
             self._buffers["_maps"] = self._maps[index]
 
-    @property
-    def network_mask(self) -> Tensor:
-        """k-space mask as one image channel, (1|B, 1, H, W)."""
-        return self.mask if self._maps is None else self.mask[:, :, 0]
+    def _as_network_mask(self, mask: Tensor) -> Tensor:
+        """The mask of a plane, (1|B, 1, H, W): one for all coils."""
+        return mask if self._maps is None else mask[:, :, 0]
 
     def _rows_from_network_mask(self, mask: Tensor) -> Tensor:
         return mask if self._maps is None else mask[:, :, None]
