@@ -17,6 +17,7 @@ from ambient_sci.data import (
     ImageWriter,
     MeasurementArrays,
     MeasurementFile,
+    MeasurementFiles,
     MeasurementLoader,
     MeasurementWriter,
     ReferenceFile,
@@ -29,13 +30,16 @@ from ambient_sci.data import (
     open_source,
     simulate,
     smooth_phase,
+    survey,
     write_images,
     write_measurements,
 )
 from ambient_sci.data.checksums import row_checksums
 from ambient_sci.data.images import resize, slices, square_pad
 from ambient_sci.errors import InputError
-from ambient_sci.operators import MRI, FixedBudget, Independent, Masking
+from ambient_sci.operators import MRI, FixedBudget, Identity, Independent, Masking
+from ambient_sci.training import TrainConfig
+from ambient_sci.training.source import open_source as open_measurements_source
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -226,7 +230,9 @@ def counted(monkeypatch: pytest.MonkeyPatch, name: str = "_read") -> list[str]:
 
 
 def test_a_file_of_the_library_is_opened_without_reading_its_samples(tmp_path, monkeypatch):
-    """However many they are: masks, maps and measurements are read when somebody asks for them, and not looked at then."""
+    """However many they are: masks, maps and measurements are read when somebody asks for them, and not
+    looked at then.
+    """
     path = write_mri(tmp_path / "m.h5", num=6)
     monkeypatch.setattr(hdf5_file, "FULL_CHECK_BYTES", 0)
     seen, looked = counted(monkeypatch), counted(monkeypatch, "_check_values")
@@ -247,7 +253,9 @@ def test_a_file_of_the_library_is_opened_without_reading_its_samples(tmp_path, m
 @pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("name", ["measurements", "mask", "coil_maps"])
 def test_a_changed_sample_is_refused_by_name(tmp_path, monkeypatch, name: str, small: bool):
-    """One bit of one value, and a value that would be allowed: at once in a small file, when it is read in a large one."""
+    """One bit of one value, and a value that would be allowed: at once in a small file, when it is read in a
+    large one.
+    """
     path = write_mri(tmp_path / "m.h5", num=4, coil_maps=kspace(4, 3, 8, 8, seed=2))
     mask = MeasurementFile(path).mask()
     row, column = (int(i) for i in mask[2, 0, 0].nonzero()[0])
@@ -266,7 +274,9 @@ def test_a_changed_sample_is_refused_by_name(tmp_path, monkeypatch, name: str, s
 
 
 def test_every_bit_of_a_file_is_guarded(tmp_path: Path):
-    """A flipped bit is refused in one line, or lies where nothing of the file lies: what is read is what was written."""
+    """A flipped bit is refused in one line, or lies where nothing of the file lies: what is read is what was
+    written.
+    """
     path, spoilt = (
         write_mri(tmp_path / "m.h5", num=2, scale=[1.0, 2.0], labels=[3, 1], history="x" * 50),
         tmp_path / "n.h5",
@@ -875,7 +885,361 @@ def test_arrays_are_validated(y: torch.Tensor, sigma: float, message: str):
         MeasurementArrays(Masking(torch.ones(1, 1, 4, 4), img_size=(1, 4, 4)), y, sigma)
 
 
+def test_parts_are_virtual_processes():
+    """m processes with one part and one process with m parts read the same samples; so do two with two and
+    four.
+    """
+    four = [MeasurementLoader(arrays(), 2, seed=0, rank=r, num_processes=4) for r in range(4)]
+    two = [MeasurementLoader(arrays(), 2, seed=0, rank=r, num_processes=2, parts=2) for r in range(2)]
+    one = MeasurementLoader(arrays(), 2, seed=0, parts=4)
+    for step in range(4):
+        expected = [r.indices(step) for r in four]
+        assert all(torch.equal(two[k // 2].indices(step, k % 2), e) for k, e in enumerate(expected))
+        assert all(torch.equal(one.indices(step, k), e) for k, e in enumerate(expected))
+        assert torch.equal(one.batch(step, 3).indices, expected[3])
+    assert one.epoch(5) == two[0].epoch(5) == four[0].epoch(5) == 4
+    with pytest.raises(InputError, match="part from 0 to 3, got 4"):
+        one.indices(0, 4)
+
+
+def same_batch(a, b) -> bool:
+    tensors = [(a.y, b.y), (a.sigma_y, b.sigma_y), (a.indices, b.indices), (a.labels, b.labels)]
+    tensors += [(a.operator.A_adjoint(a.y), b.operator.A_adjoint(b.y))]
+    tensors += [(a.operator.mask.expand_as(a.y), b.operator.mask.expand_as(b.y))]
+    return all((s is None and t is None) or torch.equal(s, t) for s, t in tensors)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["file", "files", "arrays"])
+def test_who_reads_changes_no_bit(tmp_path, monkeypatch, kind: str, workers: int):
+    """Kept in memory, read by a thread or by any number of processes, in order or not: batches are a function
+    of the step.
+    """
+    path = write_mri(tmp_path / "m.h5", num=7, noise_std=np.arange(7) / 10, labels=np.arange(7))
+    other = write_mri(tmp_path / "n.h5", num=5, labels=np.arange(5))
+    data = {"file": lambda: MeasurementFile(path), "files": lambda: MeasurementFiles([path, other])}
+    data["arrays"] = lambda: MeasurementArrays.read(MeasurementFile(path))
+    kept = MeasurementLoader(data[kind](), 3, seed=2, parts=2)
+    monkeypatch.setattr(loader, "CACHE_BYTES", 0)
+    before = torch.get_rng_state()
+    lazy = MeasurementLoader(data[kind](), 3, seed=2, parts=2, workers=workers)
+    for step, part in [(0, 0), (0, 1), (1, 0), (1, 1), (9, 0), (4, 1), (5, 0), (5, 1), (6, 0), (6, 0)]:
+        assert same_batch(kept.batch(step, part), lazy.batch(step, part))
+    lazy.close()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert same_batch(kept.batch(2), lazy.batch(2))  # a closed loader opens again
+    lazy.close()
+
+
+def test_damage_that_a_worker_finds_is_one_line(tmp_path, monkeypatch):
+    path = write_mri(tmp_path / "m.h5", num=4)
+    monkeypatch.setattr(loader, "CACHE_BYTES", 0)
+    monkeypatch.setattr(hdf5_file, "FULL_CHECK_BYTES", 0)
+    _edit(lambda raw: raw["measurements"].__setitem__((2, 0, 0, 4), 1.5))(path)
+    for workers in (0, 1):
+        batches = MeasurementLoader(MeasurementFile(path), 4, seed=0, workers=workers)
+        with pytest.raises(InputError, match="sample 2") as caught:
+            batches.batch(0)
+        assert "\n" not in str(caught.value)
+        batches.close()
+
+
+def test_large_arrays_stay_where_they_are(monkeypatch):
+    """Only data that are small go to the device as a whole."""
+    moved = []
+    monkeypatch.setattr(MeasurementArrays, "to", lambda self, device: moved.append(device) or self)
+    MeasurementLoader(arrays(), 2, seed=0)
+    assert len(moved) == 1
+    monkeypatch.setattr(loader, "CACHE_BYTES", 0)
+    lazy = MeasurementLoader(arrays(), 2, seed=0)
+    lazy.batch(0), lazy.close()
+    assert len(moved) == 1
+
+
+# -- several files, other numbers, noise by entry, labels
+
+
+def test_a_list_of_files_is_the_data_set(tmp_path: Path):
+    """Samples, operators, noise, labels, subjects and scales of each file in turn, for any choice of
+    samples.
+    """
+    masks, maps = column_masks(9), kspace(9, 3, 8, 8, seed=4)
+    y = kspace(9, 3, 8, 8) * masks[:, None]
+    whole = {"noise_std": np.arange(9) / 10, "labels": np.arange(9), "subjects": [f"p{k}" for k in range(9)]}
+    one = MeasurementFile(write_mri(tmp_path / "one.h5", measurements=y, mask=masks, coil_maps=maps, **whole))
+    parts = [
+        write_mri(
+            tmp_path / f"{a}.h5",
+            measurements=y[a:b],
+            mask=masks[a:b],
+            coil_maps=maps[a:b],
+            scale=1.0 + a,
+            **{k: v[a:b] for k, v in whole.items()},
+        )  # fmt: skip
+        for a, b in ((0, 4), (4, 5), (5, 9))
+    ]
+    many = MeasurementFiles(parts)
+    assert len(many) == 9 and many.subjects == one.subjects and torch.equal(many.noise_std, one.noise_std)
+    assert np.array_equal(many.scale, [1, 1, 1, 1, 5, 6, 6, 6, 6]) and many.measurement_shape == (2, 3, 8, 8)
+    assert many.measured_fraction == pytest.approx(one.measured_fraction) and many.nbytes == one.nbytes
+    for rows in (None, [8, 0, 4, 5, 3, 0], [2, 1], slice(3, 7), 4, -1, torch.tensor([6, 2])):
+        assert torch.equal(many.measurements(rows), one.measurements(rows))
+        assert torch.equal(many.sigma(rows), one.sigma(rows)) and torch.equal(
+            many.labels(rows), one.labels(rows)
+        )
+        a, b = many.operator(rows), one.operator(rows)
+        assert (
+            torch.equal(a.mask, b.mask) and torch.equal(a.coil_maps, b.coil_maps) and a.isometry == b.isometry
+        )
+    with pytest.raises(IndexError, match="0 to 8"):
+        many.measurements([9])
+    single = [column_masks(1, seed=k) for k in (0, 1)]
+    shared = MeasurementFiles(
+        [
+            write_mri(tmp_path / f"s{k}.h5", num=2, measurements=y[:2] * 0, mask=m)
+            for k, m in enumerate(single)
+        ]
+    )
+    assert tuple(shared.operator([3, 0]).mask.shape) == (2, 1, 1, 8, 8) and not shared.shared_mask
+    assert torch.equal(
+        shared.operator([3, 0]).mask[0, 0, 0], torch.from_numpy(column_masks(1, seed=1)[0]).float()
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"coils": 2}, "measurement shape"),
+        ({"labels": np.zeros(5, int)}, "labels"),
+        ({"design": Independent((2, 8, 8), "columns", 0.5)}, "mask design"),
+        ({"noise_std": np.full((1, 2, 1, 1, 1), 0.1)}, "noise by entry"),
+    ],
+)
+def test_files_that_do_not_agree_are_no_data_set(tmp_path: Path, changes: dict, message: str):
+    paths = [write_mri(tmp_path / "a.h5"), write_mri(tmp_path / "b.h5", **changes)]
+    with pytest.raises(InputError, match=f"b.h5: expected {message}"):
+        MeasurementFiles(paths)
+    with pytest.raises(InputError, match="list of measurement files"):
+        MeasurementFiles([])
+
+
+@pytest.mark.parametrize("operator", ["mri", "masking"])
+def test_half_precision_on_disk(tmp_path: Path, operator: str):
+    """Half the bytes, rounded once and said so; in memory float32 like everything."""
+    if operator == "mri":
+        y, image = kspace(3, 2, 8, 8), (2, 8, 8)
+        options: dict = {"coil_maps": kspace(1, 2, 8, 8, seed=1), "mask": np.ones((1, 8, 8), np.uint8)}
+    else:
+        y, image = rng().standard_normal((3, 2, 8, 8)).astype(np.float32), (2, 8, 8)
+        options = {"mask": np.ones((1, 1, 8, 8), np.uint8)}
+    common = {"measurements": y, "operator": operator, "image_shape": image, "noise_std": 0.1, **options}
+    whole = MeasurementFile(write_measurements(tmp_path / "w.h5", **common))
+    half = MeasurementFile(write_measurements(tmp_path / "h.h5", dtype="float16", **common))
+    exact, found = whole.measurements(), half.measurements()
+    assert found.dtype == torch.float32 and torch.equal(found, exact.half().float())
+    worst = float((found - exact).abs().max())
+    assert (
+        f"stored as float16, rounded by at most {worst:.2g}, {worst / 0.1:.2g} of the noise level"
+        in half.history
+    )
+    assert half._open()["measurements"].dtype == np.float16 and torch.equal(
+        half.measurements([2, 0]), found[[2, 0]]
+    )
+    with pytest.raises(InputError, match="float16 holds values up to 65504"):
+        write_measurements(tmp_path / "o.h5", dtype="float16", **{**common, "measurements": y * 1e6})
+
+
+def test_images_of_8_bits_stay_8_bits(tmp_path: Path):
+    """value = stored * step, in measurement and reference files alike; what is not on that grid is
+    refused.
+    """
+    stored = rng().integers(0, 256, (4, 3, 5, 6), dtype=np.uint8)
+    values = torch.from_numpy(stored).float() / 255
+    common = {
+        "mask": None,
+        "noise_std": 0.0,
+        "operator": "identity",
+        "image_shape": (3, 5, 6),
+        "dtype": "uint8",
+    }
+    file = MeasurementFile(write_measurements(tmp_path / "m.h5", measurements=stored, **common))
+    assert (
+        torch.allclose(file.measurements([3, 1]), values[[3, 1]], atol=1e-7)
+        and file.measurements().dtype == torch.float32
+    )
+    assert file._open()["measurements"].dtype == np.uint8 and "value = stored x 0.0039215686" in file.history
+    images = ReferenceFile(
+        write_images(tmp_path / "r.h5", images=stored, dtype="uint8", step=2.0, labels=[3, 1, 0, 2])
+    )
+    assert torch.equal(images.images([2]), 2 * torch.from_numpy(stored[2:3]).float())
+    assert torch.equal(images.labels([0, 3]), torch.tensor([3, 2])) and "stored x 2" in images.history
+    from_values = MeasurementFile(write_measurements(tmp_path / "v.h5", measurements=values, **common))
+    assert torch.equal(from_values.measurements(), file.measurements())
+    for wrong in (values + 0.3 / 255, values * 2, -values):
+        with pytest.raises(InputError, match="expected multiples of"):
+            write_measurements(tmp_path / "x.h5", measurements=wrong, **common)
+    with pytest.raises(InputError, match="complex numbers, got uint8"):
+        write_images(tmp_path / "x.h5", images=kspace(2, 4, 4), dtype="uint8")
+    with pytest.raises(InputError, match="dtype: expected one of"):
+        write_measurements(tmp_path / "x.h5", measurements=values, **{**common, "dtype": "int8"})
+
+
+@pytest.mark.parametrize("kind", ["shared", "each", "broadcast"])
+def test_noise_that_differs_by_entry(tmp_path, monkeypatch, kind: str):
+    """A level for each entry, of the shape of y when it is read; `noise_std` is the largest of each
+    sample.
+    """
+    y = rng().standard_normal((4, 2, 3, 5)).astype(np.float32)
+    shape = {"shared": (1, 2, 3, 5), "each": (4, 2, 3, 5), "broadcast": (4, 2, 1, 1)}[kind]
+    levels = rng(1).random(shape).astype(np.float32)
+    path = tmp_path / "m.h5"
+    with MeasurementWriter(path, operator="identity", image_shape=(2, 3, 5)) as writer:
+        for rows in (slice(0, 3), slice(3, 4)):
+            writer.append(y[rows], noise_std=levels if kind == "shared" else levels[rows])
+    expected = torch.from_numpy(np.broadcast_to(levels, y.shape).copy())
+    largest = expected.flatten(1).amax(1)
+    for trusted in (True, False):
+        if not trusted:
+            _edit(lambda raw: raw.attrs.__delitem__("verified"))(path)
+        with MeasurementFile(path) as file:
+            assert file.trusted == trusted and torch.equal(file.noise_std, largest) and file.noise_by_entry
+            assert torch.equal(file.sigma(), expected) and torch.equal(file.sigma([3, 0]), expected[[3, 0]])
+            data = MeasurementArrays.read(file)
+    assert torch.equal(data.sigma([3, 0]), expected[[3, 0]]) and torch.equal(data.noise_std, largest)
+    given = MeasurementArrays(Identity((2, 3, 5)), torch.from_numpy(y), torch.from_numpy(levels))
+    assert torch.equal(given.sigma(), expected) and torch.equal(given.noise_std, largest)
+    monkeypatch.setattr(loader, "CACHE_BYTES", 0)
+    batches = MeasurementLoader(given, 3, seed=0)
+    batch = batches.batch(0)
+    assert torch.equal(batch.sigma_y, expected[batch.indices])
+    batches.close()
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        (np.ones((4, 2, 3, 4)), "a level for each entry"),
+        (np.ones((3, 2, 3, 5)), "a level for each entry"),
+        (np.full((1, 2, 3, 5), -1.0), "levels >= 0"),
+        (np.full((1, 2, 3, 5), np.nan), "levels >= 0"),
+    ],
+)
+def test_impossible_levels_of_entries(tmp_path: Path, levels: np.ndarray, message: str):
+    y = np.zeros((4, 2, 3, 5), np.float32)
+    with pytest.raises(InputError, match=message):
+        write_measurements(
+            tmp_path / "m.h5",
+            measurements=y,
+            mask=None,
+            noise_std=levels,
+            operator="identity",
+            image_shape=(2, 3, 5),
+        )
+    with pytest.raises(InputError, match=message):
+        MeasurementArrays(Identity((2, 3, 5)), torch.from_numpy(y), torch.from_numpy(levels))
+
+
+def test_labels_are_whole_numbers_of_all_samples(tmp_path: Path):
+    for labels in ([0.5] * 5, [1, 2], [-1] * 5):
+        with pytest.raises(InputError, match="labels: expected 5 whole numbers"):
+            write_mri(tmp_path / "m.h5", labels=labels)
+    with (
+        pytest.raises(InputError, match="for all samples or for none"),
+        MeasurementWriter(tmp_path / "m.h5", operator="identity", image_shape=(1, 1, 1)) as writer,
+    ):
+        writer.append(np.zeros((2, 1, 1, 1)), noise_std=0.1)
+        writer.append(np.zeros((2, 1, 1, 1)), noise_std=0.1, labels=[1, 2])
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- surveys
+
+
+def test_surveys_are_bounded_and_exact_about_completeness(tmp_path, monkeypatch):
+    """At most 4,096 masks are looked at; one missing row of one sample is still a row missing."""
+    monkeypatch.setattr(survey, "SURVEYED", 5)
+    mask = np.ones((40, 8, 8), np.uint8)
+    mask[17, :, 3] = 0
+    y = kspace(40, 8, 8) * mask
+    path = write_measurements(
+        tmp_path / "m.h5", measurements=y, mask=mask, noise_std=0.1, operator="mri", image_shape=(2, 8, 8)
+    )
+    for data in (
+        MeasurementFile(path),
+        MeasurementArrays.read(MeasurementFile(path)),
+        MeasurementFiles([path, path]),
+    ):
+        fraction, masks = survey.survey_masks(data)
+        assert fraction == pytest.approx(1 - 8 / (40 * 64)) and fraction != 1
+        assert masks.shape == (5, 1, 8, 8) and masks.dtype == torch.uint8
+    full = write_measurements(
+        tmp_path / "f.h5", measurements=kspace(40, 8, 8), mask=np.ones((40, 8, 8)), noise_std=0.1, operator="mri",
+        image_shape=(2, 8, 8),
+    )  # fmt: skip
+    assert survey.survey_masks(MeasurementFiles([full, full]))[0] == 1.0
+    monkeypatch.setattr(survey, "SURVEY_BYTES", 3 * 64)
+    assert len(survey.survey_masks(MeasurementFile(path))[1]) == 3
+
+
+def test_masks_that_the_stated_design_cannot_have_drawn(tmp_path: Path):
+    """A file that states a design of 4 lines and holds a mask of 5 would be trained on with wrong weights."""
+    design = FixedBudget((2, 8, 8), "columns", 4)
+    masks = design.sample(12, torch.Generator().manual_seed(0))
+    line = int((masks[7, 0, 0] == 0).nonzero()[0])
+    wrong = masks.clone()
+    wrong[7, :, :, line] = 1
+    config = TrainConfig()
+    for mask, refused in ((masks, False), (wrong, True)):
+        operator = MRI(mask, design=design)
+        y = operator.A(torch.randn(12, 2, 8, 8, generator=torch.Generator().manual_seed(1)))
+        path = write_measurements(
+            tmp_path / "m.h5", measurements=y, mask=mask, noise_std=0.01, operator="mri", image_shape=(2, 8, 8),
+            design=design, overwrite=True,
+        )  # fmt: skip
+        for data in (path, (operator, y, 0.01), [path, path]):
+            if refused:
+                with pytest.raises(InputError, match="cannot have drawn the mask of sample 7"):
+                    open_measurements_source(data, config)
+            else:
+                source = open_measurements_source(data, config)
+                rows = torch.tensor([3, 1])
+                operator_of = source.measurements.operator(rows)
+                ready = source.ready(operator_of, y[rows], torch.full((2,), 0.01), torch.Generator())
+                assert ready.operator._drawn_by is ready.operator.design is source.design
+
+
+def test_fully_sampled_kspace_has_one_noise_level(tmp_path: Path):
+    """Noise that differs between entries of k-space has another covariance in the image: no white noise to
+    train on.
+    """
+    y = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(InputError, match="one level a sample for fully sampled k-space"):
+        open_measurements_source((MRI(torch.ones(8, 8)), y, torch.full((1, 2, 8, 8), 0.1)), TrainConfig())
+    source = open_measurements_source(
+        (Masking(torch.ones(1, 2, 8, 8)), y, torch.full((1, 2, 8, 8), 0.1)), TrainConfig()
+    )
+    assert source.complete and source.data_std == pytest.approx(
+        (float(y.var(correction=0)) - 0.01) ** 0.5, rel=1e-4
+    )
+
+
+def test_fingerprints_see_every_sample_of_a_file(tmp_path: Path):
+    """Equal values are one data set, wherever they lie and whatever is noted about them; one changed value is
+    another.
+    """
+    y = kspace(20, 3, 8, 8) * column_masks(20)[:, None]
+    first = MeasurementFile(write_mri(tmp_path / "a.h5", num=20, measurements=y))
+    again = MeasurementFile(write_mri(tmp_path / "b.h5", num=20, measurements=y, history="copied"))
+    found = survey.fingerprint(first)
+    assert found == survey.fingerprint(again) == survey.fingerprint(MeasurementArrays.read(first))
+    y[9, 0, 0, 4] += 1
+    other = survey.fingerprint(MeasurementFile(write_mri(tmp_path / "c.h5", num=20, measurements=y)))
+    assert other["content"] == found["content"] and other["file"] != found["file"]
+
+
 def test_bad_loaders_are_refused():
+    with pytest.raises(InputError, match="workers"):
+        MeasurementLoader(arrays(), 1, seed=0, workers=-1)
     with pytest.raises(InputError, match="batch size"):
         MeasurementLoader(arrays(), 0, seed=0)
     with pytest.raises(InputError, match="no sample"):

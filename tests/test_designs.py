@@ -1,4 +1,6 @@
-r"""Mask designs as a user meets them: by name, from a file, estimated; what they refuse; splits of operators by them."""
+r"""Mask designs as a user meets them: by name, from a file, estimated; what they refuse; splits of operators
+by them.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def test_no_design_draws_from_a_global_stream(design):
 
 
 def test_masks_of_every_design(design):
-    """0/1 of the stated shape, constant over a unit, different from draw to draw, the same from the same seed."""
+    """0/1 of the stated shape, constant over a unit, different from draw to draw, the same from the same
+    seed.
+    """
     mask = design.sample(12, seeded(1))
     assert mask.shape == (12, design.unit_shape[0], 16, 24) and mask.dtype == torch.float32
     assert bool(((mask == 0) | (mask == 1)).all()) and bool(mask.flatten(1).any(1).all())
@@ -73,7 +77,9 @@ def test_descriptions_survive_json(design):
 )
 @pytest.mark.parametrize("axis", ["columns", "rows"])
 def test_acceleration_and_calibration_lines(name, axis):
-    """Measured fraction 1/R with the calibration lines counted, and those always there, around zero frequency."""
+    """Measured fraction 1/R with the calibration lines counted, and those always there, around zero
+    frequency.
+    """
     design = make_design(name, image_shape=SHAPE, acceleration=2.5, acs=4, axis=axis)
     mask = design.sample(200 if name != "poisson" else 4, seeded(0))
     assert float(mask.mean()) == pytest.approx(1 / 2.5, rel=0.15)
@@ -109,7 +115,7 @@ def test_every_row_is_held_out_at_times_and_kept_at_times(design, keep):
     assert bool((kept.sum(0) > 0).all()) and bool(((mask - kept).sum(0) > 0).all())
 
 
-# -- designs that are refused ------------------------------------------------------------------------------------------------
+# -- designs that are refused --------------------------------------------------------------------------------
 
 
 def test_equispaced_lines_name_the_rows():
@@ -164,7 +170,7 @@ def test_a_box_that_leaves_no_room_for_a_second_one():
     RandomBox((1, 9, 9), "pixels", (3, 3)).check_trainable(0.5)
 
 
-# -- borders -----------------------------------------------------------------------------------------------------------------
+# -- borders -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -260,7 +266,7 @@ def test_masks_of_probability_zero_are_refused(drawn, change):
     drawn.check_drawn(masks)
     spoilt = torch.cat([masks[:2], _moved(masks[2:], drawn, *change)])
     with pytest.raises(InputError, match="cannot have drawn the mask of sample 12"):
-        drawn.check_drawn(spoilt, first=10)
+        drawn.check_drawn(spoilt, [3, 7, 12])
     with pytest.raises(InputError, match="expected masks"):
         drawn.check_drawn(masks[..., :-1])
 
@@ -294,7 +300,9 @@ def test_large_images_are_judged_without_every_pair_of_places():
 
 
 def test_masks_that_were_surveyed_are_not_looked_at_again(monkeypatch):
-    """An operator whose masks are known to fit its design says so to all that is derived from it; another mask does not."""
+    """An operator whose masks are known to fit its design says so to all that is derived from it; another
+    mask does not.
+    """
     design = FixedBudget(LINES, "columns", 4)
     mask = design.sample(3, seeded(0))
     operator = MRI(mask, design=design)
@@ -310,11 +318,13 @@ def test_masks_that_were_surveyed_are_not_looked_at_again(monkeypatch):
     assert len(looked) == 2
 
 
-# -- estimation --------------------------------------------------------------------------------------------------------------
+# -- estimation ----------------------------------------------------------------------------------------------
 
 
 def test_estimated_design_finds_the_probabilities():
-    """Within five binomial standard errors of the truth (false alarm 6e-7 a unit), marked as estimated, layout found."""
+    """Within five binomial standard errors of the truth (false alarm 6e-7 a unit), marked as estimated,
+    layout found.
+    """
     p = torch.tensor([0.2, 0.5, 0.8, 1.0, 0.6, 0.3], dtype=F64)
     masks = Independent((2, 4, 6), "columns", p).sample(4_000, seeded(0))
     design = estimate_design(masks)
@@ -330,7 +340,7 @@ def test_too_few_masks_to_estimate_from():
         estimate_design(torch.ones(100, 1, 4, 6))
 
 
-# -- splits ------------------------------------------------------------------------------------------------------------------
+# -- splits --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name in DESIGN_NAMES if name != "poisson"])
@@ -379,7 +389,7 @@ def test_keeping_everything_holds_nothing_out():
     assert torch.equal(split.weights, operator.mask)
 
 
-# -- identifiability ---------------------------------------------------------------------------------------------------------
+# -- identifiability -----------------------------------------------------------------------------------------
 
 
 def test_identifiability_of_single_coil_masks():
@@ -397,7 +407,9 @@ def test_identifiability_of_single_coil_masks():
 
 
 def test_identifiability_with_coils():
-    """[18] one fixed R = 2 mask says nothing about half of k-space with one coil, and everything with four."""
+    """[18] one fixed R = 2 mask says nothing about half of k-space with one coil, and everything with
+    four.
+    """
     mask = torch.zeros(16, 16)
     mask[:, ::2] = 1
     assert not identifiability(MRI(mask)).identified

@@ -1,4 +1,6 @@
-r"""Row-masked operators: adjoints, equality with deepinv and sigpy, closed forms, and life as a deepinv physics."""
+r"""Row-masked operators: adjoints, equality with deepinv and sigpy, closed forms, and life as a deepinv
+physics.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ def operator(name) -> RowMaskedOperator:
     return operator_zoo()[name]
 
 
-# -- the operator against its definition -------------------------------------------------------------------------------------
+# -- the operator against its definition ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -112,12 +114,14 @@ def test_row_masking_selects_rows_of_the_transform(operator):
     assert torch.allclose(operator.A_adjoint_A(x)[1].flatten(), a.T @ (a @ x[1].flatten()), atol=1e-12)
 
 
-# -- closed forms against solvers --------------------------------------------------------------------------------------------
+# -- closed forms against solvers ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gamma", [0.3, 20.0, torch.tensor([0.1, 1.0, 10.0], dtype=F64)])
 def test_prox_of_the_data_term(operator, gamma):
-    """argmin gamma/2 |Ax - y|^2 + 1/2 |x - z|^2 by dense algebra, sample by sample; deepinv's solver agrees."""
+    """argmin gamma/2 |Ax - y|^2 + 1/2 |x - z|^2 by dense algebra, sample by sample; deepinv's solver
+    agrees.
+    """
     z, y = normal(3, *operator.img_size), normal(3, *operator.measurement_size, seed=2)
     shaped = gamma.reshape(-1, 1, 1, 1) if torch.is_tensor(gamma) else gamma
     found = operator.prox_l2(z, y, shaped, max_iter=300, tol=1e-13)
@@ -163,11 +167,13 @@ def test_isometry_flag(name):
     assert not loud.isometry and not loud.square
 
 
-# -- a deepinv physics -------------------------------------------------------------------------------------------------------
+# -- a deepinv physics ---------------------------------------------------------------------------------------
 
 
 def test_deepinv_algorithms_run_on_it(operator):
-    """Least squares by gradient descent through deepinv's optimiser recovers A^+ y; a plug-and-play step runs as well."""
+    """Least squares by gradient descent through deepinv's optimiser recovers A^+ y; a plug-and-play step runs
+    as well.
+    """
     y = operator.A(normal(3, *operator.img_size))
     model = deepinv.optim.GD(
         data_fidelity=deepinv.optim.L2(), stepsize=1.0, max_iter=400, early_stop=False, verbose=False
@@ -187,7 +193,9 @@ def test_deepinv_algorithms_run_on_it(operator):
 
 @pytest.mark.parametrize("name", ["identity", "masking", "mri", "mri, coils"])
 def test_noise_falls_on_measured_rows_only(name):
-    """``physics(x)`` is A x plus noise of the stated level per real channel, zero outside the mask (|z| < 4.5)."""
+    """``physics(x)`` is A x plus noise of the stated level per real channel, zero outside the mask (|z| <
+    4.5).
+    """
     size, mask = (32, 32), random_mask(2, 1, 32, 32)
     operator = {
         "identity": lambda: Identity((2, *size), noise_std=0.3),
@@ -221,7 +229,7 @@ def test_masks_are_fixed(operator):
     assert torch.equal(operator.A(x, mask=None), operator.A(x))
 
 
-# -- batches, types, copies --------------------------------------------------------------------------------------------------
+# -- batches, types, copies ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -260,7 +268,9 @@ NOISY = {
     ],
 )
 def test_what_is_taken_from_an_operator_moves_alone(kind, shared, taken):
-    """A copy has buffers, noise model and hooks of its own, so that moving it leaves the caller's where it is."""
+    """A copy has buffers, noise model and hooks of its own, so that moving it leaves the caller's where it
+    is.
+    """
     mask = random_mask(3, 1, 4, 3)
     operator = NOISY[kind](mask[:1] if shared else mask)
     before = {name: (buffer.dtype, buffer.clone()) for name, buffer in operator.named_buffers()}
@@ -278,7 +288,9 @@ def test_what_is_taken_from_an_operator_moves_alone(kind, shared, taken):
 
 @pytest.mark.parametrize("size", [(4, 3), (4, 6)])
 def test_operators_of_checked_parts_are_the_operators_of_the_constructor(size):
-    """The unchecked way in: same maps, same answers, same pickles; ``own`` folds the shift in where the maps lie."""
+    """The unchecked way in: same maps, same answers, same pickles; ``own`` folds the shift in where the maps
+    lie.
+    """
     mask, design = random_mask(2, 1, *size).float(), Independent((2, *size), "pixels", 0.5)
     maps = coil_maps(3, *size, batch=2).to(torch.complex64)
     pairs = [
@@ -320,6 +332,31 @@ def test_what_is_derived_inside_is_not_looked_at_again(operator, monkeypatch):
     monkeypatch.setattr(MRI, "_checked_maps", lambda *_: pytest.fail("maps checked inside"))
     monkeypatch.setattr(deepinv.physics.LinearPhysics, "__init__", lambda *_: pytest.fail("built anew"))
     derive()
+
+
+def test_splits_of_moved_operators_are_drawn_from_the_mask_on_the_host(name):
+    """The mask that is remembered goes where the operator goes: indexing, mirroring, one for each sample. Same draws."""
+    here = operator_zoo()[name].float()
+    there = here.on_device("cpu")
+    assert there is not here and there._host_mask is here.mask
+    there._buffers["mask"] = there.mask.clone()  # as on a device: other memory
+    y = normal(3, *here.measurement_size)
+    for change in (
+        lambda op: op,
+        lambda op: op[[2, 0]],
+        lambda op: op[1:],
+        lambda op: op.for_samples(3),
+        lambda op: flip(op, y, -1)[0],
+        lambda op: flip(op, y, -2)[0],
+    ):
+        a, b = change(here), change(there)
+        assert name == "identity" or torch.equal(b._host_mask, b.mask)
+        one, other = (op.split(keep=0.5, generator=seeded(3)) for op in (a, b))
+        assert torch.equal(one.kept.mask, other.kept.mask) and torch.equal(one.weights, other.weights)
+    assert there.with_mask(torch.ones_like(there.mask))._host_mask is None
+    there._host_mask = torch.ones_like(there.mask)  # what is drawn from is this one
+    full = there.split(keep=0.5, generator=seeded(3)).kept.mask
+    assert name == "identity" or bool((full > there.mask).any())
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e25])
@@ -423,7 +460,7 @@ def test_one_channel_masks_take_any_number_of_channels():
         operator.A(normal(2, 3, 4, 4))
 
 
-# -- how the Fourier operator is computed -------------------------------------------------------------------------------------
+# -- how the Fourier operator is computed --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mri", "mri, coils", "mri, coils of each scan"])
@@ -444,7 +481,9 @@ def test_a_batch_in_parts_is_the_batch_in_one(name, size, monkeypatch):
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 3)])
 def test_derivatives(name, size):
-    """Derivatives of first and second order, backward and forward, against finite differences; results may be changed in place."""
+    """Derivatives of first and second order, backward and forward, against finite differences; results may be
+    changed in place.
+    """
     operator = operator_zoo(2, size=size)[name]
     x, y = normal(2, *operator.img_size), normal(2, *operator.measurement_size, seed=2)
     for call, at in (
@@ -494,7 +533,7 @@ def test_mri_of_one_image_under_all_maps_and_of_none(monkeypatch):
     assert single.A(x[:0]).shape == (0, 2, 2, 5, 4) and single.A_adjoint_A(x[:0]).shape == (0, 2, 5, 4)
 
 
-# -- input that is refused ---------------------------------------------------------------------------------------------------
+# -- input that is refused -----------------------------------------------------------------------------------
 
 
 def test_wrong_shapes_name_the_operator(operator):
@@ -549,7 +588,7 @@ def test_operators_by_name():
     assert build_operator("mri", mask, (2, 4, 3), coil_maps(3, 4, 3)).coils == 3
 
 
-# -- coil maps ---------------------------------------------------------------------------------------------------------------
+# -- coil maps -----------------------------------------------------------------------------------------------
 
 
 def test_normalised_maps():
@@ -577,7 +616,9 @@ def test_normalisation_does_not_depend_on_the_scale(scale):
 
 
 def test_birdcage_maps():
-    """Isometric, smooth, different when turned; turned by one coil spacing they are the same coils in another order."""
+    """Isometric, smooth, different when turned; turned by one coil spacing they are the same coils in another
+    order.
+    """
     maps = birdcage_maps(8, 16, 20)
     assert maps.shape == (8, 16, 20) and maps.dtype == torch.complex64
     assert MRI(torch.ones(16, 20), maps).isometry
@@ -588,7 +629,7 @@ def test_birdcage_maps():
     assert inside.diff(dim=1).abs().max() < 0.15 and inside.diff(dim=2).abs().max() < 0.15
 
 
-# -- what masks can determine (lines: tests/test_designs.py) --------------------------------------------------------------------
+# -- what masks can determine (lines: tests/test_designs.py) -------------------------------------------------
 
 
 def test_identifiability_of_point_masks_with_coils():

@@ -2,19 +2,23 @@
 
 A measurement file holds what a scanner delivers, ``y = M (T x + sigma_y n)``, and nothing else:
 
-- ``measurements`` (N, ...) complex64, float32, float16 or uint8, chunked by sample; ``mask`` (N or 1, ...) uint8;
-  ``coil_maps`` (N or 1, coils, H, W) complex64; ``noise_std`` float32, per *real channel*: one number, (N,), or
-  (N or 1, ...) of the shape of a measurement in memory for noise that differs by entry (layouts: ``layout.py``);
-- ``labels`` (N,) int32, optional; ``subject`` (N,) int32, numbers into the JSON text ``subject_names``; ``scale`` (N,)
-  where it differs between samples;
+- ``measurements`` (N, ...) complex64, float32, float16 or uint8, chunked by sample; ``mask`` (N or 1, ...)
+  uint8; ``coil_maps`` (N or 1, coils, H, W) complex64; ``noise_std`` float32, per *real channel*: one number,
+  (N,), or (N or 1, ...) of the shape of a measurement in memory for noise that differs by entry (layouts:
+  ``layout.py``);
+- ``labels`` (N,) int32, optional; ``subject`` (N,) int32, numbers into the JSON text ``subject_names``;
+  ``scale`` (N,) where it differs between samples;
 - attributes: ``format``, ``format_version``, ``operator``, ``design`` (JSON) with ``design_status`` (given,
-  estimated or unknown), ``image_shape``, ``scale``, ``history``, ``geometry`` (JSON: orientation, and for each volume
-  its affine, shape, slice axis, slice numbers and first sample); ``step`` for uint8, value = stored * step;
-- ``checksums`` of every sample and the attribute ``verified``: see ``checksums.py``. A file that has them, unchanged, is
-  opened without reading masks, maps and values again; any other is read through, value by value.
+  estimated or unknown), ``image_shape``, ``scale``, ``history``, ``geometry`` (JSON: orientation, and for
+  each volume its affine, shape, slice axis, slice numbers and first sample); ``step`` for uint8, value =
+  stored * step;
+- ``checksums`` of every sample and the attribute ``verified``: see ``checksums.py``. A file that has them,
+  unchanged, is opened without reading masks, maps and values again; any other is read through, value by
+  value.
 
-``scale`` turns values into the original units: original = value * scale. Clean images live in a *separate* reference
-file (``images`` (N, C, H, W) float32, float16 or uint8, or (N, H, W) complex64), which the trainer has no argument for.
+``scale`` turns values into the original units: original = value * scale. Clean images live in a *separate*
+reference file (``images`` (N, C, H, W) float32, float16 or uint8, or (N, H, W) complex64), which the trainer
+has no argument for.
 """
 
 from __future__ import annotations
@@ -44,8 +48,8 @@ from ambient_sci.errors import InputError
 MEASUREMENT_FORMAT = "ambient_sci measurements"
 IMAGE_FORMAT = "ambient_sci images"
 DESIGN_STATUS = ("given", "estimated", "unknown")
-#: Files without checksums have their measurements read through when opened if they are below this size; those of
-#: larger ones are checked batch by batch as they are read.
+#: Files without checksums have their measurements read through when opened if they are below this size; those
+#: of larger ones are checked batch by batch as they are read.
 FULL_SCAN_BYTES = 2 << 30
 
 _TYPES = {"c": "float32", "f2": "float16", "f4": "float32", "u1": "uint8"}
@@ -60,10 +64,11 @@ def _numbers(dataset: h5py.Dataset, attributes: dict[str, Any]) -> Numbers:
 class MeasurementFile(Hdf5File):
     """Measurements with their masks, coil maps and noise levels, read lazily.
 
-    A file of the library's own writer is trusted once its recorded checksum fits (``trusted``): types and shapes are looked
-    at, and each sample is compared with its checksum when it is read; files below 64 MB and 4,096 samples at once. Any other file
-    is checked value by value: 0/1 masks, maps, noise levels; and, for files under 2 GB (``FULL_SCAN_BYTES``), all
-    measurements (finite, zero outside the mask). Larger ones have their measurements checked as they are read.
+    A file of the library's own writer is trusted once its recorded checksum fits (``trusted``): types and
+    shapes are looked at, and each sample is compared with its checksum when it is read; files below 64 MB and
+    4,096 samples at once. Any other file is checked value by value: 0/1 masks, maps, noise levels; and, for
+    files under 2 GB (``FULL_SCAN_BYTES``), all measurements (finite, zero outside the mask). Larger ones have
+    their measurements checked as they are read.
 
     Raises:
         InputError: a missing, truncated, foreign or damaged file, in one line.
@@ -108,7 +113,7 @@ class MeasurementFile(Hdf5File):
             numbers,
         )
 
-    # -- opening -------------------------------------------------------------------------------------------------
+    # -- opening ---------------------------------------------------------------------------------------------
 
     def _find_masks(self, file: h5py.File) -> None:
         self._mask_count = 0
@@ -179,7 +184,7 @@ class MeasurementFile(Hdf5File):
                 )
         elif name == "coil_maps":
             check_coil_map_values(block, rows)
-            self._isometric[rows] = isometric(block)
+            self._isometric[rows] = isometric_maps(block)
         elif name == "noise_std":
             check_levels(block)
             self._largest[rows] = block.reshape(len(block), -1).max(1)
@@ -192,11 +197,13 @@ class MeasurementFile(Hdf5File):
             y = self.layout.measurements_to_memory(self._read("measurements", rows))
             check_values(y, self.layout.mask_to_memory(block), rows)
 
-    # -- facts ---------------------------------------------------------------------------------------------------
+    # -- facts -----------------------------------------------------------------------------------------------
 
     @property
     def measured_fraction(self) -> float:
         """Measured entries of the masks over all entries; 1 exactly if nothing is missing."""
+        if self.operator_name == "identity":
+            return 1.0
         return self._measured[0] / self._measured[1]
 
     @property
@@ -241,7 +248,13 @@ class MeasurementFile(Hdf5File):
             self._shared["design"] = design_from_dict(self.design_dict)
         return self._shared["design"]
 
-    # -- samples -------------------------------------------------------------------------------------------------
+    def isometric(self, indices: Indices = None) -> bool:
+        """T^H T = I for these samples: no coil maps, or maps with sum_c |s_c|^2 = 1 everywhere."""
+        return not self._map_count or bool(
+            self._isometric[self._rows_of(self._map_count, self.rows(indices))].all()
+        )
+
+    # -- samples ---------------------------------------------------------------------------------------------
 
     def measurements(self, indices: Indices = None) -> Tensor:
         """y (B, *measurement_shape) float32; zeros where the mask is 0."""
@@ -296,8 +309,7 @@ class MeasurementFile(Hdf5File):
     def _mri(self, mask: Tensor, rows: np.ndarray):
         from ambient_sci.operators import MRI
 
-        flags = self._isometric[self._rows_of(self._map_count, rows)] if self._map_count else True
-        return MRI._trusted(mask, self.coil_maps(rows), self.design, isometry=bool(np.all(flags)), own=True)
+        return MRI._trusted(mask, self.coil_maps(rows), self.design, isometry=self.isometric(rows), own=True)
 
     def _mask_of(self, rows: np.ndarray) -> Tensor | None:
         if self._mask_count == 0:
@@ -319,7 +331,7 @@ class MeasurementFile(Hdf5File):
         return {**super().__getstate__(), "_shared": {}}
 
 
-def isometric(maps: np.ndarray) -> np.ndarray:
+def isometric_maps(maps: np.ndarray) -> np.ndarray:
     """Whether sum_c |s_c|^2 = 1 everywhere, for each of (B, coils, H, W), (B,) bool."""
     from ambient_sci.operators.mri import coil_power, is_isometric
 

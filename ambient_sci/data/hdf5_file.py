@@ -1,7 +1,8 @@
-"""A read-only HDF5 file of the library's own format: handles, attributes, and rows that are checked as they are read."""
+"""A read-only HDF5 file of the library's own format: handles, attributes, rows checked as they are read."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -52,13 +53,25 @@ def plain(value: Any) -> Any:
 
 
 def format_of(file: h5py.File) -> str | None:
-    """The attribute ``format`` of a file of ours, whichever way its text is stored; None where there is none."""
+    """The attribute ``format`` of an HDF5 file, whichever way its text is stored; None without one."""
     found = plain(file.attrs.get("format"))
     return found if isinstance(found, str) else None
 
 
+def _scattered(dataset: h5py.Dataset, rows: np.ndarray) -> np.ndarray:
+    """Rows of a dataset in any order, each read into its place: h5py's own indexing would copy it there."""
+    shape = dataset.shape[1:]
+    block = np.empty((len(rows), *shape), dataset.dtype)
+    target, space = h5py.h5s.create_simple((1, *shape)), dataset.id.get_space()
+    kind, corner = h5py.h5t.py_create(dataset.dtype), (0,) * len(shape)
+    for k, row in enumerate(rows):
+        space.select_hyperslab((int(row), *corner), (1, *shape))
+        dataset.id.read(target, space, block[k : k + 1], kind)
+    return block
+
+
 class Hdf5File:
-    """A read-only HDF5 file that opens its own handle in each process, so that workers may fork or be spawned."""
+    """A read-only HDF5 file with a handle in each process, so that workers may fork or be spawned."""
 
     kind: str
     attributes: dict[str, Any]  # the root attributes as plain Python values
@@ -106,7 +119,7 @@ class Hdf5File:
             self._owner = os.getpid()
         return self._handle
 
-    # -- attributes ----------------------------------------------------------------------------------------------
+    # -- attributes ------------------------------------------------------------------------------------------
 
     def _read_attributes(self, file: h5py.File) -> dict[str, Any]:
         attributes = {name: plain(value) for name, value in file.attrs.items()}
@@ -124,7 +137,7 @@ class Hdf5File:
         return attributes
 
     def _read_mark(self, file: h5py.File, attributes: dict[str, Any]) -> None:
-        """Look at every entry, fetch attributes too long to be one, and take over the checksums of an unchanged file."""
+        """Look at every entry, fetch long attributes, and take over the checksums of an unchanged file."""
         datasets = entries(file, (CHECKSUMS, TEXTS), self._file_bytes)
         for path, dataset in datasets.items():
             if path.startswith(f"{TEXTS}/"):
@@ -210,10 +223,20 @@ class Hdf5File:
         """ "RAS" for anatomical slices ``volume[:, :, k]`` (display them with ``np.rot90``), else ""."""
         return str(self.geometry.get("orientation", ""))
 
-    # -- trust ---------------------------------------------------------------------------------------------------
+    # -- trust -----------------------------------------------------------------------------------------------
+
+    @property
+    def checksum(self) -> str | None:
+        """A digest of the values of all samples, not of attributes; None if the file carries none."""
+        if not self._checksums:
+            return None
+        found = hashlib.blake2b(digest_size=16)
+        for name in sorted(self._checksums):
+            found.update(name.encode() + self._checksums[name].tobytes())
+        return found.hexdigest()
 
     def _check_rows(self, name: str, file: h5py.File) -> None:
-        """Read a dataset through: values of a file without checksums; checksums of a small one that has them."""
+        """Read a dataset through: all values of a file without checksums, the checksums of a small one."""
         dataset = file[name]
         assert isinstance(dataset, h5py.Dataset)
         small = self._file_bytes < FULL_CHECK_BYTES and len(dataset) <= FULL_CHECK_ROWS
@@ -224,7 +247,7 @@ class Hdf5File:
             if not self.trusted:
                 self._check_values(name, block, rows)
 
-    # -- rows ----------------------------------------------------------------------------------------------------
+    # -- rows ------------------------------------------------------------------------------------------------
 
     def rows(self, indices: Indices) -> np.ndarray:
         """Sample numbers (B,) for an int, slice, sequence, or None for all."""
@@ -253,9 +276,7 @@ class Hdf5File:
             if len(rows) and (np.diff(rows) == 1).all():
                 block = dataset[int(rows[0]) : int(rows[-1]) + 1]
             else:
-                block = np.empty((len(rows), *dataset.shape[1:]), dataset.dtype)
-                for k, row in enumerate(rows):
-                    block[k] = dataset[int(row)]
+                block = _scattered(dataset, rows)
         except (OSError, RuntimeError) as error:
             raise InputError(
                 f"{self.path}: cannot read {name!r}, the file is damaged ({one_line(error)})"

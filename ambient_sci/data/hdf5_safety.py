@@ -1,7 +1,7 @@
 """A file is data, never a pointer to other files, and holds no more than its size allows.
 
-Links, external storage and virtual datasets are refused: following them would read another local file as measurements. A size that
-a dataset claims is compared with the size of the file before anything is allocated.
+Links, external storage and virtual datasets are refused: following them would read another local file as
+measurements. A size that a dataset claims is compared with the size of the file before anything is allocated.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import h5py
 
 from ambient_sci.errors import InputError
 
-#: What deflate can save at most: a compressed dataset claims no more than this many bytes for each byte of the file.
+#: What deflate can save at most: a compressed dataset claims no more than this many bytes for each byte of
+#: the file.
 LARGEST_COMPRESSION = 1032
 
 
@@ -25,8 +26,8 @@ def plain_dataset(file: h5py.Group, name: str, file_bytes: int) -> h5py.Dataset:
         file_bytes: size of the file, which bounds what a dataset can hold.
 
     Raises:
-        InputError: a missing dataset, a soft or external link, external storage, a virtual dataset, or a claimed size
-            that the file cannot hold.
+        InputError: a missing dataset, a soft or external link, external storage, a virtual dataset, or a
+            claimed size that the file cannot hold.
     """
     link = file.get(name, getlink=True)
     if link is None:

@@ -1,7 +1,7 @@
 """An HDF5 file that is written whole or not at all, with the checksums that let readers trust it.
 
-A writer fills a temporary file beside its goal and renames it when it is complete, so a killed job or a bad sample
-leaves nothing behind. Samples are appended in blocks, so a data set need never fit in memory.
+A writer fills a temporary file beside its goal and renames it when it is complete, so a killed job or a bad
+sample leaves nothing behind. Samples are appended in blocks, so a data set need never fit in memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from ambient_sci.data.checksums import CHECKSUMS, MARK, digest, row_checksums
 from ambient_sci.data.hdf5_file import FORMAT_VERSIONS, TEXTS, one_line, plain
 from ambient_sci.data.hdf5_safety import entries
-from ambient_sci.data.layout import to_numpy
+from ambient_sci.data.layout import Numbers, to_numpy
 from ambient_sci.errors import InputError
 from ambient_sci.whole_files import Part, check_output
 
@@ -101,14 +101,14 @@ class Hdf5Writer:
         self._subjects.append(np.array(codes, np.int32))
         self._scales.append(np.broadcast_to(scales, (num,)))
 
-    # -- the end ---------------------------------------------------------------------------------------------------
+    # -- the end ---------------------------------------------------------------------------------------------
 
     def _small(self, name: str, data: np.ndarray) -> None:
         """A dataset that is read whole when the file is opened; HDF5 keeps its checksum."""
         self._open().create_dataset(name, data=data, fletcher32=True, chunks=True)
 
     def _text(self, name: str, text: str) -> None:
-        """A text attribute of fixed length, or a dataset where it is long: both are protected, as HDF5's heap is not."""
+        """A text of fixed length, or a dataset where it is long: HDF5 protects both, but not its heap."""
         data = text.encode()
         if len(data) > _LONGEST_ATTRIBUTE or b"\0" in data:
             self._small(f"{TEXTS}/{name}", np.frombuffer(data, np.uint8))
@@ -118,6 +118,12 @@ class Hdf5Writer:
     def _say(self, text: str) -> None:
         """Add to the history."""
         self.history = f"{self.history}; {text}" if self.history else text
+
+    def _say_step(self, file: h5py.File, numbers: Numbers) -> None:
+        """What turns uint8 into values, as an attribute and in words."""
+        if numbers.name == "uint8":
+            file.attrs["step"] = numbers.step
+            self._say(f"stored as uint8, value = stored x {numbers.step:.9g}")
 
     def _finish(self, file: h5py.File) -> None:
         """What is known when all samples are there; subclasses add to it."""

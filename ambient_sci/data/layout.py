@@ -122,7 +122,7 @@ class Numbers:
             raise InputError(f"{what}: NaN or infinite values")
         if whole.min() < 0 or whole.max() > 255 or np.abs(steps - whole).max() > 1e-2:
             raise InputError(
-                f"{what}: expected multiples of {self.step:.6g} from 0 to 255 times that for uint8, got others"
+                f"{what}: expected multiples of {self.step:.6g}, 0 to 255 times that, for uint8, got others"
             )
         return whole.astype(np.uint8)
 
@@ -279,10 +279,11 @@ def check_levels(levels: np.ndarray) -> None:
 
 
 def check_noise_map(noise_std: Any, num: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Noise levels that differ by entry, (1 or num, ...) float32: each axis 1 or that of a measurement in memory.
+    """Noise levels that differ by entry, (1 or num, ...) float32: axes are 1 or those in memory.
 
     Raises:
-        InputError: a shape that does not broadcast to measurements, or levels that are negative or not finite.
+        InputError: a shape that does not broadcast to measurements, or levels that are negative or not
+            finite.
     """
     levels = to_numpy(noise_std, "noise_std").astype(np.float32)
     check_noise_map_shape(levels.shape, num, shape)
@@ -312,6 +313,6 @@ def check_values(y: Tensor, mask: Tensor | None, first: Samples = 0) -> None:
     if outside.any():
         k = int(outside.nonzero()[0, 0])
         raise InputError(
-            f"measurements: {int(outside[k])} non-zero values outside the mask in sample {_sample(first, k)}; "
-            "the mask contradicts the data"
+            f"measurements: {int(outside[k])} non-zero values outside the mask in sample "
+            f"{_sample(first, k)}; the mask contradicts the data"
         )

@@ -11,8 +11,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ambient_sci.data.files import DESIGN_STATUS, IMAGE_FORMAT, MEASUREMENT_FORMAT, isometric
+from ambient_sci.data.files import DESIGN_STATUS, MEASUREMENT_FORMAT, isometric_maps
 from ambient_sci.data.hdf5_writer import Hdf5Writer
+from ambient_sci.data.image_writing import ImageWriter, write_images
 from ambient_sci.data.layout import (
     Layout,
     Numbers,
@@ -46,8 +47,9 @@ class MeasurementWriter(Hdf5Writer):
         geometry: orientation and volumes, see `files`.
         attributes: further root attributes.
         overwrite: replace a file that is there.
-        dtype: numbers on disk: "float32"; "float16", half the bytes, rounded by at most 1 part in 2,048 of each value
-            (what that was for these data is written into the history); or "uint8" for real images of 8 bits.
+        dtype: numbers on disk: "float32"; "float16", half the bytes, rounded by at most 1 part in 2,048 of
+            each value (what that was for these data is written into the history); or "uint8" for real images
+            of 8 bits.
         step: of uint8: value = stored * step. An array of uint8 given to `append` holds stored numbers.
 
     Raises:
@@ -113,8 +115,8 @@ class MeasurementWriter(Hdf5Writer):
 
         Args:
             measurements: (B, ...).
-            noise_std: per real channel: a float, (B,), or for noise that differs by entry (1 or B, ...), each axis 1 or
-                that of a measurement in memory.
+            noise_std: per real channel: a float, (B,), or for noise that differs by entry (1 or B, ...), each
+                axis 1 or that of a measurement in memory.
             mask: (1 or B, ...) of 0/1, needed unless shared or identity.
             coil_maps: (1 or B, coils, H, W) complex.
             subjects: one name, or B of them.
@@ -145,35 +147,31 @@ class MeasurementWriter(Hdf5Writer):
         self._extend("measurements", stored)
         self._store_masks(masks, maps)
         self._noise.append(levels)
-        if by_entry is not None and not (len(by_entry) == 1 and first):
+        if by_entry is not None:
             self._extend("noise_std", by_entry)
 
     def _levels(self, noise_std: Any, num: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """The largest level of each sample, and the levels of the entries where they differ."""
-        assert self._layout is not None
-        if np.ndim(noise_std) < 2:
-            levels, by_entry = check_noise_std(noise_std, num), None
-        else:
-            by_entry = check_noise_map(noise_std, num, self._layout.memory_shape)
-            if len(by_entry) == 1 and num > 1 and len(self) and self._noise_map is None:
-                by_entry = np.broadcast_to(by_entry, (num, *by_entry.shape[1:]))
-            levels = np.broadcast_to(by_entry.reshape(len(by_entry), -1).max(1), (num,))
-        return levels, self._as_before(by_entry, num)
+        """The largest level of each sample, and the levels of entries as they are stored, if they differ.
 
-    def _as_before(self, by_entry: np.ndarray | None, num: int) -> np.ndarray | None:
-        """Levels of entries are one map for all samples or one each, from the first block on."""
-        shared = by_entry is not None and len(by_entry) == 1 and num > 1
+        One map for several samples in the first block is the map of all; otherwise each sample has its own.
+        """
+        assert self._layout is not None
+        by_entry = None
+        if np.ndim(noise_std) >= 2:
+            by_entry = check_noise_map(noise_std, num, self._layout.memory_shape)
         if not len(self):
-            self._noise_map = by_entry if shared else None
             self._by_entry = by_entry is not None
-            return by_entry
-        if (by_entry is not None) != self._by_entry:
+            self._noise_map = by_entry if by_entry is not None and len(by_entry) == 1 < num else None
+        elif (by_entry is not None) != self._by_entry:
             raise InputError("noise_std: expected levels for each entry in every block, or in none")
-        if self._noise_map is not None and (
-            by_entry is None or len(by_entry) != 1 or not np.array_equal(by_entry, self._noise_map)
-        ):
+        if by_entry is None:
+            return check_noise_std(noise_std, num), None
+        largest = np.broadcast_to(by_entry.reshape(len(by_entry), -1).max(1), (num,))
+        if self._noise_map is None:
+            return largest, np.broadcast_to(by_entry, (num, *by_entry.shape[1:]))
+        if not np.array_equal(by_entry, self._noise_map):
             raise InputError("noise_std: expected the one map of levels of the first block")
-        return by_entry
+        return largest, None if len(self) else by_entry
 
     def _masks_and_maps(self, mask: Any, coil_maps: Any, num: int) -> tuple[np.ndarray, np.ndarray | None]:
         assert self._layout is not None
@@ -199,7 +197,7 @@ class MeasurementWriter(Hdf5Writer):
             self._measured[1] += masks.size
         if maps is not None and not (self._shared_maps is not None and "coil_maps" in file):
             self._extend("coil_maps", maps)
-            self._isometric.append(isometric(maps))
+            self._isometric.append(isometric_maps(maps))
 
     def _note_rounding(self, block: np.ndarray, rounded: np.ndarray, levels: np.ndarray) -> None:
         exact = np.stack((block.real, block.imag), axis=1) if block.dtype.kind == "c" else block
@@ -212,7 +210,7 @@ class MeasurementWriter(Hdf5Writer):
         ]
 
     def _logical(self, block: np.ndarray) -> np.ndarray:
-        """Complex stays complex, two-channel k-space becomes complex, real images stay real; uint8 is stored as it is."""
+        """Complex stays complex, two-channel k-space becomes complex, real images and uint8 stay."""
         if len(block) == 0:
             raise InputError("measurements: expected at least one sample, got none")
         with np.errstate(over="ignore"):
@@ -267,7 +265,9 @@ class MeasurementWriter(Hdf5Writer):
         if not self._by_entry:
             self._small("noise_std", levels)
         else:
-            self._small("noise_std_largest", levels[: len(file["noise_std"])])  # pyright: ignore[reportArgumentType]
+            stored = file["noise_std"]
+            assert isinstance(stored, h5py.Dataset)
+            self._small("noise_std_largest", levels[: len(stored)])
         if self._isometric:
             self._small("isometric", np.concatenate(self._isometric).astype(np.uint8))
         file.attrs["measured"] = np.asarray(self._measured)
@@ -285,70 +285,7 @@ class MeasurementWriter(Hdf5Writer):
                 f", {self._rounding[1]:.2g} of the noise level" if np.isfinite(self._rounding[1]) else ""
             )
             self._say(f"stored as float16, rounded by at most {self._rounding[0]:.2g}{of_noise}")
-        _finish_step(self, file, self._numbers)
-        super()._finish(file)
-
-
-def _finish_step(writer: Hdf5Writer, file: h5py.File, numbers: Numbers) -> None:
-    if numbers.name == "uint8":
-        file.attrs["step"] = numbers.step
-        writer._say(f"stored as uint8, value = stored x {numbers.step:.9g}")
-
-
-class ImageWriter(Hdf5Writer):
-    """Appends blocks of images to a new reference file (or file of samples).
-
-    Args:
-        path: the file; it appears when the writer is closed.
-        history, geometry, attributes, overwrite: as of `MeasurementWriter`.
-        dtype: numbers on disk, "float32" or, for real images, "uint8".
-        step: of uint8: value = stored * step. An array of uint8 given to `append` holds stored numbers.
-    """
-
-    kind = IMAGE_FORMAT
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        history: str = "",
-        geometry: Mapping[str, Any] | None = None,
-        attributes: Mapping[str, Any] | None = None,
-        overwrite: bool = False,
-        dtype: str = "float32",
-        step: float = 1 / 255,
-    ):
-        super().__init__(path, history, geometry, attributes, overwrite)
-        if dtype == "float16":
-            raise InputError("images: expected dtype float32 or uint8, got float16")
-        self._numbers = Numbers(dtype, step if dtype == "uint8" else 1.0)
-
-    def append(
-        self,
-        images: Any,
-        *,
-        subjects: Sequence[str] | str | None = None,
-        scale: Any = 1.0,
-        labels: Any = None,
-    ) -> None:
-        """Append (B, C, H, W) real or (B, H, W) complex images; InputError for other shapes, NaN or
-        infinities."""
-        block = to_numpy(images, "images")
-        if not (self._numbers.name == "uint8" and block.dtype == np.uint8):
-            with np.errstate(over="ignore"):
-                block = block.astype(np.complex64 if block.dtype.kind == "c" else np.float32)
-        if len(block) == 0 or block.ndim != (3 if block.dtype.kind == "c" else 4):
-            raise InputError(
-                f"images: expected (N, C, H, W) real or (N, H, W) complex, got {block.dtype} {block.shape}"
-            )
-        if not np.isfinite(block).all():
-            raise InputError("images: NaN or infinite values")
-        stored = self._numbers.to_disk(block, "images")
-        self._append_common(len(block), subjects, scale, labels)
-        self._extend("images", stored)
-
-    def _finish(self, file: h5py.File) -> None:
-        _finish_step(self, file, self._numbers)
+        self._say_step(file, self._numbers)
         super()._finish(file)
 
 
@@ -412,43 +349,4 @@ def write_measurements(
             noise_std_error=noise_std_error,
             labels=labels,
         )
-    return writer.path
-
-
-def write_images(
-    path: str | os.PathLike[str],
-    *,
-    images: Any,
-    subjects: Sequence[str] | str | None = None,
-    scale: Any = 1.0,
-    history: str = "",
-    overwrite: bool = False,
-    geometry: Mapping[str, Any] | None = None,
-    attributes: Mapping[str, Any] | None = None,
-    dtype: str = "float32",
-    step: float = 1 / 255,
-    labels: Any = None,
-) -> Path:
-    """Write a reference file (or file of samples) from (N, C, H, W) real or (N, H, W) complex images.
-
-    Args:
-        path, history, overwrite, geometry, attributes, dtype, step: see `ImageWriter`.
-        images, subjects, scale, labels: see `ImageWriter.append`.
-
-    Returns:
-        The path.
-
-    Raises:
-        InputError: other shapes, NaN or infinities, or a file that exists.
-    """
-    with ImageWriter(
-        path,
-        history=history,
-        geometry=geometry,
-        attributes=attributes,
-        overwrite=overwrite,
-        dtype=dtype,
-        step=step,
-    ) as writer:
-        writer.append(images, subjects=subjects, scale=scale, labels=labels)
     return writer.path

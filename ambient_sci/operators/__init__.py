@@ -1,4 +1,4 @@
-"""Row-masked linear operators, mask designs and their probabilities, splits, coil maps, noise level estimation."""
+"""Row-masked linear operators, mask designs with their probabilities, splits, coil maps, noise levels."""
 
 from __future__ import annotations
 

@@ -2,15 +2,17 @@ r"""Row-masked linear operators: A = M T, a transform T followed by a 0/1 mask M
 
     y = M (T x + sigma_y n)
 
-T is the identity (noise, masking) or coil maps followed by the centred orthonormal Fourier transform (MRI). Keeping rows, holding
-rows out and asking what a network sees change M alone, so one loss and one sampler serve every operator.
+T is the identity (noise, masking) or coil maps followed by the centred orthonormal Fourier transform (MRI).
+Keeping rows, holding rows out and asking what a network sees change M alone, so one loss and one sampler
+serve every operator.
 
-Operators are `deepinv.physics.LinearPhysics`: they work in deepinv's algorithms unchanged. Unlike deepinv's, masks are
-fixed at construction (a mask passed to ``A`` is an error, not a silent update), an operator holds one mask per sample or
-one for all, and it can be indexed, split and pickled.
+Operators are `deepinv.physics.LinearPhysics`: they work in deepinv's algorithms unchanged. Unlike deepinv's,
+masks are fixed at construction (a mask passed to ``A`` is an error, not a silent update), an operator holds
+one mask per sample or one for all, and it can be indexed, split and pickled.
 
-Constructors check every value of what a caller hands in. What the library derives from an operator or reads from a checked
-file is built by ``_trusted``, which looks at no value: a batch's operator costs what its memory costs.
+Constructors check every value of what a caller hands in. What the library derives from an operator or reads
+from a checked file is built by ``_trusted``, which looks at no value: a batch's operator costs what its
+memory costs.
 """
 
 from __future__ import annotations
@@ -36,9 +38,10 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def copied(module: _Module) -> _Module:
-    """A module of its own over the same tensors: moving it, or giving it others, leaves ``module`` as it is."""
+    """A module of its own over the same tensors: moving the copy leaves ``module`` where it is."""
     new = object.__new__(type(module))
-    # Every container a module keeps (buffers, submodules, hooks) is the copy's own; tensors are shared until replaced.
+    # Every container a module keeps (buffers, submodules, hooks) is the copy's own; tensors are shared until
+    # replaced.
     new.__dict__ = {k: v.copy() if isinstance(v, (dict, set)) else v for k, v in module.__dict__.items()}
     children = {name: child if child is None else copied(child) for name, child in module._modules.items()}
     new.__dict__["_modules"] = children
@@ -56,7 +59,7 @@ def _prototype(kind: type[RowMaskedOperator]) -> RowMaskedOperator:
 
 @dataclass(frozen=True)
 class Split:
-    """A measurement's rows divided into ``kept`` (B) and ``held_out`` (A without B), operators over the same T.
+    """A measurement's rows divided into ``kept`` (B) and ``held_out`` (A without B), over the same T.
 
     Attributes:
         operator: A, what was divided; one mask per sample where rows are held out.
@@ -90,7 +93,7 @@ class Split:
 
 
 class RowMaskedOperator(LinearPhysics):
-    """A = M T. Subclasses give ``transform`` (T), ``transform_adjoint`` (T^H) and say whether T is an isometry.
+    """A = M T. Subclasses give ``transform`` (T), ``transform_adjoint`` (T^H), and whether T^H T = I.
 
     Args:
         mask: 0/1, (1, ...) or (B, ...), broadcastable to a measurement.
@@ -123,10 +126,12 @@ class RowMaskedOperator(LinearPhysics):
         self.design = design
         self.isometry = isometry
         self._drawn_by: MaskDesign | None = None  # the design that the masks are known to fit
+        self._host_mask: Tensor | None = None  # the mask on the CPU, where this operator is on another device
         self.register_buffer("mask", self._checked(mask))
 
     def _checked(self, mask: Tensor) -> Tensor:
-        # One floating type whatever came in: 0 and 1 are exact in any, and a float64 mask must not turn float32 data into float64.
+        # One floating type whatever came in: 0 and 1 are exact in any, and a float64 mask must not turn
+        # float32 data into float64.
         mask = torch.as_tensor(mask).to(torch.get_default_dtype())
         self._check_mask_shape(mask)
         if not bool(((mask == 0) | (mask == 1)).all()):
@@ -138,7 +143,7 @@ class RowMaskedOperator(LinearPhysics):
 
     @classmethod
     def _from_parts(cls, buffers: dict[str, Tensor | None], **fields: Any) -> Self:
-        """An operator of checked parts: its buffers ("mask" among them) and its attributes, none of them looked at."""
+        """An operator of checked parts: its buffers ("mask" among them) and attributes, not looked at."""
         new = copied(_prototype(cls))
         assert isinstance(new, cls)
         new._buffers.update(buffers)
@@ -158,7 +163,7 @@ class RowMaskedOperator(LinearPhysics):
                 f"got {tuple(mask.shape)}"
             )
 
-    # -- the transform; subclasses override ----------------------------------------------------------------------------------
+    # -- the transform; subclasses override ------------------------------------------------------------------
 
     def transform(self, x: Tensor) -> Tensor:
         """T x, all rows, ignoring the mask."""
@@ -177,7 +182,7 @@ class RowMaskedOperator(LinearPhysics):
             "isometry": self.isometry,
         }
 
-    # -- the operator --------------------------------------------------------------------------------------------------------
+    # -- the operator ----------------------------------------------------------------------------------------
 
     def A(self, x: Tensor, **kwargs: Any) -> Tensor:
         """A x = M T x: (B, C, H, W) to measurement space, zero outside the mask."""
@@ -200,7 +205,7 @@ class RowMaskedOperator(LinearPhysics):
         return self.A(self.A_adjoint(y, **kwargs))
 
     def A_dagger(self, y: Tensor, **kwargs: Any) -> Tensor:
-        """Pseudo-inverse: A^H y when A A^H is a projection (square isometric T), else deepinv's least-squares solver."""
+        """Pseudo-inverse: A^H y for a square isometric T (A A^H a projection), else deepinv's solver."""
         if self.square:
             return self.A_adjoint(y)
         return super().A_dagger(y, **{k: v for k, v in kwargs.items() if k in ("solver", "max_iter", "tol")})
@@ -213,7 +218,8 @@ class RowMaskedOperator(LinearPhysics):
     def prox_l2(self, z: Tensor, y: Tensor, gamma: float | Tensor, **kwargs: Any) -> Tensor:
         r"""argmin_x  gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2, in closed form for a square isometric T.
 
-        There A^H A = T^H M T, so (I + gamma T^H M T)^-1 = I - gamma/(1+gamma) T^H M T. gamma: float, (B,) or (B,1,1,1).
+        There A^H A = T^H M T, so (I + gamma T^H M T)^-1 = I - gamma/(1+gamma) T^H M T. gamma: float, (B,) or
+        (B,1,1,1).
         """
         if self.square and torch.is_tensor(z):
             g = torch.as_tensor(gamma, dtype=z.dtype, device=z.device).reshape(-1, *([1] * (z.ndim - 1)))
@@ -228,13 +234,14 @@ class RowMaskedOperator(LinearPhysics):
         """deepinv's way of changing an operator in place: refused for the mask and the maps."""
         self._refuse_updates(kwargs)
 
-    # -- masks ---------------------------------------------------------------------------------------------------------------
+    # -- masks -----------------------------------------------------------------------------------------------
 
     def with_mask(self, mask: Tensor, *, design: MaskDesign | None = None) -> RowMaskedOperator:
-        """The same T under another mask in measurement space (in the same memory: nothing but the mask is new).
+        """The same T under another mask in measurement space; nothing but the mask is new memory.
 
         Args:
-            mask: 0/1, of a shape that fits. Values are trusted, and it may be empty: the held-out part of a split can be.
+            mask: 0/1, of a shape that fits. Values are trusted, and it may be empty: the held-out part of a
+                split can be.
             design: how it was drawn, if known.
 
         Raises:
@@ -242,26 +249,37 @@ class RowMaskedOperator(LinearPhysics):
         """
         self._check_mask_shape(mask)
         new = self._with_rows(mask, design)
-        if not _same_values(mask, self.mask):
+        if _same_values(mask, self.mask):
+            new._host_mask = None if self._host_mask is None else self._host_mask.expand(mask.shape)
+        else:
             new._drawn_by = None
         return new
 
     def for_samples(self, count: int) -> RowMaskedOperator:
-        """The operator with a mask for each of ``count`` samples; one that serves all is shown ``count`` times, not copied."""
-        return self._with_rows(self.mask.expand(count, *self.mask.shape[1:]), self.design)
+        """The operator with a mask for each of ``count`` samples; a shared one is expanded, not copied."""
+        return self.with_mask(self.mask.expand(count, *self.mask.shape[1:]), design=self.design)
 
-    def _with_rows(self, mask: Tensor, design: MaskDesign | None) -> RowMaskedOperator:
-        """The same T under rows derived from this mask (thinned, mirrored), which fit the design as this mask does."""
+    def _with_rows(
+        self, mask: Tensor, design: MaskDesign | None, host: Tensor | None = None
+    ) -> RowMaskedOperator:
+        """The same T under rows derived from this mask (thinned, mirrored), which fit the same design."""
         new = copied(self)
         new._buffers["mask"] = mask
+        new._host_mask = host
         new.design = design
+        return new
+
+    def on_device(self, device: torch.device | str) -> RowMaskedOperator:
+        """A copy on another device that remembers its mask on the host, so that a split waits for nothing."""
+        new = copied(self).to(device, non_blocking=True)
+        new._host_mask = self.mask if self.mask.device.type == "cpu" else self._host_mask
         return new
 
     def __getitem__(self, index: Any) -> RowMaskedOperator:
         """The operator of some samples of the batch: ``op[3]``, ``op[2:5]``, ``op[tensor]``.
 
-        It is a copy, also where one mask serves all samples: moving it to a device leaves this operator where it is.
-        Tensors that serve all samples are the same memory in both.
+        It is a copy, also where one mask serves all samples: moving it to a device leaves this operator where
+        it is. Tensors that serve all samples are the same memory in both.
         """
         with suppress(TypeError):
             index = as_index(index)
@@ -272,7 +290,18 @@ class RowMaskedOperator(LinearPhysics):
         new = copied(self)
         if self.mask.shape[0] > 1:
             new._buffers["mask"] = self.mask[index]
+            # Numbers that lie on a device cannot index what lies on the host without waiting for them.
+            on_host = self._host_mask is not None and not (
+                torch.is_tensor(index) and index.device.type != "cpu"
+            )
+            new._host_mask = self._host_mask[index] if on_host and self._host_mask is not None else None
         new._index_shared(index)
+        return new
+
+    def pin_memory(self) -> RowMaskedOperator:
+        """A copy in page-locked memory, from which an accelerator fetches without the host waiting."""
+        new = copied(self)
+        new._buffers.update({k: b if b is None else b.pin_memory() for k, b in self._buffers.items()})
         return new
 
     __iter__ = (
@@ -290,7 +319,11 @@ class RowMaskedOperator(LinearPhysics):
     @property
     def network_mask(self) -> Tensor:
         """The mask as image channels, (1|B, m, H, W): what a mask-conditional network is shown."""
-        return self.mask
+        return self._as_network_mask(self.mask)
+
+    def _as_network_mask(self, mask: Tensor) -> Tensor:
+        """A mask in measurement space as image channels."""
+        return mask
 
     @property
     def kept_fraction(self) -> Tensor:
@@ -315,9 +348,9 @@ class RowMaskedOperator(LinearPhysics):
         """Divide the measured rows at random: keep a fraction ``keep`` of them, hold out the rest.
 
         Args:
-            design: how the mask was drawn (default: this operator's own). It decides how rows are grouped (pixels,
-                k-space lines), how they are thinned, and the exact weights. If unknown, rows are grouped as the mask
-                suggests, each kept independently, and held-out weights are 1.
+            design: how the mask was drawn (default: this operator's own). It decides how rows are grouped
+                (pixels, k-space lines), how they are thinned, and the exact weights. If unknown, rows are
+                grouped as the mask suggests, each kept independently, and held-out weights are 1.
             keep: fraction of measured rows to keep, in (0, 1]; 1 keeps everything.
             generator: source of randomness, on the CPU.
             num: number of measurements; one mask for all of them is then divided anew for each.
@@ -335,24 +368,24 @@ class RowMaskedOperator(LinearPhysics):
         if not 0 < keep <= 1:
             raise InputError(f"split: expected keep in (0, 1], got {keep}")
         if keep == 1:
-            # Without a row held out there is no inverse probability to speak of: B = A, and nothing outside is supervised.
+            # Without a row held out there is no inverse probability to speak of: B = A, and nothing outside
+            # is supervised.
             return Split(self, self, self.mask)
         whole = self
         if num is not None and len(self.mask) != num:
             whole = self._with_rows(self.mask.expand(num, *self.mask.shape[1:]), self.design)
-        rows = whole.network_mask.cpu() if mask is None else mask.expand(len(whole.mask), *mask.shape[1:])
-        design = design or self.design or unknown_design(self.name, rows)
+        host = self._as_network_mask(self.mask if self._host_mask is None else self._host_mask)
+        host = (host if mask is None else mask).cpu().expand(len(whole.mask), *host.shape[1:])
+        design = design or self.design or unknown_design(self.name, host)
         if design is not self._drawn_by:  # once for each operator and design
-            design._checked_units(rows)
+            design._checked_units(host)
             self._drawn_by = design
-        kept = design._thin(rows, keep, generator)
-        held = rows * (1 - kept)
-        probability = design.probability(rows, kept, keep)
+        kept, probability = design._split(host, keep, generator, like=self.mask)
+        held = whole.network_mask * (1 - kept)
         weights = kept + torch.where(held > 0, held / probability.clamp(min=1e-12), held)
         if keep_calibration:
             kept = kept + held * _always_measured(design).to(kept)
-        place = {"device": self.mask.device, "dtype": self.mask.dtype, "non_blocking": True}
-        kept, weights = (self._rows_from_network_mask(part.to(**place)) for part in (kept, weights))
+        kept, weights = (self._rows_from_network_mask(part) for part in (kept, weights))
         return Split(whole, whole._with_rows(kept, design), weights)
 
     def _rows_from_network_mask(self, mask: Tensor) -> Tensor:
@@ -365,7 +398,7 @@ class RowMaskedOperator(LinearPhysics):
         noise_std = float(getattr(self.noise_model, "sigma", 0.0))
         return _rebuild, (type(self), buffers, self._fields(), noise_std)
 
-    # -- checks --------------------------------------------------------------------------------------------------------------
+    # -- checks ----------------------------------------------------------------------------------------------
 
     def _refuse_updates(self, kwargs: dict[str, Any]) -> None:
         for key in ("mask", "coil_maps"):

@@ -1,4 +1,4 @@
-r"""Coil sensitivity maps: simulation and normalisation to sum_c |s_c|^2 = 1, the scale at which the operator is an isometry."""
+r"""Coil sensitivity maps: simulation, and normalisation to sum_c |s_c|^2 = 1 (an isometric operator)."""
 
 from __future__ import annotations
 
@@ -30,14 +30,16 @@ def birdcage_maps(
     """Normalised birdcage sensitivities, complex64 (coils, H, W), from sigpy's simulation.
 
     Args:
-        radius: distance of the coils from the centre, in half image widths; smaller means more localised coils.
+        radius: distance of the coils from the centre, in half image widths; smaller means more localised
+            coils.
         rotation: angle in radians by which the coil array is turned, so that scans can differ in their maps.
     """
     from sigpy.mri import birdcage_maps as simulate
 
     maps = torch.as_tensor(simulate((coils, height, width), r=radius, nzz=coils))
     if rotation:
-        # Turning the array by one coil spacing permutes the coils, so a turn is a shift along the coil index in Fourier space.
+        # Turning the array by one coil spacing permutes the coils, so a turn is a shift along the coil index
+        # in Fourier space.
         freq = torch.fft.fftfreq(coils, d=1.0 / coils)
         shift = torch.exp(1j * freq * rotation)[:, None, None]
         maps = torch.fft.ifft(torch.fft.fft(maps, dim=0) * shift, dim=0)

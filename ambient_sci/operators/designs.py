@@ -1,9 +1,10 @@
 r"""Mask designs: how the rows of a measurement were chosen, and what follows for learning from them.
 
-A design draws a mask A over *units*: groups of rows that are always measured together (a pixel in all its channels, a k-space line in
-all coils). Training thins A further to B, the rows a network sees, and scores it on the rest. The loss is an unbiased squared error of
-the whole image if a held-out unit is weighted by 1 / P(A_i = 1 | B): the more surely a unit outside B was measured at all, the less each
-time counts. So every design here knows that probability exactly, or refuses to be trained on and names the rows:
+A design draws a mask A over *units*: groups of rows that are always measured together (a pixel in all its
+channels, a k-space line in all coils). Training thins A further to B, the rows a network sees, and scores it
+on the rest. The loss is an unbiased squared error of the whole image if a held-out unit is weighted by 1 /
+P(A_i = 1 | B): the more surely a unit outside B was measured at all, the less each time counts. So every
+design here knows that probability exactly, or refuses to be trained on and names the rows:
 
     Independent     units drawn independently (Bernoulli):  P = p (1 - q) / (1 - p q), kept with probability q
     FixedBudget     exactly m units, probability of a set proportional to the product of its weights (conditional Poisson sampling;
@@ -12,7 +13,8 @@ time counts. So every design here knows that probability exactly, or refuses to 
     Enumerated      finitely many masks, e.g. equispaced lines by their offset.  By Bayes' rule over the masks that contain B.
     PoissonDisc     sampled points keep each other at a distance, so B excludes its own neighbourhoods: refused.
 
-Sources: Millard & Chiew (2023) for independent rows; Chen, Dempster & Liu (1994) for conditional Poisson sampling.
+Sources: Millard & Chiew (2023) for independent rows; Chen, Dempster & Liu (1994) for conditional Poisson
+sampling.
 """
 
 from __future__ import annotations
@@ -34,12 +36,13 @@ def uniform(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
 
 
 class MaskDesign(ABC):
-    """How masks are drawn. Masks are (num, m, H, W), m = C for "entries" and 1 otherwise (all channels and coils together).
+    """How masks are drawn. Masks are (num, m, H, W), m = C for "entries" and 1 otherwise (all channels and
+    coils together).
 
     Args:
         image_shape: (C, H, W).
-        layout: what is drawn as one: "pixels", "entries" (each channel of each pixel by itself), "columns" (k-space lines along
-            the last-but-one axis, phase encoding along the last) or "rows".
+        layout: what is drawn as one: "pixels", "entries" (each channel of each pixel by itself), "columns"
+            (k-space lines along the last-but-one axis, phase encoding along the last) or "rows".
         status: "given" by the acquisition, "estimated" from the masks of a data set, or "unknown".
     """
 
@@ -58,7 +61,7 @@ class MaskDesign(ABC):
         super().__init_subclass__(**kwargs)
         MaskDesign._registry[cls.name] = cls
 
-    # -- units ---------------------------------------------------------------------------------------------------------------
+    # -- units -----------------------------------------------------------------------------------------------
 
     @property
     def unit_shape(self) -> tuple[int, int, int]:
@@ -84,7 +87,7 @@ class MaskDesign(ABC):
         m, _, _ = self.unit_shape
         return units.reshape(-1, *self.unit_shape).expand(-1, m, height, width)
 
-    # -- what a design must know -----------------------------------------------------------------------------------------------
+    # -- what a design must know -----------------------------------------------------------------------------
 
     @abstractmethod
     def draw(self, num: int, generator: torch.Generator | None) -> Tensor:
@@ -106,26 +109,29 @@ class MaskDesign(ABC):
     def possible_units(self, units: Tensor) -> Tensor:
         """Which masks over units (n, U) the design draws with positive probability, (n,) bool."""
 
-    def check_drawn(self, mask: Tensor, first: int = 0) -> None:
+    def check_drawn(self, mask: Tensor, numbers: Sequence[int] | None = None) -> None:
         """Raise unless the design can have drawn every mask: weights would be wrong without a word.
 
-        Asked once, when the masks of a data set are surveyed; losses and splits of surveyed data do not ask again.
+        Asked once, when the masks of a data set are surveyed; losses and splits of surveyed data do not ask
+        again.
 
         Args:
             mask: (n, m, H, W).
-            first: number of the first sample, for the message.
+            numbers: of the samples, for the message; default 0, 1, ...
 
         Raises:
-            InputError: masks of another shape, rows of one unit not measured together, or a mask of probability 0.
+            InputError: masks of another shape, rows of one unit not measured together, or a mask of
+                probability 0.
         """
         units = self._checked_units(mask)
         wrong = ~self.possible_units(units.double())
         if bool(wrong.any()):
             k = int(wrong.nonzero()[0, 0])
+            sample = k if numbers is None else int(numbers[k])
             raise InputError(
-                f"mask design {self.name!r} ({self.status}): it cannot have drawn the mask of sample {first + k} "
-                f"({int(units[k].sum())} of {self.num_units} {self.layout} measured), so the weights of held-out rows "
-                "would be wrong; state the design that drew the masks, or none"
+                f"mask design {self.name!r} ({self.status}): it cannot have drawn the mask of sample {sample} "
+                f"({int(units[k].sum())} of {self.num_units} {self.layout} measured), so the weights of "
+                "held-out rows would be wrong; state the design that drew the masks, or none"
             )
 
     def check_trainable(self, keep: float) -> None:
@@ -147,7 +153,7 @@ class MaskDesign(ABC):
     def unsupervised(self, keep: float) -> list[int]:
         """Units that have P(A_i = 1 | B) = 0 for some B of positive probability."""
 
-    # -- what callers use ----------------------------------------------------------------------------------------------------
+    # -- what callers use ------------------------------------------------------------------------------------
 
     def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         """``num`` masks, (num, m, H, W), float32; none is empty (an empty draw is drawn again)."""
@@ -169,7 +175,8 @@ class MaskDesign(ABC):
             wanted = f"(n, {self.unit_shape[0]}, {self.image_shape[1]}, {self.image_shape[2]})"
             got = f"{tuple(mask.shape)}{' that do not' if fits else ''}"
             raise InputError(
-                f"mask design {self.name!r}: expected masks {wanted} that measure {self.layout} as one, got {got}"
+                f"mask design {self.name!r}: expected masks {wanted} that measure {self.layout} as one, "
+                f"got {got}"
             )
         return units
 
@@ -187,8 +194,23 @@ class MaskDesign(ABC):
         units = self.to_units(mask).cpu()
         return self.to_mask(self.thin_units(units, keep, generator).to(mask)).to(mask)
 
+    def _split(
+        self, mask: Tensor, keep: float, generator: torch.Generator | None, *, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Kept rows of masks that were checked before, and P(A_i = 1 | B), (n, m, H, W) as ``like``.
+
+        Drawn where ``mask`` lies, the CPU at best; what moves to the device of ``like`` is units, not rows.
+        """
+        units = self.to_units(mask).cpu()
+        kept = self.thin_units(units, keep, generator).to(mask.dtype)
+        probability = self.probability_units(units.double(), kept.double(), keep)
+        kept_rows, rows = (self.to_mask(u.to(like, non_blocking=True)) for u in (kept, probability))
+        return kept_rows, rows
+
     def probability(self, mask: Tensor, kept: Tensor, keep: float) -> Tensor:
-        """P(A_i = 1 | B) for every row, (n, m, H, W). ``mask`` is A: all designs but `RandomBox` ignore it."""
+        """P(A_i = 1 | B) for every row, (n, m, H, W). ``mask`` is A: all designs but `RandomBox` ignore
+        it.
+        """
         units, kept_units = (self.to_units(m).double().cpu() for m in (mask, kept))
         return self.to_mask(self.probability_units(units, kept_units, keep).to(mask)).to(mask)
 
@@ -235,8 +257,9 @@ def _vector(value: float | Sequence[float] | Tensor, num: int, what: str) -> Ten
 class Independent(MaskDesign):
     """Units measured independently with probability p_i; thinned independently, each kept with probability q.
 
-    P(A_i = 1 | B) = p_i (1 - q) / (1 - p_i q) for i outside B. p_i = 1 (always measured) is allowed and gives 1. A mask that measures
-    nothing is drawn again; that tells something only if B is empty, where A != 0 divides by 1 - prod_j (1 - P_j).
+    P(A_i = 1 | B) = p_i (1 - q) / (1 - p_i q) for i outside B. p_i = 1 (always measured) is allowed and gives
+    1. A mask that measures nothing is drawn again; that tells something only if B is empty, where A != 0
+    divides by 1 - prod_j (1 - P_j).
 
     Args:
         probability: p_i in (0, 1], one value or one per unit; 0 only for units that are never measured.
@@ -280,15 +303,18 @@ class Independent(MaskDesign):
 
 
 class FixedBudget(MaskDesign):
-    r"""Exactly ``budget`` units besides those in ``always``, P(A) proportional to the product of the weights of its units.
+    r"""Exactly ``budget`` units besides those in ``always``, P(A) proportional to the product of the weights
+    of its units.
 
-    Thinning keeps a fixed number k of the budgeted units, uniformly, and each ``always`` unit with probability q. As P(B | A)
-    is then the same for every A that contains B, what is held out is again such a design, of budget - k units outside B, and
+    Thinning keeps a fixed number k of the budgeted units, uniformly, and each ``always`` unit with
+    probability q. As P(B | A) is then the same for every A that contains B, what is held out is again such a
+    design, of budget - k units outside B, and
 
         P(A_i = 1 | B) = w_i e_{r-1}(w without i) / e_r(w),        r = budget - k,  w: the weights outside B,
 
-    with e_r the elementary symmetric polynomials. For weights 1 it is r / (number of units outside B). Units in ``always`` have
-    probability 1 and *are* held out at times: kept always, they would be unsupervised exactly where the network is used.
+    with e_r the elementary symmetric polynomials. For weights 1 it is r / (number of units outside B). Units
+    in ``always`` have probability 1 and *are* held out at times: kept always, they would be unsupervised
+    exactly where the network is used.
 
     Args:
         budget: number of units to measure besides ``always``.
@@ -321,7 +347,9 @@ class FixedBudget(MaskDesign):
             raise InputError("sampling weights: expected positive values")
 
     def draw(self, num: int, generator: torch.Generator | None) -> Tensor:
-        """Sequential sampling, exact: unit i is taken with the conditional probability that the table of e_r gives."""
+        """Sequential sampling, exact: unit i is taken with the conditional probability that the table of e_r
+        gives.
+        """
         free = (~self.always).nonzero().flatten()
         w = self.weights[free]
         table = _suffix_polynomials(w[None], self.budget)[0]
@@ -390,7 +418,8 @@ def _suffix_polynomials(weights: Tensor, degree: int) -> Tensor:
 
 
 def _inclusion(weights: Tensor, size: int) -> Tensor:
-    """Inclusion probabilities of conditional Poisson sampling, (batch, n): w_i e_{size-1}(w without i) / e_size(w).
+    """Inclusion probabilities of conditional Poisson sampling, (batch, n): w_i e_{size-1}(w without i) /
+    e_size(w).
 
     From prefix and suffix tables, e(w without i) is their convolution: no subtraction, so no cancellation.
     """

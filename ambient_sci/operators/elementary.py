@@ -21,7 +21,8 @@ class Masking(RowMaskedOperator):
     """Random or fixed missing pixels: A x = mask * x.
 
     Args:
-        mask: 0/1; (H, W), (1|B, H, W) or (1|B, 1|C, H, W). One channel means that a pixel is missing in all channels at once.
+        mask: 0/1; (H, W), (1|B, H, W) or (1|B, 1|C, H, W). One channel means that a pixel is missing in all
+            channels at once.
         img_size: (C, H, W). Without it a mask of one channel takes images of any number of channels.
         design: how the mask was drawn, if known.
 
@@ -74,12 +75,11 @@ class Masking(RowMaskedOperator):
     def _fields(self) -> dict[str, Any]:
         return {**super()._fields(), "_any_channels": self._any_channels}
 
-    @property
-    def network_mask(self) -> Tensor:
-        """The mask as image channels, (1|B, m, H, W)."""
-        return self.mask.expand(-1, -1, *self.img_size[1:])
+    def _as_network_mask(self, mask: Tensor) -> Tensor:
+        return mask.expand(-1, -1, *self.img_size[1:])
 
-    # A projection onto coordinates is its own adjoint and its own normal operator: one multiplication, not two.
+    # A projection onto coordinates is its own adjoint and its own normal operator: one multiplication, not
+    # two.
     def A_adjoint_A(self, x: Tensor, **kwargs: Any) -> Tensor:
         """A^H A x = mask * x."""
         return self.A(x, **kwargs)
@@ -109,9 +109,11 @@ class Identity(Masking):
         """Always: nothing is missing (said without reading the mask, which may be on another device)."""
         return True
 
-    def _with_rows(self, mask: Tensor, design: MaskDesign | None) -> RowMaskedOperator:
+    def _with_rows(
+        self, mask: Tensor, design: MaskDesign | None, host: Tensor | None = None
+    ) -> RowMaskedOperator:
         """A `Masking` operator: the identity with rows missing is no identity."""
         self._check_mask_shape(mask)
         new = Masking._trusted(mask, self.img_size, design)
-        new.noise_model = copied(self.noise_model)
+        new.noise_model, new._host_mask = copied(self.noise_model), host
         return new

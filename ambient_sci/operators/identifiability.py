@@ -1,17 +1,20 @@
 r"""Can these masks determine a prior at all?
 
-With a square transform, masks reveal only the joint law of rows that are measured together: a Gaussian prior is identified exactly
-if every *pair* of rows is measured together with positive probability; entry (i, j) of its covariance is then known from the fraction of
-scans in which both were measured. With several coils the transform is tall, and even one fixed mask can identify everything. In both
-cases the measured second moments are Sigma -> {A_m Sigma A_m^H}, a linear map, injective exactly if
+With a square transform, masks reveal only the joint law of rows that are measured together: a Gaussian prior
+is identified exactly if every *pair* of rows is measured together with positive probability; entry (i, j) of
+its covariance is then known from the fraction of scans in which both were measured. With several coils the
+transform is tall, and even one fixed mask can identify everything. In both cases the measured second moments
+are Sigma -> {A_m Sigma A_m^H}, a linear map, injective exactly if
 
     G: Sigma -> mean over m of  A_m^H A_m Sigma A_m^H A_m
 
-(self-adjoint, positive semi-definite) has no zero eigenvalue. The smallest one, relative to the largest, is reported.
+(self-adjoint, positive semi-definite) has no zero eigenvalue. The smallest one, relative to the largest, is
+reported.
 
-Lines decouple the readout positions, so that G is small. Masks of single points with several coils do not, and G is too large for its eigenvalues. There the
-pairs of rows decide, as for one coil. That is sufficient: T^H T = I, so the covariance of T x gives that of x = T^H T x. It is not necessary,
-because coils also see the rows around the measured ones: a verdict "not identified" is then left open, and the report says so.
+Lines decouple the readout positions, so that G is small. Masks of single points with several coils do not,
+and G is too large for its eigenvalues. There the pairs of rows decide, as for one coil. That is sufficient:
+T^H T = I, so the covariance of T x gives that of x = T^H T x. It is not necessary, because coils also see the
+rows around the measured ones: a verdict "not identified" is then left open, and the report says so.
 """
 
 from __future__ import annotations
@@ -33,11 +36,13 @@ class IdentifiabilityReport:
 
     Attributes:
         identified: whether the covariance of a Gaussian prior is determined.
-        conditioning: smallest over largest eigenvalue of G; its inverse amplifies the noise of the worst direction.
+        conditioning: smallest over largest eigenvalue of G; its inverse amplifies the noise of the worst
+            direction.
         never_measured: number of units (pixels, lines) that no mask measures.
         never_together: fraction of pairs of units that no mask measures together.
         units: number of units.   masks: number of different masks.   coils: receiver coils.   text: the verdict in words.
-        necessary: whether the criterion is necessary as well as sufficient; if not, ``identified`` = False means "not shown to be".
+        necessary: whether the criterion is necessary as well as sufficient; if not, ``identified`` = False
+            means "not shown to be".
     """
 
     identified: bool
@@ -58,7 +63,8 @@ class IdentifiabilityReport:
 def identifiability(
     operator: RowMaskedOperator, *, max_units: int = 2048, threshold: float = 1e-3
 ) -> IdentifiabilityReport:
-    """Report on the masks of an operator that holds one per scan (its batch is the data set, or a sample of it).
+    """Report on the masks of an operator that holds one per scan (its batch is the data set, or a sample of
+    it).
 
     Args:
         operator: masks of all scans; coil maps of the first are used.
@@ -95,7 +101,9 @@ def identifiability(
 def _multi_coil_conditioning(
     operator: RowMaskedOperator, units: Tensor, share: Tensor, layout: str, max_masks: int = 64
 ) -> float:
-    """Extreme eigenvalues of G for one readout position: fully sampled readouts decouple, so lines of the image are separate problems."""
+    """Extreme eigenvalues of G for one readout position: fully sampled readouts decouple, so lines of the
+    image are separate problems.
+    """
     from scipy.sparse.linalg import LinearOperator, eigsh
 
     maps = operator.coil_maps[0].cpu().numpy()
@@ -119,7 +127,8 @@ def _multi_coil_conditioning(
     start = np.random.default_rng(0).standard_normal(size).astype(complex)
     g = LinearOperator((size, size), matvec=apply, dtype=complex)
     high = float(eigsh(g, k=1, which="LA", v0=start, tol=1e-3, return_eigenvectors=False)[0])
-    # The smallest eigenvalue as the largest of (high - G): Lanczos finds outer eigenvalues quickly, inner ones hardly.
+    # The smallest eigenvalue as the largest of (high - G): Lanczos finds outer eigenvalues quickly, inner
+    # ones hardly.
     flipped = LinearOperator((size, size), matvec=lambda v: 1.01 * high * v - apply(v), dtype=complex)
     gap = float(eigsh(flipped, k=1, which="LA", v0=start, tol=1e-5, return_eigenvectors=False)[0])
     return max(1.01 * high - gap, 0.0) / high

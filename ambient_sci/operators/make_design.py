@@ -1,4 +1,6 @@
-r"""Mask designs by name, from their JSON description, and from the masks of a data set whose design nobody wrote down."""
+r"""Mask designs by name, from their JSON description, and from the masks of a data set whose design nobody
+wrote down.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,12 @@ DESIGN_NAMES = (
 
 
 class Unknown(Independent):
-    """A design nobody stated: rows are grouped as the masks suggest, kept independently, held-out weights are 1.
+    """A design nobody stated: rows are grouped as the masks suggest, kept independently, held-out weights are
+    1.
 
-    With weights 1 the split loss is no unbiased squared error, but for a single coil its minimiser is the same as long as every
-    row is held out at times. Whether it is cannot be known, so training on it is refused: state a design or estimate one.
+    With weights 1 the split loss is no unbiased squared error, but for a single coil its minimiser is the
+    same as long as every row is held out at times. Whether it is cannot be known, so training on it is
+    refused: state a design or estimate one.
     """
 
     name = "unknown"
@@ -52,7 +56,9 @@ class Unknown(Independent):
 
 
 def guess_layout(mask: Tensor) -> Layout:
-    """How the rows of a mask (n, m, H, W) hang together: whole columns, whole rows, pixels, or each channel by itself."""
+    """How the rows of a mask (n, m, H, W) hang together: whole columns, whole rows, pixels, or each channel
+    by itself.
+    """
     if mask.shape[1] > 1 and bool((mask != mask[:, :1]).any()):
         return "entries"
     if bool((mask == mask[:, :, :1]).all()):
@@ -63,7 +69,9 @@ def guess_layout(mask: Tensor) -> Layout:
 
 
 def unknown_design(operator_name: str, mask: Tensor) -> Unknown:
-    """The design of a mask of unknown origin. Only k-space masks are looked at for lines: images have none."""
+    """The design of a mask of unknown origin. Only k-space masks are looked at for lines: images have
+    none.
+    """
     layout = guess_layout(mask)
     if operator_name != "mri" and layout in ("columns", "rows"):
         layout = "pixels"
@@ -73,8 +81,8 @@ def unknown_design(operator_name: str, mask: Tensor) -> Unknown:
 def estimate_design(masks: Tensor) -> MaskDesign:
     """An `Independent` design fitted to the masks (n, m, H, W) of a data set, marked "estimated".
 
-    p_i = (times measured + 1/2) / (n + 1), except that units measured in every mask keep probability 1. Exact only if units were
-    drawn independently; a fixed number of lines makes it an approximation.
+    p_i = (times measured + 1/2) / (n + 1), except that units measured in every mask keep probability 1. Exact
+    only if units were drawn independently; a fixed number of lines makes it an approximation.
 
     Raises:
         IdentifiabilityError: fewer than 8 different masks, too few to tell a probability from.
@@ -101,7 +109,9 @@ def central_lines(num_lines: int, count: int) -> list[int]:
 
 
 def variable_density(num_lines: int, power: float = 2.0, floor: float = 0.05) -> Tensor:
-    """Sampling odds (1 - r)^power + floor, r in [0, 1] the distance from zero frequency (Lustig et al. 2007)."""
+    """Sampling odds (1 - r)^power + floor, r in [0, 1] the distance from zero frequency (Lustig et al.
+    2007).
+    """
     r = (torch.arange(num_lines, dtype=torch.float64) - num_lines // 2).abs() / max(num_lines // 2, 1)
     return (1 - r).clamp(min=0) ** power + floor
 
@@ -119,9 +129,10 @@ def make_design(
     """A design by name.
 
     Args:
-        name: one of `DESIGN_NAMES`. "bernoulli": pixels (all channels together); "bernoulli-entries": each channel by itself;
-            "box": one missing box; "lines-uniform" and "lines-variable": a fixed number of k-space lines besides the calibration
-            lines; "lines-bernoulli": lines drawn independently; "equispaced": every R-th line; "poisson": Poisson disc.
+        name: one of `DESIGN_NAMES`. "bernoulli": pixels (all channels together); "bernoulli-entries": each
+            channel by itself; "box": one missing box; "lines-uniform" and "lines-variable": a fixed number of
+            k-space lines besides the calibration lines; "lines-bernoulli": lines drawn independently;
+            "equispaced": every R-th line; "poisson": Poisson disc.
         image_shape: (C, H, W).
         acceleration: R > 1, total / measured, for the k-space designs; calibration lines count as measured.
         keep: probability that a pixel is measured, for the Bernoulli designs.

@@ -2,20 +2,23 @@ r"""Magnetic resonance imaging, single- and multi-coil, Cartesian: A = M F S.
 
     y_c = M (F (s_c x) + sigma_y n_c),        c = 1 .. N coils
 
-F is the centred orthonormal 2-D Fourier transform. Images are (B, 2, H, W) (real, imaginary); measurements (B, 2, H, W) without coil
-maps and (B, 2, N, H, W) with them, as in deepinv. sigma_y is per real channel: complex noise has standard deviation sqrt(2) sigma_y.
+F is the centred orthonormal 2-D Fourier transform. Images are (B, 2, H, W) (real, imaginary); measurements
+(B, 2, H, W) without coil maps and (B, 2, N, H, W) with them, as in deepinv. sigma_y is per real channel:
+complex noise has standard deviation sqrt(2) sigma_y.
 
-Centred transforms usually cost two shifts, each a copy of the whole array. A shift in one domain is a multiplication by a
-phase in the other, and there are multiplications on both sides already (maps and mask), so the shifts are folded into them:
+Centred transforms usually cost two shifts, each a copy of the whole array. A shift in one domain is a
+multiplication by a phase in the other, and there are multiplications on both sides already (maps and mask),
+so the shifts are folded into them:
 
     (F x)[k] = u[k] w  sum_j (u[j] x[j]) exp(-2 pi i k j / n) / sqrt(n),     u[j] = exp(2 pi i c j / n),  w = exp(-2 pi i c^2 / n),  c = n // 2
 
-For even n, u is +1, -1, +1, ... and no complex product is added. F is symmetric, so the adjoint needs the same factors, not their conjugates:
+For even n, u is +1, -1, +1, ... and no complex product is added. F is symmetric, so the adjoint needs the
+same factors, not their conjugates:
 
     A^H y = conj( sum_c s_c F conj(M y_c) )
 
-What remains is bound by memory. So products go into the memory of the transform before them, conjugation is a sign in a product that
-is there anyway, and on a CPU a batch is worked off in parts that stay in the cache.
+What remains is bound by memory. So products go into the memory of the transform before them, conjugation is a
+sign in a product that is there anyway, and on a CPU a batch is worked off in parts that stay in the cache.
 """
 
 from __future__ import annotations
@@ -46,7 +49,9 @@ def to_complex(x: Tensor) -> Tensor:
 
 
 def to_channels(z: Tensor) -> Tensor:
-    """(B, ...) complex to (B, 2, ...) real, always a view: real and imaginary part stay interleaved in memory."""
+    """(B, ...) complex to (B, 2, ...) real, always a view: real and imaginary part stay interleaved in
+    memory.
+    """
     return torch.view_as_real(z).movedim(-1, 1)
 
 
@@ -56,7 +61,9 @@ PART_BYTES = 4 << 20
 
 @lru_cache(maxsize=64)
 def _fold(height: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Image-side factor u[j] and k-space-side factor w u[k], (H, W); real for even sizes, complex otherwise."""
+    """Image-side factor u[j] and k-space-side factor w u[k], (H, W); real for even sizes, complex
+    otherwise.
+    """
     # The cache outlives its caller: tensors first made under inference_mode could never enter a graph later.
     with torch.inference_mode(False):
         image, kspace = torch.ones((), dtype=torch.complex128), torch.ones((), dtype=torch.complex128)
@@ -103,7 +110,9 @@ def _rows(shared: Tensor, rows: slice) -> Tensor:
 
 
 def _weigh(z: Tensor, weight: Tensor, out: Tensor | None = None, *, conjugate: bool = False) -> Tensor:
-    """weight z, or weight conj(z); ``out`` may be z itself. A real weight multiplies (re, im) pairs, the cheapest product there is."""
+    """weight z, or weight conj(z); ``out`` may be z itself. A real weight multiplies (re, im) pairs, the
+    cheapest product there is.
+    """
     if weight.is_complex():
         return torch.mul(z.conj() if conjugate else z, weight, out=out)
     pairs = torch.view_as_real(torch.complex(weight, -weight if conjugate else weight))
@@ -132,7 +141,9 @@ class _Linear(torch.autograd.Function):
         forward: Callable[..., Tensor],
         adjoint: Callable[..., Tensor],
     ) -> tuple[Tensor, int]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One after the other: products in place cannot be batched, and an operator may hold a mask for each sample."""
+        """One after the other: products in place cannot be batched, and an operator may hold a mask for each
+        sample.
+        """
         return torch.stack([_Linear.apply(one, forward, adjoint) for one in x.unbind(in_dims[0])]), 0
 
     @staticmethod
@@ -148,14 +159,16 @@ class MRI(RowMaskedOperator):
     """Cartesian MRI, y = M F S x.
 
     Args:
-        mask: sampled k-space points, 0/1, centred (zero frequency at index n // 2): (H, W), (1|B, H, W) or (1|B, 1, H, W).
+        mask: sampled k-space points, 0/1, centred (zero frequency at index n // 2): (H, W), (1|B, H, W) or
+            (1|B, 1, H, W).
         coil_maps: None for a single coil of uniform sensitivity, or complex (N, H, W) or (1|B, N, H, W). With
-            sum_c |s_c|^2 = 1 the operator is a row-masked isometry; maps of another scale are accepted and noticed
-            (``isometry`` is False then).
+            sum_c |s_c|^2 = 1 the operator is a row-masked isometry; maps of another scale are accepted and
+            noticed (``isometry`` is False then).
         design: how the mask was drawn, if known.
 
     Raises:
-        InputError: mask not 0/1, all zero in some sample, or maps that do not fit the mask, are not complex or not finite.
+        InputError: mask not 0/1, all zero in some sample, or maps that do not fit the mask, are not complex
+            or not finite.
     """
 
     name = "mri"
@@ -277,10 +290,12 @@ class MRI(RowMaskedOperator):
     def _fits(self, x: Tensor, size: tuple[int, ...]) -> bool:
         return tuple(x.shape[1:]) == size and self.batch_size in (1, x.shape[0])
 
-    # -- T and its adjoint, and the fused normal operator --------------------------------------------------------------------
+    # -- T and its adjoint, and the fused normal operator ----------------------------------------------------
 
     def _factors(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """What multiplies the image before the FFT (maps with the shift folded in; batch first), and k-space after it."""
+        """What multiplies the image before the FFT (maps with the shift folded in; batch first), and k-space
+        after it.
+        """
         image, kspace = _fold(*self.img_size[-2:], z.dtype, z.device)
         if self._maps is not None:
             image = torch.view_as_complex(self._maps).to(z.dtype)
@@ -371,16 +386,15 @@ class MRI(RowMaskedOperator):
         self._check_image(x)
         return self._mapped("encode_decode", x)
 
-    # -- masks and batches ---------------------------------------------------------------------------------------------------
+    # -- masks and batches -----------------------------------------------------------------------------------
 
     def _index_shared(self, index: Any) -> None:
         if self._maps is not None and self._maps.shape[0] > 1:
             self._buffers["_maps"] = self._maps[index]
 
-    @property
-    def network_mask(self) -> Tensor:
-        """k-space mask as one image channel, (1|B, 1, H, W)."""
-        return self.mask if self._maps is None else self.mask[:, :, 0]
+    def _as_network_mask(self, mask: Tensor) -> Tensor:
+        """The mask of a plane, (1|B, 1, H, W): one for all coils."""
+        return mask if self._maps is None else mask[:, :, 0]
 
     def _rows_from_network_mask(self, mask: Tensor) -> Tensor:
         return mask if self._maps is None else mask[:, :, None]

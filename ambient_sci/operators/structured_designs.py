@@ -1,4 +1,6 @@
-r"""Designs whose rows hang together in space: a missing box, finitely many masks, Poisson disc. See `ambient_sci.operators.designs`."""
+r"""Designs whose rows hang together in space: a missing box, finitely many masks, Poisson disc. See
+`ambient_sci.operators.designs`.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,12 @@ from ambient_sci.operators.designs import Layout, MaskDesign, uniform
 
 
 class Enumerated(MaskDesign):
-    """One of finitely many masks, drawn with given probabilities; units kept independently with probability q.
+    """One of finitely many masks, drawn with given probabilities; units kept independently with probability
+    q.
 
-    P(A_i = 1 | B) is Bayes' rule over the masks that contain B, P(B | A) = q^|B| (1 - q)^(|A| - |B|). Equispaced lines are the
-    case of R masks by offset: one kept line gives the offset away, all others have probability 0, and training is refused.
+    P(A_i = 1 | B) is Bayes' rule over the masks that contain B, P(B | A) = q^|B| (1 - q)^(|A| - |B|).
+    Equispaced lines are the case of R masks by offset: one kept line gives the offset away, all others have
+    probability 0, and training is refused.
 
     Args:
         masks: (K, U) 0/1 over units.
@@ -96,18 +100,20 @@ class Enumerated(MaskDesign):
 
 
 class RandomBox(MaskDesign):
-    """A box of size (h, w), uniformly placed, is missing; thinning removes a second box, uniformly among those disjoint from it.
+    """A box of size (h, w), uniformly placed, is missing; thinning removes a second box, uniformly among
+    those disjoint from it.
 
-    Seen from B, either of the two missing boxes may be the real one. A was box a with probability proportional to 1 / N(a), N(a)
-    the number of boxes disjoint from a (the chance that b was then chosen as the second), so with boxes a, b missing from B
+    Seen from B, either of the two missing boxes may be the real one. A was box a with probability
+    proportional to 1 / N(a), N(a) the number of boxes disjoint from a (the chance that b was then chosen as
+    the second), so with boxes a, b missing from B
 
         P(pixels of a measured | B) = (1/N(b)) / (1/N(a) + 1/N(b)).
 
     Independent thinning would give the place of the box away: pixels inside it would have probability 0.
 
     Args:
-        box: (h, w). At most a third of the image in one direction a second, disjoint box fits wherever the first one is; for
-            larger boxes some places leave no room, and training is refused.
+        box: (h, w). At most a third of the image in one direction a second, disjoint box fits wherever the
+            first one is; for larger boxes some places leave no room, and training is refused.
     """
 
     name = "random-box"
@@ -159,7 +165,9 @@ class RandomBox(MaskDesign):
         return 1 - self._missing(place)
 
     def thin_units(self, units: Tensor, keep: float, generator: torch.Generator | None) -> Tensor:
-        """``keep`` only says whether anything is held out: the second box has the size of the first, or it would be told apart."""
+        """``keep`` only says whether anything is held out: the second box has the size of the first, or it
+        would be told apart.
+        """
         free = self._disjoint(self._place(units))
         if not bool(free.any(1).all()):
             self.check_trainable(keep)
@@ -180,8 +188,9 @@ class RandomBox(MaskDesign):
         return (units == 1 - self._missing(self._place(units))).all(1)
 
     def unsupervised(self, keep: float) -> list[int]:
-        # A place leaves room for a second box if there is room above, below, left or right of it. So the places that
-        # leave none are a rectangle of places around the centre, and what they miss is a rectangle of pixels.
+        # A place leaves room for a second box if there is room above, below, left or right of it. So the
+        # places that leave none are a rectangle of places around the centre, and what they miss is a
+        # rectangle of pixels.
         width = self.image_shape[2]
         spans = []
         for count, side in zip(self.places, self.box, strict=True):
@@ -196,7 +205,8 @@ class RandomBox(MaskDesign):
 
 
 class PoissonDisc(MaskDesign):
-    """2-D variable-density Poisson-disc sampling (sigpy), for simulation and reconstruction; not for training.
+    """2-D variable-density Poisson-disc sampling (sigpy), for simulation and reconstruction; not for
+    training.
 
     Samples keep a distance from each other, so a kept one excludes its neighbours: P(A_i = 1 | B) = 0 there.
 

@@ -191,8 +191,11 @@ def flip(operator: RowMaskedOperator, y: Tensor, axis: int) -> tuple[RowMaskedOp
     if isinstance(operator, Identity):
         return operator, reflect(y, axis, False)
     if isinstance(operator, Masking):
-        mask = reflect(operator.mask, axis, False)
-        return operator._with_rows(mask, operator.design), reflect(y, axis, False)
+        mask, host = (
+            None if m is None else reflect(m, axis, False) for m in (operator.mask, operator._host_mask)
+        )
+        assert mask is not None
+        return operator._with_rows(mask, operator.design, host), reflect(y, axis, False)
     if isinstance(operator, MRI):
         maps = operator.coil_maps
         mirrored = MRI._trusted(
@@ -203,6 +206,8 @@ def flip(operator: RowMaskedOperator, y: Tensor, axis: int) -> tuple[RowMaskedOp
             own=True,
         )
         mirrored._drawn_by = operator._drawn_by
+        if operator._host_mask is not None:
+            mirrored._host_mask = reflect(operator._host_mask, axis, True)
         return mirrored, reflect(y, axis, True)
     raise InputError(
         f"augmentation: expected an Identity, Masking or MRI operator, got {type(operator).__name__}"
