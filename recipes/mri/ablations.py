@@ -1,12 +1,14 @@
-"""What the parts of the k-space loss are good for: three switches, one at a time, several seeds, a small setting.
+"""What the parts of the k-space loss are good for: three switches, one at a time, several seeds, a small
+setting.
 
     full             the loss as it is
     no-tweedie       c = 1: kept rows are fitted noise and all
     unit-weights     held-out rows count 1 instead of 1 / P(measured | kept); coil maps vary from scan to scan
     keep-acs         calibration lines are always shown to the network, never held out
 
-The score is the one-step estimate at the noise level of the data, on people that were not trained on. A seed decides phases, maps, noise,
-masks, initial weights and batches of the training; the test scans are the same for all.
+The score is the one-step estimate at the noise level of the data, on people that were not trained on. A seed
+decides phases, maps, noise, masks, initial weights and batches of the training; the test scans are the same
+for all.
 """
 
 from __future__ import annotations
