@@ -1,10 +1,14 @@
 r"""The main job, end to end, on real anatomy: from noisy scans to a prior, and from undersampled scans to
 images with error bars.
 
-    1  Colin27, one person, 64 x 64 px, random smooth phase -> *noisy, fully sampled* complex scans, sigma_y = .05 per real channel
-    2  a diffusion prior from those noisy scans alone (Ambient loss); the clean slices stay in a file the trainer is never given
-    3  three *other* people, R = 2.5 undersampled, same noise -> posterior samples by MMPS: mean and standard deviation
-    4  a table and a figure beside zero-filled, L1-wavelet and total variation, whose weights are chosen with the truth in hand
+    1  Colin27, one person, 64 x 64 px, random smooth phase -> *noisy, fully sampled* complex scans,
+       sigma_y = 0.05 per real channel
+    2  a diffusion prior from those noisy scans alone (Ambient loss); the clean slices stay in a file that the
+       trainer is never given
+    3  three *other* people, R = 2.5 undersampled, same noise -> posterior samples by MMPS: mean and standard
+       deviation
+    4  a table and a figure beside zero-filled, L1-wavelet and total variation, whose weights are chosen with
+       the truth in hand
 
 Real anatomy, simulated acquisition: phase, noise and undersampling are ours.
 """

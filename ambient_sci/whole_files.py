@@ -204,10 +204,11 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata() or {}
 
 
-# -- parts, locks and renames ------------------------------------------------------------------------------------------------
+# -- parts, locks and renames ----------------------------------------------------------------------
 
 
 def _claim(path: Path, *, folder: bool) -> tuple[Path, int]:
