@@ -1,9 +1,14 @@
-r"""The main job, end to end, on real anatomy: from noisy scans to a prior, and from undersampled scans to images with error bars.
+r"""The main job, end to end, on real anatomy: from noisy scans to a prior, and from undersampled scans to
+images with error bars.
 
-    1  Colin27, one person, 64 x 64 px, random smooth phase -> *noisy, fully sampled* complex scans, sigma_y = .05 per real channel
-    2  a diffusion prior from those noisy scans alone (Ambient loss); the clean slices stay in a file the trainer is never given
-    3  three *other* people, R = 2.5 undersampled, same noise -> posterior samples by MMPS: mean and standard deviation
-    4  a table and a figure beside zero-filled, L1-wavelet and total variation, whose weights are chosen with the truth in hand
+    1  Colin27, one person, 64 x 64 px, random smooth phase -> *noisy, fully sampled* complex scans,
+       sigma_y = 0.05 per real channel
+    2  a diffusion prior from those noisy scans alone (Ambient loss); the clean slices stay in a file that the
+       trainer is never given
+    3  three *other* people, R = 2.5 undersampled, same noise -> posterior samples by MMPS: mean and standard
+       deviation
+    4  a table and a figure beside zero-filled, L1-wavelet and total variation, whose weights are chosen with
+       the truth in hand
 
 Real anatomy, simulated acquisition: phase, noise and undersampling are ours.
 """
@@ -33,8 +38,10 @@ class Settings:
         acceleration: R of the scans to reconstruct.
         slices_per_person: test slices of each person, evenly spaced (the third person has one).
         samples: posterior samples for each slice.
-        steps, max_iterations, sigma_max: noise levels of the posterior sampler, Jacobian products a solve, highest level.
-        train_steps, batch_size, channels: of the training; limited by steps, so that the result is reproducible.
+        steps, max_iterations, sigma_max: noise levels of the posterior sampler, Jacobian products a solve,
+            highest level.
+        train_steps, batch_size, channels: of the training; limited by steps, so that the result is
+            reproducible.
     """
 
     noise_std: float = 0.05
@@ -63,12 +70,13 @@ def run(
     """Run the quickstart in the folder ``out`` and return its report (also written to ``out/report.json``).
 
     Args:
-        out: folder to work in: train.h5, train_clean.h5, test.h5, test_clean.h5, run/ (the prior), reconstruction.h5, report.json,
-            figure.png.
+        out: folder to work in: train.h5, train_clean.h5, test.h5, test_clean.h5, run/ (the prior),
+            reconstruction.h5, report.json, figure.png.
         seed: decides phases, noise, masks, initial weights and samples.
         overwrite: start anew in a folder that is not empty.
         resume: continue an interrupted training.
-        pretrained: train nothing and take the prior that ships with the library (`PRETRAINED`); no training scans are made.
+        pretrained: train nothing and take the prior that ships with the library (`PRETRAINED`); no training
+            scans are made.
         device: "auto", "cpu" or "cuda".
 
     Raises:
@@ -104,7 +112,8 @@ def run(
     write_json(out / "report.json", report)
     report = json.loads((out / "report.json").read_text())
     print(
-        f"\n{report['text']}\n\nfigure: {out / 'figure.png'}   report: {out / 'report.json'}   {clock.total():.0f} s in all"
+        f"\n{report['text']}\n\nfigure: {out / 'figure.png'}   report: {out / 'report.json'}   "
+        f"{clock.total():.0f} s in all"
     )
     return report
 
@@ -178,7 +187,8 @@ def train(out: Path, settings: Settings, seed: int, resume: bool, overwrite: boo
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         precision="bf16" if native_bfloat16(make_accelerator(device).device) else "fp32",
-        # Exact for white noise; a prior from one person has to be told that others differ in pose, brightness and phase.
+        # Exact for white noise; a prior from one person has to be told that others differ in pose, brightness
+        # and phase.
         augmentations=("flip-vertical", "flip-horizontal", "transpose", "phase", "gain"),
         network=NetworkConfig(channels=settings.channels),
         levels=LevelConfig(kind="log-normal", mean=-0.2, std=1.2, sigma_max=100.0),
@@ -188,7 +198,8 @@ def train(out: Path, settings: Settings, seed: int, resume: bool, overwrite: boo
 
 
 def reconstruct_classically(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Baselines on out/test.h5; each sparse one at the weight of best PSNR against the truth, an oracle's choice in its favour."""
+    """Baselines on out/test.h5; each sparse one at the weight of best PSNR against the truth, an oracle's
+    choice in its favour."""
     from ambient_sci.data import MeasurementFile, ReferenceFile
     from ambient_sci.evaluation import sweep, zero_filled
 
@@ -226,8 +237,8 @@ def reconstruct_and_compare(
     spread = std_over_error(result, truth, subjects)
     each = ", ".join(f"{person} {ratio:.2f}" for person, ratio in spread["people"].items())
     text = (
-        f"{format_table(table)}\nours: standard deviation / error = {spread['mean']:.2f} over people ({each}; "
-        f"all slices pooled {spread['pooled']:.2f}); 1 means error bars as large as the errors"
+        f"{format_table(table)}\nours: standard deviation / error = {spread['mean']:.2f} over people "
+        f"({each}; all slices pooled {spread['pooled']:.2f}); 1 means error bars as large as the errors"
     )
     return {"table": table, "std_over_error": spread, "sampling": sampling, "text": text}
 

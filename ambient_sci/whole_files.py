@@ -3,16 +3,17 @@
     with whole_file(path) as part:      # write the file `part`
     with whole_folder(path) as part:    # fill the folder `part`
 
-What is written lies beside its goal under another name, .NAME.PID.COUNT.part. It is brought to the disk (fsync), moved to its name in one step
-and the folder is brought to the disk, too: after a loss of power either the old content is there or the new one, complete. A failure removes
-the part.
+What is written lies beside its goal under another name, .NAME.PID.COUNT.part. It is brought to the disk
+(fsync), moved to its name in one step and the folder is brought to the disk, too: after a loss of power
+either the old content is there or the new one, complete. A failure removes the part.
 
-A process that is killed leaves its part behind. `sweep` removes it. It knows debris from work in progress by a lock (flock) that a writer
-holds on its part and that the system releases with the process; process numbers, which are used again, decide only where a file system
-has no locks.
+A process that is killed leaves its part behind. `sweep` removes it. It knows debris from work in progress by
+a lock (flock) that a writer holds on its part and that the system releases with the process; process numbers,
+which are used again, decide only where a file system has no locks.
 
-A folder takes the place of another one by exchanging the two names (Linux: renameat2), which is one step. Where the system cannot do that the old
-folder steps aside first, as .NAME.PID.COUNT.old; `recover` brings it back if the process was killed between the two renames.
+A folder takes the place of another one by exchanging the two names (Linux: renameat2), which is one step.
+Where the system cannot do that the old folder steps aside first, as .NAME.PID.COUNT.old; `recover` brings it
+back if the process was killed between the two renames.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Part:
         path: its name to be. Debris of killed writers of this name is removed.
 
     Attributes:
-        path: the empty file to write. A library that locks what it opens (HDF5) must be told not to: it is locked already.
+        path: the empty file to write. A library that locks what it opens (HDF5) must be told not to: it is
+            locked already.
     """
 
     def __init__(self, path: PathLike) -> None:
@@ -75,7 +77,8 @@ class Part:
 
 @contextmanager
 def whole_file(path: PathLike) -> Iterator[Path]:
-    """The path of an empty file to write, which takes the name ``path`` on leaving and disappears on an error."""
+    """The path of an empty file to write, which takes the name ``path`` on leaving and disappears on an
+    error."""
     part = Part(path)
     try:
         yield part.path
@@ -86,7 +89,8 @@ def whole_file(path: PathLike) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: PathLike) -> Iterator[Path]:
-    """The path of an empty folder to fill, which takes the name ``path`` on leaving and disappears on an error.
+    """The path of an empty folder to fill, which takes the name ``path`` on leaving and disappears on an
+    error.
 
     A folder that has the name is replaced as a whole; at any moment one of the two is there (see `recover`).
 
@@ -114,7 +118,8 @@ def whole_folder(path: PathLike) -> Iterator[Path]:
 
 
 def recover(path: PathLike) -> None:
-    """Bring back a folder that stepped aside for another one that never came; nothing to do where ``path`` is there.
+    """Bring back a folder that stepped aside for another one that never came; nothing to do where ``path`` is
+    there.
 
     For systems without an exchange of names. A writer that is at it is waited for.
     """
@@ -134,7 +139,8 @@ def recover(path: PathLike) -> None:
 def sweep(folder: PathLike, name: str | None = None) -> list[Path]:
     """Remove what killed writers left in ``folder``: of all files, or of the one called ``name``.
 
-    What another process holds stays. A folder that stepped aside is brought back if its place is empty. Returns what was removed.
+    What another process holds stays. A folder that stepped aside is brought back if its place is empty.
+    Returns what was removed.
     """
     removed = []
     for path in sorted(Path(folder).glob(".*" if name is None else f".{_escaped(name)}.*")):
@@ -188,7 +194,8 @@ def write_json(path: PathLike, value: Any) -> None:
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file, each tensor in memory of its own.
 
-    safetensors hands out views at whatever address the file puts them. Kernels choose their path by alignment, and another path rounds
+    safetensors hands out views at whatever address the file puts them. Kernels choose their path by
+    alignment, and another path rounds
     otherwise: a copy answers with the bits of the tensor that was saved.
 
     Raises:
@@ -197,10 +204,11 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata() or {}
 
 
-# -- parts, locks and renames ------------------------------------------------------------------------------------------------
+# -- parts, locks and renames ----------------------------------------------------------------------
 
 
 def _claim(path: Path, *, folder: bool) -> tuple[Path, int]:

@@ -1,12 +1,14 @@
-"""What experiments share: a grid of cells, each made once and kept as JSON, shared between processes, and tables of what is there.
+"""What experiments share: a grid of cells, each made once and kept as JSON, shared between processes, and
+tables of what is there.
 
     grid = Grid(out)
     grid.run(cells, work)                    # work(cell) -> results; what is there is not made again
     print(table(grid.read(), rows, columns))
 
-A cell that is done is one JSON file: its settings, what ``work`` returned, the machine and the seconds. Started twice on one folder, a command
-shares the work: a process takes the next cells that no other has in hand. The locks belong to the system, which releases those of a process
-that was killed; ``work`` continues from its own checkpoints.
+A cell that is done is one JSON file: its settings, what ``work`` returned, the machine and the seconds.
+Started twice on one folder, a command shares the work: a process takes the next cells that no other has in
+hand. The locks belong to the system, which releases those of a process that was killed; ``work`` continues
+from its own checkpoints.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class Cell:
     Attributes:
         name: names its file.
         settings: what it is made with, JSON values; they go into its file.
-        group: cells of one group are made by one process, one after the other (they share something costly); by default each is its own.
+        group: cells of one group are made by one process, one after the other (they share something costly);
+            by default each is its own.
     """
 
     name: str
@@ -124,7 +127,8 @@ class Grid:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock file, which the system releases when the process ends however it ends; yields whether it is held."""
+    """Hold a lock file, which the system releases when the process ends however it ends; yields whether it is
+    held."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -235,7 +235,8 @@ def test_every_baseline_is_a_sampler_without_a_prior(name):
 
 @pytest.mark.parametrize("case", ["mri", "denoising", "blur"])
 def test_the_weight_of_least_estimated_risk_is_nearly_the_one_of_least_risk(case):
-    """Of each image, whose noise levels differ by three, against a fine sweep of the true risk ||A (x_w - x)||^2."""
+    """Of each image, whose noise levels differ by three, against a fine sweep of the true risk ||A (x_w -
+    x)||^2."""
     import deepinv
 
     blur = deepinv.physics.BlurFFT((2, SIZE, SIZE), torch.full((1, 1, 3, 3), 1 / 9)).double()

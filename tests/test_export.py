@@ -1,4 +1,5 @@
-"""Reconstructions go back to where their scans came from: same affine, same places, original intensities, as nibabel reads them."""
+"""Reconstructions go back to where their scans came from: same affine, same places, original intensities, as
+nibabel reads them."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ def world(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("order", [(1, 1, 1), (-1, 1, -1)])
 def test_nifti_to_nifti(tmp_path: Path, order: tuple[int, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    """NIfTI, import, reconstruct, `ambient-sci export`: affine and intensities of the file we began with, also from another voxel order."""
+    """NIfTI, import, reconstruct, `ambient-sci export`: affine and intensities of the file we began with,
+    also from another voxel order."""
     flip = np.diag([*order, 1.0])
     volume = head()[:: order[0], :: order[1], :: order[2]]
     nibabel.save(nibabel.Nifti1Image(volume, oblique() @ flip), tmp_path / "ann.nii.gz")
@@ -98,7 +100,8 @@ def test_dicom_to_nifti(tmp_path: Path) -> None:
 
 
 def test_undersampled_scans_of_several_people(tmp_path: Path) -> None:
-    """Complex reconstructions of simulated scans: magnitudes, one file a person, each under its own affine and scale."""
+    """Complex reconstructions of simulated scans: magnitudes, one file a person, each under its own affine
+    and scale."""
     (tmp_path / "volumes").mkdir()
     for k, name in enumerate(("ann", "bob")):
         affine = oblique()
@@ -166,7 +169,8 @@ def test_results_carry_the_geometry_of_what_was_reconstructed(tmp_path: Path) ->
 
 
 def test_results_of_large_data_sets_and_of_before(tmp_path: Path) -> None:
-    """Thousands of people and slices do not fit into an ordinary HDF5 attribute; results without geometry are read."""
+    """Thousands of people and slices do not fit into an ordinary HDF5 attribute; results without geometry are
+    read."""
     samples = torch.zeros(1, 900, 1, 1, 1)
     result = Reconstruction.from_samples(samples, {})
     result.subjects = [f"person {k:080d}" for k in range(900)]

@@ -35,7 +35,8 @@ def test_methods_are_measured_once_and_counted(folder, tmp_path, capsys, monkeyp
     run.main(arguments)
     found = json.loads((tmp_path / "ours-mmps.json").read_text())
     assert found["method"] == "ours-mmps" and found["finite"] and found["samples"] == 2
-    # Three levels, one evaluation each (and of single chains again where a guard stopped a solve); a Jacobian product a solve.
+    # Three levels, one evaluation each (and of single chains again where a guard stopped a solve); a Jacobian
+    # product a solve.
     assert 3 <= found["forward_per_chain"] < 4 and found["vjp_per_chain"] >= 3
     assert f"| ours-mmps | {found['seconds']:.1f} |" in capsys.readouterr().out
     run.main(arguments)

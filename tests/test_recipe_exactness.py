@@ -1,4 +1,5 @@
-"""The exactness recipe in miniature: every run of the ring gives its rows, cells are made once, scores see what they should."""
+"""The exactness recipe in miniature: every run of the ring gives its rows, cells are made once, scores see
+what they should."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def test_every_row_of_the_ring(settings, tmp_path, monkeypatch, capsys):
     assert {c["level"] for c in found.values() if c["run"] == "clean"} == {0.0}
     said = capsys.readouterr().out
     assert all(f"| {row} | 1 |" in said for row in rows) and "floor" in said
-    # Once more, with the learning curve: only what is missing is made, and that is the staged run of the other size.
+    # Once more, with the learning curve: only what is missing is made, and that is the staged run of the
+    # other size.
     times = {p: p.stat().st_mtime_ns for p in found}
     run.main([*arguments, "--curve"])
     assert all(p.stat().st_mtime_ns == time for p, time in times.items())
@@ -72,7 +74,8 @@ def test_every_part_is_found_and_every_run_has_a_configuration():
 
 
 def test_the_cost_of_training_counts_every_evaluation():
-    """By hand: a pair is 1 + draws, a walk of 0 to 4 steps is 2, an Ambient loss 1, an estimate and its denoising 2."""
+    """By hand: a pair is 1 + draws, a walk of 0 to 4 steps is 2, an Ambient loss 1, an estimate and its
+    denoising 2."""
     cost = training_evaluations
     plain = {"draws": 2, "walk": [0, 4], "max_steps": 100}
     whole = {**plain, "replay": True, "margin": 1.1, "warm_start": 40, "shrinkage": 0.5}
@@ -85,7 +88,8 @@ def test_the_cost_of_training_counts_every_evaluation():
 
 
 def test_the_scores_of_digits_see_noise_and_blur():
-    """The texture features do, by themselves: noise raises every one of them, blur lowers that across a stroke."""
+    """The texture features do, by themselves: noise raises every one of them, blur lowers that across a
+    stroke."""
     x = torch.zeros(200, 1, 28, 28)
     x[:, :, 4:24, 13] = 1.0
     g = torch.Generator().manual_seed(0)
@@ -96,7 +100,8 @@ def test_the_scores_of_digits_see_noise_and_blur():
 
 
 def test_features_that_never_vary_count_for_nothing():
-    """A unit that is silent on the reference and fires for one sample: with a small number in place of no deviation it would outweigh the rest."""
+    """A unit that is silent on the reference and fires for one sample: with a small number in place of no
+    deviation it would outweigh the rest."""
     reference = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
     reference[:, 1] = 0.0
     std = scale(reference)

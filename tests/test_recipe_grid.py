@@ -45,7 +45,8 @@ def test_a_cell_that_fails_leaves_no_file_and_a_line_in_the_log(tmp_path):
 
 
 def test_a_cell_in_other_hands_is_left_alone_and_waited_for(tmp_path):
-    """While its lock is held elsewhere the others are done first; then it is found done, and not done again."""
+    """While its lock is held elsewhere the others are done first; then it is found done, and not done
+    again."""
     grid, order = Grid(tmp_path), []
     with locked(tmp_path / ".both.lock") as first, locked(tmp_path / ".both.lock", wait=False) as second:
         assert first and not second

@@ -49,7 +49,8 @@ def config(profile) -> TrainConfig:
 
 
 def test_the_same_test_scan_at_every_acceleration(scans):
-    """Truth, maps and noise agree; where both masks measure, so do the measurements. Maps differ from scan to scan."""
+    """Truth, maps and noise agree; where both masks measure, so do the measurements. Maps differ from scan to
+    scan."""
     found = {r: scans.test(r) for r in (4, 8)}
     assert torch.equal(found[4].truth, found[8].truth) and found[4].subjects == found[8].subjects
     assert len(set(found[4].subjects)) == 3 and not any("colin" in s for s in found[4].subjects)
@@ -95,7 +96,8 @@ def measured_scans(path: Path, missing: bool = False) -> None:
 
 
 def test_measured_scans_lose_rows_and_nothing_else(tmp_path, profile):
-    """Rows that are left are as measured; the truth is what all rows show, and a person's full scale that of all of its slices."""
+    """Rows that are left are as measured; the truth is what all rows show, and a person's full scale that of
+    all of its slices."""
     settings = {
         **profile["scans"],
         "source": "measurements",
@@ -147,7 +149,8 @@ def test_kept_fraction():
 
 
 def test_a_model_of_several_accelerations(scans, config):
-    """Batches of each acceleration in turn, of slices of its own, one network, the loss of each with its own design and fraction."""
+    """Batches of each acceleration in turn, of slices of its own, one network, the loss of each with its own
+    design and fraction."""
     files = [scans.training(r) for r in (4, 8)]
     accelerator = make_accelerator("cpu")
     configs = [dataclasses.replace(config, loss=dataclasses.replace(config.loss, keep=k)) for k in (0.6, 0.8)]
@@ -179,7 +182,8 @@ def splitting(scans, config, robust: bool, **changes) -> SplittingStage:
 
 
 def test_ssdu_by_hand(scans, config):
-    """||A_2 f(y_1) - y_2||^2 / |mask_2| with f shown the rows of mask_1; masks differ from sample to sample and step to step."""
+    """||A_2 f(y_1) - y_2||^2 / |mask_2| with f shown the rows of mask_1; masks differ from sample to sample
+    and step to step."""
     config = dataclasses.replace(config, batch_size=4)
     stage = splitting(scans, config, robust=False)
     with torch.no_grad():
@@ -201,7 +205,8 @@ def test_ssdu_by_hand(scans, config):
 
 
 def test_robust_ssdu_by_hand(scans, config):
-    """What f is given has noise alpha sigma_y more, sample by sample; lines weigh (1 - K)^(-1/2), K = (1 - P) / (1 - P~ P)."""
+    """What f is given has noise alpha sigma_y more, sample by sample; lines weigh (1 - K)^(-1/2), K = (1 - P)
+    / (1 - P~ P)."""
     config = dataclasses.replace(config, batch_size=6, augmentations=("gain",))
     stage = splitting(scans, config, robust=True)
     seen: list = []

@@ -1,4 +1,5 @@
-"""Files and folders are whole or not there, whichever file operation a process is killed at, and debris goes away."""
+"""Files and folders are whole or not there, whichever file operation a process is killed at, and debris goes
+away."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class Stop(OSError):
 
 
 def count_operations(patch: Callable, at: int, stop: Callable[[], None], *, after: bool = False) -> list[str]:
-    """Replace the operations of `os` (and the exchange) by ones that stop at the ``at``-th call, before or after doing it."""
+    """Replace the operations of `os` (and the exchange) by ones that stop at the ``at``-th call, before or
+    after doing it."""
     done: list[str] = []
 
     def wrapped(name: str, real: Callable) -> Callable:
@@ -52,7 +54,8 @@ def count_operations(patch: Callable, at: int, stop: Callable[[], None], *, afte
 
 
 def killed(work: Callable[[], None], at: int, *, after: bool) -> bool:
-    """Run ``work`` in a child that is gone at the ``at``-th file operation; whether it was (or had come to its end)."""
+    """Run ``work`` in a child that is gone at the ``at``-th file operation; whether it was (or had come to
+    its end)."""
     child = os.fork()
     if child == 0:
         try:
@@ -140,7 +143,8 @@ def content_or_none(path: Path) -> set:
 @pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_an_operation_that_fails_leaves_no_debris(tmp_path, kind, exchange):
-    """Every operation up to the last rename raises once: the error comes out, old or new is there, and nothing else."""
+    """Every operation up to the last rename raises once: the error comes out, old or new is there, and
+    nothing else."""
     path, at = tmp_path / "x", 0
     write = (
         (lambda text: fill(path, text))
@@ -175,7 +179,8 @@ def test_an_operation_that_fails_leaves_no_debris(tmp_path, kind, exchange):
 
 
 def test_work_in_progress_is_not_debris_and_debris_of_a_number_in_use_is(tmp_path):
-    """The lock decides: of a part of this very process that nobody holds, and of a part with the number of no process that is held."""
+    """The lock decides: of a part of this very process that nobody holds, and of a part with the number of no
+    process that is held."""
     mine = tmp_path / f".a.{os.getpid()}.0.part"
     mine.write_text("debris")
     older = tmp_path / f".a.{os.getpid()}.part"

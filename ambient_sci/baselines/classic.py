@@ -4,12 +4,13 @@ r"""Zero-filled, SENSE, L1-wavelet and total variation.
     SENSE            argmin_x  1/2 ||A x - y||^2 + w/2 ||x||^2                     Pruessmann et al. 1999
     L1-wavelet       argmin_x  1/2 ||A x - y||^2 + w ||W x||_1                     Lustig et al. 2007
     total variation  argmin_x  1/2 ||A x - y||^2 + w (||D_h x||_1 + ||D_v x||_1)   Block et al. 2007 (MRI)
-                     argmin_x  1/2 ||A x - y||^2 + w sum |(D_h x, D_v x)|          Rudin et al. 1992 (other operators)
+                     argmin_x  1/2 ||A x - y||^2 + w sum |(D_h x, D_v x)|          Rudin et al. 1992 (others)
 
-For MRI the objectives are those of `sigpy.mri.app`, built from sigpy's operators, but for a whole batch of slices at
-once, and solved by an iteration that needs 50-200 steps where sigpy's primal-dual solver needs over a thousand
-(`split_bregman`). For any other linear operator total variation is deepinv's (`linear_tv`). SENSE and L1-wavelet are for MRI. Every solution says
-whether it converged: a baseline that was cut short is no baseline.
+For MRI the objectives are those of `sigpy.mri.app`, built from sigpy's operators, but for a whole batch of
+slices at once, and solved by an iteration that needs 50-200 steps where sigpy's primal-dual solver needs over
+a thousand (`split_bregman`). For any other linear operator total variation is deepinv's (`linear_tv`). SENSE
+and L1-wavelet are for MRI. Every solution says whether it converged: a baseline that was cut short is no
+baseline.
 """
 
 from __future__ import annotations
@@ -100,13 +101,15 @@ def total_variation(
     tolerance: float = 1e-4,
     max_iterations: int = 1000,
 ) -> Minimiser:
-    """Total variation. For `MRI`: complex, anisotropic, periodic first differences over rows and columns (sigpy's). For any other
+    """Total variation. For `MRI`: complex, anisotropic, periodic first differences over rows and columns
+    (sigpy's). For any other
     operator: isotropic, channel by channel, without differences across the border (deepinv's).
 
     Args:
         operator: A, `MRI` with one or several coils or any ``LinearPhysics``.
         y: measurements, (B, ...).
-        weight: w > 0, in units of the image (it doubles when the data are doubled); one, or one for each image, (B,).
+        weight: w > 0, in units of the image (it doubles when the data are doubled); one, or one for each
+            image, (B,).
         start: a solution at neighbouring weights, to start from.
         tolerance: on the relative residuals.
         max_iterations: the end in any case; ``converged`` is then False.
@@ -115,7 +118,8 @@ def total_variation(
         the minimiser and how well it was found.
 
     Raises:
-        InputError: an operator that is not linear, measurements that do not fit it, or a weight that is not positive.
+        InputError: an operator that is not linear, measurements that do not fit it, or a weight that is not
+            positive.
     """
     if isinstance(operator, MRI):
         return _sparse("finite_differences", operator, y, weight, start, tolerance, max_iterations)
@@ -139,11 +143,12 @@ def l1_wavelet(
     tolerance: float = 1e-4,
     max_iterations: int = 1000,
 ) -> Minimiser:
-    """L1 norm of orthogonal Daubechies-4 coefficients (sigpy's default), for MRI. Arguments as for `total_variation`.
+    """L1 norm of orthogonal Daubechies-4 coefficients (sigpy's default), for MRI. Arguments as for
+    `total_variation`.
 
-    sigpy's own app takes soft thresholding in the wavelet domain for the proximal map, which is exact only for a wavelet transform that is
-    onto; with zero extension it is not, and the minimiser found here has the lower objective (by 0.3 % on 64-px brains, and the PSNR is
-    0.1 dB higher).
+    sigpy's own app takes soft thresholding in the wavelet domain for the proximal map, which is exact only
+    for a wavelet transform that is onto; with zero extension it is not, and the minimiser found here has the
+    lower objective (by 0.3 % on 64-px brains, and the PSNR is 0.1 dB higher).
     """
     return _sparse("wavelet", operator, y, weight, start, tolerance, max_iterations)
 

@@ -1,16 +1,16 @@
 r"""Total variation for any linear operator, a batch of images at once.
 
-    argmin_x  1/2 ||A x - y||^2 + w sum_pixels |(D x)|_2          D: deepinv's first differences, `TVDenoiser.nabla`
+    argmin_x  1/2 ||A x - y||^2 + w sum_pixels |(D x)|_2          D: `TVDenoiser.nabla` of deepinv
 
 by the split Bregman iteration (ADMM; Goldstein & Osher 2009):
 
     x <- (A^H A + rho D^T D)^-1 (A^H y + rho D^T (v - u))        conjugate gradients from the last x
-    v <- shrink(D x + u, w / rho)                                 by the length of the vector of differences at each pixel
+    v <- shrink(D x + u, w / rho)                                 by the length at each pixel
     u <- u + D x - v
 
-Weights, rho, residuals and the scalars of conjugate gradients are those of each image, (B,): a batch only shares the number of steps. The iteration
-stops when the relative primal residual ||D x - v|| and the relative dual residual rho ||D^T (v - v_old)|| of every image are below a tolerance
-(Boyd et al. 2011, section 3.3).
+Weights, rho, residuals and the scalars of conjugate gradients are those of each image, (B,): a batch only
+shares the number of steps. The iteration stops when the relative primal residual ||D x - v|| and the relative
+dual residual rho ||D^T (v - v_old)|| of every image are below a tolerance (Boyd et al. 2011, section 3.3).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from torch import Tensor
 SHRINKAGE = 0.05
 #: Steps of conjugate gradients for an x.
 INNER = 8
-# The residuals are looked at every so many steps; rho is adapted while they differ by more than this factor, at first.
+# The residuals are looked at every so many steps; rho is adapted while they differ by more than this factor,
+# at first.
 CHECK_EVERY, BALANCE, ADAPT_UNTIL = 10, 3.0, 2000
 
 difference, backward = TVDenoiser.nabla, TVDenoiser.nabla_adjoint

@@ -139,7 +139,8 @@ def minimise(
     tolerance: float,
     max_iterations: int,
 ) -> tuple[SplitBregman, float]:
-    """Run it with `finite_differences` or `wavelet` and a weight for each slice, (B,); returns the finished iteration and its objective."""
+    """Run it with `finite_differences` or `wavelet` and a weight for each slice, (B,); returns the finished
+    iteration and its objective."""
     linop, data = encoding(operator, y)
     sparsify, symbol = penalty(linop.ishape)
     # sigpy's wavelet transform makes an odd number of slices even by an empty one before the first.

@@ -5,10 +5,12 @@ Stein's unbiased estimate of the risk in what was measured, E ||A x_w(y) - A x||
     S(w) = ||A x_w(y) - y||^2 - n sigma^2 + 2 sigma^2 tr d(A x_w)/dy,      n: real numbers that were measured
     tr d(A x_w)/dy = E_b b^T (A x_w(y + e b) - A x_w(y)) / e,              b: random signs
 
-For denoising this is the mean squared error. For an operator that loses something it does not see the error in what was lost. Each image has its own weight. Weights are
-tried a factor of two apart, beyond the ends until the best has neighbours on both sides; a parabola through these three in log w says the weight.
+For denoising this is the mean squared error. For an operator that loses something it does not see the error
+in what was lost. Each image has its own weight. Weights are tried a factor of two apart, beyond the ends
+until the best has neighbours on both sides; a parabola through these three in log w says the weight.
 
-Sources: Stein, "Estimation of the mean of a multivariate normal distribution" (1981); Ramani, Blu & Unser, "Monte-Carlo SURE" (2008).
+Sources: Stein, "Estimation of the mean of a multivariate normal distribution" (1981); Ramani, Blu & Unser,
+"Monte-Carlo SURE" (2008).
 """
 
 from __future__ import annotations
@@ -79,7 +81,8 @@ def _risk(
 ) -> tuple[Tensor, tuple[Minimiser, Minimiser]]:
     """S(w) of each image, and both solutions, to start the next from."""
     kept = measured(operator, y)
-    # The same signs for every weight, so that risks can be compared; drawn on the CPU, the same on every device.
+    # The same signs for every weight, so that risks can be compared; drawn on the CPU, the same on every
+    # device.
     signs = torch.randint(0, 2, y.shape, generator=torch.Generator().manual_seed(0)).to(y) * 2 - 1
     size = (PROBE * sigma_y.double().cpu()).clamp(min=1e-3 * weight.min()).to(y)
     size = size.reshape(-1, *[1] * (y.ndim - 1))

@@ -1,4 +1,5 @@
-"""What the commands share: options with one meaning everywhere, and checks of what rooms below take for granted.
+"""What the commands share: options with one meaning everywhere, and checks of what rooms below take for
+granted.
 
 Free of torch: ``--help`` must answer at once, so machinery is imported where a command runs.
 """
@@ -38,7 +39,8 @@ SeedOption = Annotated[
 DeviceOption = Annotated[
     Device, arg(help="Where to compute; auto is CUDA where there is one and else the CPU.")
 ]
-#: Every command takes --seed and --device, so that a script can give all of them the same; these say so where there is little to do.
+#: Every command takes --seed and --device, so that a script can give all of them the same; these say so where
+#: there is little to do.
 UnusedSeedOption = Annotated[
     int, arg(metavar="N", help="An integer >= 0, as every command takes one; nothing is random here.")
 ]
@@ -107,7 +109,8 @@ def generator(seed: int) -> torch.Generator:
 
 
 def check_outputs(*paths: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
-    """Refuse before any work what would be refused after it: outputs that exist, that are folders, or that are inputs.
+    """Refuse before any work what would be refused after it: outputs that exist, that are folders, or that
+    are inputs.
 
     Raises:
         InputError: any of these.

@@ -170,8 +170,8 @@ class Simulate:
 class Import:
     """A measurement file from data that others wrote: images with noise in them, or raw MR scans.
 
-    Images: npy, npz, pictures (folder or zip), NIfTI, DICOM folders. Raw scans: fastMRI and ISMRMRD HDF5, BART cfl/hdr, npz
-    with kspace; one file, or a folder of one kind.
+    Images: npy, npz, pictures (folder or zip), NIfTI, DICOM folders. Raw scans: fastMRI and ISMRMRD HDF5,
+    BART cfl/hdr, npz with kspace; one file, or a folder of one kind.
     """
 
     source: Annotated[str, Positional, arg(metavar="SOURCE", help="File or folder to import.")]
@@ -266,7 +266,7 @@ def check_fraction(min_foreground: float) -> None:
 
 @dataclass(kw_only=True)
 class Inspect:
-    """What is in a file: operator, shapes, noise, masks and what they identify, people; and a picture of it."""
+    """What is in a file: operator, shapes, noise, masks, what they identify, people; and a picture."""
 
     file: Annotated[
         Path,

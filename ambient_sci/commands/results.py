@@ -24,8 +24,9 @@ from ambient_sci.commands.common import (
 class Evaluate:
     """Scores, calibration and figures of a result, or distances of generated images from real ones.
 
-    A result with --reference: PSNR, SSIM, NRMSE over people, and error bars against the truth. A result with --calibration: error bars
-    without any truth, from the scans themselves. Images with --reference: distances between the two distributions.
+    A result with --reference: PSNR, SSIM, NRMSE over people, and error bars against the truth. A result with
+    --calibration: error bars without any truth, from the scans themselves. Images with --reference: distances
+    between the two distributions.
     """
 
     file: Annotated[
@@ -144,8 +145,8 @@ class Evaluate:
 class Export:
     """A result as NIfTI volumes, in the units and at the place of the images that were imported.
 
-    Slices go back to their places under the volume's affine, multiplied by the scale that the import divided out; complex images become
-    magnitudes. Voxel order is that of the import (RAS for NIfTI and DICOM).
+    Slices go back to their places under the volume's affine, multiplied by the scale that the import divided
+    out; complex images become magnitudes. Voxel order is that of the import (RAS for NIfTI and DICOM).
     """
 
     file: Annotated[Path, Positional, arg(metavar="R.h5", help="Result (made by reconstruct).")]
@@ -186,9 +187,10 @@ class Export:
 
 @dataclass(kw_only=True)
 class Quickstart:
-    """The main job on real anatomy: noisy scans to a prior, and from it undersampled scans of other people to error bars.
+    """The main job on real anatomy: a prior from noisy scans, error bars for undersampled ones of others.
 
-    Slices of real heads that ship with the package; phase, noise and undersampling are simulated. Minutes on two cores.
+    Slices of real heads that ship with the package; phase, noise and undersampling are simulated. Minutes on
+    two cores.
     """
 
     out: Annotated[

@@ -57,8 +57,8 @@ def write_nifti(
 def volumes_of(
     geometry: Mapping[str, Any] | None, subjects: Sequence[str] | None, shape: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Descriptions of the volumes that images of ``shape`` (N, H, W) belong to: name, affine, shape, slice axis, slice numbers and
-    first image.
+    """Descriptions of the volumes that images of ``shape`` (N, H, W) belong to: name, affine, shape, slice
+    axis, slice numbers and first image.
 
     Raises: InputError when the geometry is of another number of images, or of images of another size.
     """
@@ -81,7 +81,8 @@ def rows_of(volume: Mapping[str, Any]) -> slice:
 
 
 def select_geometry(geometry: Mapping[str, Any], rows: range) -> dict[str, Any]:
-    """The geometry of some images of a file, a range of step 1: volumes keep their shape and affine, and the slices in the range."""
+    """The geometry of some images of a file, a range of step 1: volumes keep their shape and affine, and the
+    slices in the range."""
     chosen = []
     for volume in geometry.get("volumes") or []:
         own = rows_of(volume)
@@ -93,7 +94,8 @@ def select_geometry(geometry: Mapping[str, Any], rows: range) -> dict[str, Any]:
 
 
 def fill_volume(planes: np.ndarray, description: Mapping[str, Any]) -> np.ndarray:
-    """One volume from its slices (n, H, W), or several on a further axis from (n, H, W, S); places without a slice are 0."""
+    """One volume from its slices (n, H, W), or several on a further axis from (n, H, W, S); places without a
+    slice are 0."""
     volume = np.zeros([*description["shape"], *planes.shape[3:]], planes.dtype)
     stack = np.moveaxis(volume, int(description["axis"]), 0)
     stack[list(description["slices"])] = planes
@@ -111,7 +113,8 @@ def save_nifti(path: Path, volume: np.ndarray, affine: Any, positioned: bool = T
         image.set_sform(None, 0)
         image.set_qform(np.asarray(affine, dtype=np.float64), 0)
     with whole_file(path) as part, part.open("wb") as file:
-        # nibabel.save would choose by the name, and the part has another one. No time of day: the same volume gives the same bytes.
+        # nibabel.save would choose by the name, and the part has another one. No time of day: the same volume
+        # gives the same bytes.
         if path.suffix == ".gz":
             with gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed:
                 image.to_stream(packed)

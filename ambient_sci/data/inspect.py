@@ -114,7 +114,8 @@ def _describe_images(file: ReferenceFile) -> list[tuple[str, str]]:
         ("samples", f"{len(file)}, each {' x '.join(map(str, file.image_shape))}"),
         (
             "range",
-            f"{float(images.min()):.4g} to {float(images.max()):.4g}, standard deviation {float(images.std()):.4g}",
+            f"{float(images.min()):.4g} to {float(images.max()):.4g}, "
+            f"standard deviation {float(images.std()):.4g}",
         ),
     ]
 

@@ -2,7 +2,7 @@ r"""Measurements simulated from clean images: corruption drawn once, with a seed
 
     identity    y = x + sigma n                          x real, or complex with a smooth phase
     masking     y = m (x + sigma n)                      m from a mask design
-    mri         y_c = m (F(s_c x) + sigma n_c)           x complex; F centred and orthonormal; sum_c |s_c|^2 = 1
+    mri         y_c = m (F(s_c x) + sigma n_c)         x complex; F centred and orthonormal; sum_c |s_c|^2 = 1
 
 sigma is per real channel (complex standard deviation sqrt(2) sigma). Magnitude images get a smooth random
 phase, as scans have one: a low-order polynomial in the coordinates u, v of [-1, 1],
@@ -165,9 +165,10 @@ def simulate(
     _check_options(operator, coils, vary_coils, shared_mask, plan)
     levels = check_noise_std(noise_std, len(images))
     drawn = _Draws(operator, shape, plan, coils, vary_coils, shared_mask, phase, complex_images, seed)
+    varying = " varying" * vary_coils
     history = (
         f"simulate {operator} from {images.origin}: noise_std {_range(levels)}, phase {phase}, "
-        f"design {plan.name if plan else None}, coils {coils}{' varying' if vary_coils else ''}, seed {seed}"
+        f"design {plan.name if plan else None}, coils {coils}{varying}, seed {seed}"
     )
     common = {"history": history, "geometry": images.geometry, "overwrite": overwrite}
     with (

@@ -135,7 +135,8 @@ def distribution_distances(
     """
     if len(reference) < 4 or len(samples) < 2:
         raise InputError(
-            f"distances: expected at least 2 samples and 4 references, got {len(samples)} and {len(reference)}"
+            "distances: expected at least 2 samples and 4 references, "
+            f"got {len(samples)} and {len(reference)}"
         )
     generator = generator or torch.Generator().manual_seed(0)
     order = torch.randperm(len(reference), generator=generator)

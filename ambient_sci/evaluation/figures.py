@@ -124,7 +124,8 @@ def _spread_and_error(mean: Tensor | None, std: Tensor | None, reference: Tensor
         return {"|error|": error}
     if std.shape[0] != len(reference) or std.shape[-2:] != reference.shape[-2:]:
         raise InputError(
-            f"figure: expected a standard deviation like the reference {tuple(reference.shape)}, got {tuple(std.shape)}"
+            f"figure: expected a standard deviation like the reference {tuple(reference.shape)}, "
+            f"got {tuple(std.shape)}"
         )
     return {"std": torch.linalg.vector_norm(std, dim=1), "|error|": error}
 

@@ -151,7 +151,8 @@ def _against_truth(
     _check_pair(result, len(truth), subjects, reference)
     if result.mean.shape[-2:] != truth.shape[-2:]:
         raise InputError(
-            f"{reference}: expected images {tuple(result.mean.shape[-2:])} like the result's, got {tuple(truth.shape[-2:])}"
+            f"{reference}: expected images {tuple(result.mean.shape[-2:])} like the result's, "
+            f"got {tuple(truth.shape[-2:])}"
         )
     report["scores"] = reconstruction_table({"posterior mean": result.mean}, truth, subjects, peak)
     people = report["scores"]["people"]
@@ -205,12 +206,14 @@ def _against_scans(
         _check_pair(result, len(file), list(file.subjects), calibration)
         if tuple(file.image_shape) != tuple(result.mean.shape[1:]):
             raise InputError(
-                f"{calibration}: expected scans of images {tuple(result.mean.shape[1:])} like the result's, got {file.image_shape}"
+                f"{calibration}: expected scans of images {tuple(result.mean.shape[1:])} like the result's, "
+                f"got {file.image_shape}"
             )
         if result.report.get("sampler") in POINT_ESTIMATES:
             raise InputError(
                 f"{calibration}: calibration is of posterior samples; the result is the point estimate of "
-                f"{result.report['sampler']!r}, whose residuals are no noise. Expected no measurement file with it"
+                f"{result.report['sampler']!r}, whose residuals are no noise. "
+                "Expected no measurement file with it"
             )
         report["chi_squared"] = chi_squared(
             result.samples, file.operator(), file.measurements(), file.sigma()
@@ -309,7 +312,8 @@ def _text(report: dict[str, Any]) -> str:
 def _distance_lines(distances: dict[str, Any]) -> list[str]:
     floor = distances["between_halves_of_the_reference"]
     lines = [
-        f"{distances['samples']} samples against {distances['references']} references (in brackets: its two halves)"
+        f"{distances['samples']} samples against {distances['references']} references "
+        "(in brackets: its two halves)"
     ]
     for name, other in floor.items():
         value = distances[name]

@@ -48,16 +48,18 @@ def sweep(
 ) -> Sweep:
     """Solve at several weights and keep the one of best PSNR **against the truth**.
 
-    No user has the truth to choose a weight by: what is compared with this baseline has to pass the higher bar. The sweep is extended until its
-    best weight has neighbours on both sides.
+    No user has the truth to choose a weight by: what is compared with this baseline has to pass the higher
+    bar. The sweep is extended until its best weight has neighbours on both sides.
 
     Args:
         method: "tv", "l1-wavelet" or "sense".
         operator: A, as for `total_variation`.
         y: measurements; one weight serves all of them.
         reference: the truth, (B, 1|2, H, W).
-        weights: first weights to try. Default: six, a factor of two apart, from 8 % of the peak of A^H y down.
-        peak: full scale of the PSNR, one number or one an image; default: the 99.9th percentile of ``reference``.
+        weights: first weights to try. Default: six, a factor of two apart, from 8 % of the peak of A^H y
+            down.
+        peak: full scale of the PSNR, one number or one an image; default: the 99.9th percentile of
+            ``reference``.
         max_extensions: how many weights may be added beyond the ends.
         options: tolerance, max_iterations.
 

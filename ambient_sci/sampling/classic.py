@@ -31,11 +31,13 @@ def reconstruct_classically(
         sigma_y: their noise levels, (B,).
         name: "zero-filled", "tv", or for MRI "sense" and "l1-wavelet".
         levels: settings of noise levels, which must all be None: there are none here.
-        options: ``weight`` of the penalty in units of the image, one or one for each image, by default the one of least estimated
-            risk for each image (`ambient_sci.baselines.least_risk`); ``tolerance`` and ``max_iterations`` of the solver.
+        options: ``weight`` of the penalty in units of the image, one or one for each image, by default the
+            one of least estimated risk for each image (`ambient_sci.baselines.least_risk`); ``tolerance`` and
+            ``max_iterations`` of the solver.
 
     Returns:
-        the image as ``mean`` and single sample; the report says which weight was taken and whether the solver converged.
+        the image as ``mean`` and single sample; the report says which weight was taken and whether the solver
+        converged.
 
     Raises:
         InputError: unknown options, settings without a meaning, or an operator that the method is not for.

@@ -1,11 +1,13 @@
-"""What a step of staged consistency costs, walk included, against a denoising step of the same network; all in one run.
+"""What a step of staged consistency costs, walk included, against a denoising step of the same network; all
+in one run.
 
     python -m recipes.benchmarks.consistency_step [--size 64] [--batch 4] [--repeats 20] [--device cpu|cuda] [--out costs.json]
 
-Steps are whole training steps (loss, backward pass, clipping, optimiser, weight average). The kinds of step take turns, so that a busy
-machine slows all of them alike; a ratio is that of the medians. The walk draws k from 0-3, as in the default configuration, and with replay it
-costs nothing; margin and shrinkage, as in the digits of recipes/exactness, take three more evaluations. The published figures for the same
-quantity are 3.15 (m = 2) and 3.9 (m = 4); the limits here are 3.5 and 4.2.
+Steps are whole training steps (loss, backward pass, clipping, optimiser, weight average). The kinds of step
+take turns, so that a busy machine slows all of them alike; a ratio is that of the medians. The walk draws k
+from 0-3, as in the default configuration, and with replay it costs nothing; margin and shrinkage, as in the
+digits of recipes/exactness, take three more evaluations. The published figures for the same quantity are 3.15
+(m = 2) and 3.9 (m = 4); the limits here are 3.5 and 4.2.
 """
 
 from __future__ import annotations
@@ -123,7 +125,8 @@ def timed(step, number: int, device: str) -> float:
 
 
 def centre(values: list[float]) -> float:
-    """Mean over walk lengths of the median over repeats: steps differ in their walk, and a busy machine in a few of its steps."""
+    """Mean over walk lengths of the median over repeats: steps differ in their walk, and a busy machine in a
+    few of its steps."""
     return statistics.fmean(statistics.median(values[k::4]) for k in range(min(4, len(values))))
 
 

@@ -2,11 +2,13 @@
 
     python -m recipes.benchmarks.mri_operator [--sizes 128 256 320] [--batches 1 4 16] [--coils 8] [--threads 1] [--out FOLDER]
 
-One call is y = A x and then A^H y for the whole batch: float32 images, one mask of lines an image, coil maps shared. sigpy's `Sense` takes one image
-at a time, so it is called once an image, on numpy arrays of the same numbers. The bare FFTs are one forward and one inverse orthonormal
-transform of all coil images, without shifts, maps or mask: what no operator can save. The contenders take turns, in an order that turns as well,
-and what counts is CPU seconds of the process (with several threads, elapsed seconds), so that a busy machine slows all of them alike. A ratio is that of the medians; its
-spread is the range from the first to the third quartile of the ratios of neighbours. Before anything is timed, all operators must agree.
+One call is y = A x and then A^H y for the whole batch: float32 images, one mask of lines an image, coil maps
+shared. sigpy's `Sense` takes one image at a time, so it is called once an image, on numpy arrays of the same
+numbers. The bare FFTs are one forward and one inverse orthonormal transform of all coil images, without
+shifts, maps or mask: what no operator can save. The contenders take turns, in an order that turns as well,
+and what counts is CPU seconds of the process (with several threads, elapsed seconds), so that a busy machine
+slows all of them alike. A ratio is that of the medians; its spread is the range from the first to the third
+quartile of the ratios of neighbours. Before anything is timed, all operators must agree.
 """
 
 from __future__ import annotations
@@ -88,7 +90,8 @@ def measure(calls: dict[str, Call], seconds: float, least: int) -> dict[str, lis
 
 
 def summarise(spent: dict[str, list[float]]) -> dict:
-    """Minimum and median seconds of each contender, and the ratios of ours to the others with their quartiles."""
+    """Minimum and median seconds of each contender, and the ratios of ours to the others with their
+    quartiles."""
     seconds = {n: {"minimum": min(v), "median": statistics.median(v)} for n, v in spent.items()}
     ratios = {}
     for name in BASELINES:

@@ -1,1 +1,2 @@
-"""Is the clean distribution recovered from noisy or incomplete data alone? `python -m recipes.exactness.run`."""
+"""Is the clean distribution recovered from noisy or incomplete data alone? `python -m
+recipes.exactness.run`."""

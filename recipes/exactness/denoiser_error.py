@@ -1,9 +1,11 @@
-"""How good are the denoisers behind the digits' table, level by level? Needs the truth, so it explains and does not choose.
+"""How good are the denoisers behind the digits' table, level by level? Needs the truth, so it explains and
+does not choose.
 
     python -m recipes.exactness.denoiser_error [--images 256] [--out runs/exactness]
 
-For every prior of the part "digits", on held-out images x + sigma z: the root mean square error of D over sigma, and the share of the noise that D
-leaves in flat background (further than two pixels from ink), mean of (D - x) z / sigma.
+For every prior of the part "digits", on held-out images x + sigma z: the root mean square error of D over
+sigma, and the share of the noise that D leaves in flat background (further than two pixels from ink), mean of
+(D - x) z / sigma.
 """
 
 from __future__ import annotations

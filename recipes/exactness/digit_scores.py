@@ -1,12 +1,15 @@
 r"""Digits: the data, and distances on the features of a small classifier.
 
-Data: the 10,000 images of MNIST's test part, 28 x 28, values in [-1, 1], are what priors learn from (corrupted). The 60,000 of its
-training part are held out: they are the reference of every distance, and the classifier is trained on them.
+Data: the 10,000 images of MNIST's test part, 28 x 28, values in [-1, 1], are what priors learn from
+(corrupted). The 60,000 of its training part are held out: they are the reference of every distance, and the
+classifier is trained on them.
 
-Features, 70 of them. Which digit it is: the 64 activations before the last layer of a convolutional network (two strided convolutions, two dense layers,
-104,000 weights), trained for two epochs with a fixed seed on the held-out images. How it is drawn: the mean absolute Haar coefficients in three
-orientations on two scales; the activations alone hardly see noise or blur, a blurred seven is still a seven. Each is standardised over the reference; units of the
-classifier that never fire there (about half) count for nothing. Frechet distance and KID on these features compare with nothing but each other.
+Features, 70 of them. Which digit it is: the 64 activations before the last layer of a convolutional network
+(two strided convolutions, two dense layers, 104,000 weights), trained for two epochs with a fixed seed on the
+held-out images. How it is drawn: the mean absolute Haar coefficients in three orientations on two scales; the
+activations alone hardly see noise or blur, a blurred seven is still a seven. Each is standardised over the
+reference; units of the classifier that never fire there (about half) count for nothing. Frechet distance and
+KID on these features compare with nothing but each other.
 """
 
 from __future__ import annotations
@@ -74,7 +77,8 @@ class Classifier(nn.Module):
 
 
 def texture(x: Tensor) -> Tensor:
-    """Mean absolute Haar coefficients of images (N, 1, H, W): three orientations on the finest scale and the next, (N, 6)."""
+    """Mean absolute Haar coefficients of images (N, 1, H, W): three orientations on the finest scale and the
+    next, (N, 6)."""
     found = []
     for _ in range(2):
         a, b, c, d = x[..., ::2, ::2], x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2]
@@ -117,8 +121,8 @@ def classifier(folder: Path) -> Classifier:
 def scale(reference: Tensor) -> Tensor:
     """Standard deviation of every feature; infinite where the reference has none.
 
-    Some units of the classifier never fire on its reference. One sample that makes one fire would outweigh everything else; divided by infinity
-    they count for nothing.
+    Some units of the classifier never fire on its reference. One sample that makes one fire would outweigh
+    everything else; divided by infinity they count for nothing.
     """
     std = reference.std(0)
     return torch.where(std > 1e-3, std, torch.inf)

@@ -1,4 +1,5 @@
-"""Parts "masked" (digits) and "masked-mixture" (16 dimensions): a fraction of the entries missing at random, the rest slightly noisy.
+"""Parts "masked" (digits) and "masked-mixture" (16 dimensions): a fraction of the entries missing at random,
+the rest slightly noisy.
 
 em                  an unconditional prior by expectation maximisation, sampled as it is
 mask-conditional    the operator-aware Ambient loss, sampled with one fixed mask a chain (the published baseline)
@@ -46,7 +47,8 @@ class Part(parts.Part):
         return parts.Problem(data, score, floor, kept)
 
     def rows(self, job: parts.Job, prior: Prior, problem: parts.Problem) -> dict[str, dict[str, Any]]:
-        """Mask-conditional priors sample with the masks of the data, further thinned; the others as they are."""
+        """Mask-conditional priors sample with the masks of the data, further thinned; the others as they
+        are."""
         if job.run != "mask-conditional":
             return super().rows(job, prior, problem)
         settings = job.settings

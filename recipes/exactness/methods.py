@@ -1,6 +1,7 @@
 """What is compared: a training configuration for each run, and the samples drawn from what it gives.
 
-A run of staged consistency contains an Ambient run: its anchor. One training therefore gives three rows of the table.
+A run of staged consistency contains an Ambient run: its anchor. One training therefore gives three rows of
+the table.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def draw(prior: Prior, num: int, sigma_min: float, settings: dict[str, Any], see
 
 
 def shown_and_level(row: str, prior: Prior, sigma_n: float, settings: dict[str, Any]) -> tuple[Prior, float]:
-    """The prior that a row of the table samples from, and the level it stops at; "staged@0.04" stops at .04."""
+    """The prior that a row of the table samples from, and the level it stops at; "staged@0.04" stops at
+    .04."""
     row, _, stop = row.partition("@")
     shown = prior.anchor if isinstance(prior, StagedPrior) and row != "staged" else prior
     low = sigma_n if row == "ambient truncated" else settings["sigma_min"]

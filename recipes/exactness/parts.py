@@ -1,4 +1,5 @@
-"""The parts of the experiment, and what is done in each: train, draw, score, beside the score of as many draws of the truth (the floor)."""
+"""The parts of the experiment, and what is done in each: train, draw, score, beside the score of as many
+draws of the truth (the floor)."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ class Job:
 
 
 class Problem(NamedTuple):
-    """Measurements to learn from, (prior, samples) -> scores, the scores of draws of the truth, and rows that samplers are shown."""
+    """Measurements to learn from, (prior, samples) -> scores, the scores of draws of the truth, and rows that
+    samplers are shown."""
 
     data: Any
     score: Callable[[Prior, Tensor], dict[str, Any]]

@@ -2,8 +2,9 @@
 
     python -m recipes.exactness.run --part ring [--profile two-core|gpu] [--seeds 0 1 2] [--levels 0.1] [--runs clean staged …] [--out runs/exactness]
 
-Every cell (part, run, noise, size, seed) is written to its own JSON file when it is done; a cell that is there is not run again, and one
-that was interrupted continues from its checkpoint. The table at the end is over all cells there are.
+Every cell (part, run, noise, size, seed) is written to its own JSON file when it is done; a cell that is
+there is not run again, and one that was interrupted continues from its checkpoint. The table at the end is
+over all cells there are.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python -m recipes.exactness.spread [--rows "ambient truncated" staged staged@0.04] [--repeats 3] [--out runs/exactness]
 
-Draws further sets of samples from the priors of the staged cells that are there and scores each: mean and standard deviation over sets for each
-row, and of the difference between every row and the first one, whose sets start from the same noise. "staged@0.04" stops at level .04.
+Draws further sets of samples from the priors of the staged cells that are there and scores each: mean and
+standard deviation over sets for each row, and of the difference between every row and the first one, whose
+sets start from the same noise. "staged@0.04" stops at level .04.
 """
 
 from __future__ import annotations

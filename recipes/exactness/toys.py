@@ -3,8 +3,8 @@ r"""Problems whose clean distribution is known exactly, and distances to it.
     ring      five modes at radius 1 in the plane, mode std .15
     mixture   eight modes in 16 dimensions, standard normal centres scaled by 1/2, mode std .15
 
-Distance: sliced Wasserstein-2 over fixed random directions. Error of a denoiser: root mean square over samples *and entries* of
-D(x, sigma) - E[x_0 | x] at x = x_0 + sigma z.
+Distance: sliced Wasserstein-2 over fixed random directions. Error of a denoiser: root mean square over
+samples *and entries* of D(x, sigma) - E[x_0 | x] at x = x_0 + sigma z.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Cells of the table: one prior (or classic method), one way to reconstruct, one acceleration; scored against the truth and without it.
+"""Cells of the table: one prior (or classic method), one way to reconstruct, one acceleration; scored against
+the truth and without it.
 
 scores      PSNR, SSIM, NRMSE of magnitudes: mean over slices, then people; the spread is over people
 truth       std / error, and how often 80 % intervals hold the truth (real and imaginary part of every pixel)
@@ -31,7 +32,8 @@ from recipes.mri.priors import KINDS, accelerations
 from recipes.mri.scans import Evaluation
 
 CLASSIC = ("zero-filled", "sense", "l1-wavelet", "tv")
-#: Kind of prior -> ways to reconstruct with it. What SSDU trains has no meaning at other levels of noise, so it has one step only.
+#: Kind of prior -> ways to reconstruct with it. What SSDU trains has no meaning at other levels of noise, so
+#: it has one step only.
 METHODS = {
     **dict.fromkeys(("clean", "noisy", "em"), ("mmps",)),
     "k-space": ("one-step", "a-dps"),
@@ -42,7 +44,8 @@ assert set(METHODS) == set(KINDS)
 
 
 def make_cell(prior: str | None, method: str, acceleration: float, profile: dict[str, Any]) -> Cell:
-    """A cell of the table; ``prior`` is None for classic methods. One process makes all cells of a prior: it trains it, too."""
+    """A cell of the table; ``prior`` is None for classic methods. One process makes all cells of a prior: it
+    trains it, too."""
     entry = {"kind": "classic"} if prior is None else profile["priors"][prior]
     settings = {
         "prior": prior,
@@ -55,7 +58,8 @@ def make_cell(prior: str | None, method: str, acceleration: float, profile: dict
 
 
 def all_cells(profile: dict[str, Any]) -> list[Cell]:
-    """Every cell of a profile, those of one prior together; priors whose ``order`` is high (they take long) first."""
+    """Every cell of a profile, those of one prior together; priors whose ``order`` is high (they take long)
+    first."""
     found = [make_cell(None, method, r, profile) for method in CLASSIC for r in profile["test"]]
     for name, entry in profile["priors"].items():
         if entry["kind"] not in METHODS:
@@ -68,7 +72,8 @@ def all_cells(profile: dict[str, Any]) -> list[Cell]:
 def chosen(
     cells: list[Cell], patterns: list[str] | None, priors: list[str] | None, test: list[float] | None
 ) -> list[Cell]:
-    """The cells that all filters let pass; patterns are shell patterns of names, "classic" stands for the classic methods."""
+    """The cells that all filters let pass; patterns are shell patterns of names, "classic" stands for the
+    classic methods."""
     return [
         c
         for c in cells

@@ -55,7 +55,8 @@ def accelerations(entry: dict[str, Any]) -> list[float]:
 
 
 def configuration(entry: dict[str, Any], profile: dict[str, Any], device: str) -> TrainConfig:
-    """The training configuration of an entry of ``priors``: the profile's, with what the entry says otherwise."""
+    """The training configuration of an entry of ``priors``: the profile's, with what the entry says
+    otherwise."""
     settings = {
         **profile["training"],
         "network": profile["network"],
@@ -75,13 +76,15 @@ def configuration(entry: dict[str, Any], profile: dict[str, Any], device: str) -
         return replace(base, max_steps=None, em=em, levels=levels)
     if kind in ("clean", "noisy"):
         return base
-    # Masks do not survive a transposition; nor does their design survive reflections about another centre than its own.
+    # Masks do not survive a transposition; nor does their design survive reflections about another centre
+    # than its own.
     names = tuple(a for a in base.augmentations if a != "transpose")
     return replace(base, augmentations=names)
 
 
 def kept_fraction(keep: float | str, acceleration: float) -> float:
-    """Fraction of measured rows that the network is shown: a number, or "R+1" for the published R -> R + 1, that is R / (R + 1)."""
+    """Fraction of measured rows that the network is shown: a number, or "R+1" for the published R -> R + 1,
+    that is R / (R + 1)."""
     if keep == "R+1":
         return acceleration / (acceleration + 1)
     if not isinstance(keep, float) or not 0 < keep < 1:
@@ -90,9 +93,11 @@ def kept_fraction(keep: float | str, acceleration: float) -> float:
 
 
 class SeveralAccelerations(OneModule):
-    """One mask-conditional network for scans of several accelerations, a batch of each in turn, each with the weights of its own design.
+    """One mask-conditional network for scans of several accelerations, a batch of each in turn, each with the
+    weights of its own design.
 
-    Every acceleration has slices of its own: two scans of one slice would share noise, and together be less undersampled than either.
+    Every acceleration has slices of its own: two scans of one slice would share noise, and together be less
+    undersampled than either.
 
     Args:
         files: measurement files, one an acceleration, of the same slices.

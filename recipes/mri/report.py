@@ -1,4 +1,5 @@
-"""Table and figures of the cells there are. Errors are standard errors over people: slices of one head are no repetitions."""
+"""Table and figures of the cells there are. Errors are standard errors over people: slices of one head are no
+repetitions."""
 
 from __future__ import annotations
 
@@ -100,7 +101,8 @@ def standard_error(values: list[float]) -> float | None:
 
 
 def differences(cells: list[dict[str, Any]]) -> str:
-    """PSNR against what a prior has to be compared with, person by person: people are harder or easier for every method alike."""
+    """PSNR against what a prior has to be compared with, person by person: people are harder or easier for
+    every method alike."""
     lines = ["| difference in PSNR / dB | R | mean ± standard error over people |", "|---|---|---|"]
     methods = {(c["prior"], c["method"], c["R_test"]): c for c in cells}
     for (prior, method, r), cell in sorted(
@@ -180,7 +182,8 @@ def psnr_figure(path: Path, cells: list[dict[str, Any]], profile: dict[str, Any]
 def images_figure(
     path: Path, out: Path, rate: float, cells: list[dict[str, Any]], profile: dict[str, Any]
 ) -> None:
-    """A slice of each person at one acceleration: truth, classic methods, one reconstruction of every kind of prior, error bars of EM."""
+    """A slice of each person at one acceleration: truth, classic methods, one reconstruction of every kind of
+    prior, error bars of EM."""
     own = {(c["prior"], c["method"]): c for c in cells if c["R_test"] == rate}
     scans = Scans(profile["scans"], out / "scans").test(rate)
     rows = [scans.subjects.index(s) + scans.subjects.count(s) // 2 for s in dict.fromkeys(scans.subjects)]
@@ -209,7 +212,8 @@ def images_figure(
 
 
 def foremost(rate: float, cells: list[dict[str, Any]]) -> set[str | None]:
-    """Of every kind of prior the first one trained at this acceleration, or the first one; None stands for classic methods."""
+    """Of every kind of prior the first one trained at this acceleration, or the first one; None stands for
+    classic methods."""
     chosen: dict[str, tuple[bool, str | None]] = {}
     for cell in cells:
         here = cell["R_train"] == [rate]

@@ -1,11 +1,13 @@
-"""The measurements of a profile: for training one file an acceleration, for testing one more with its reference, made when first asked for.
+"""The measurements of a profile: for training one file an acceleration, for testing one more with its
+reference, made when first asked for.
 
 Two sources:
 
     images         clean magnitude images of people; phase, coil maps, noise and masks are simulated ("packaged": those of the library)
     measurements   the user's own fully sampled scans (`ambient-sci import`); masks are drawn, everything else is as it was measured
 
-Simulations with one seed share phase, maps and noise, so that the same test scan is seen at every acceleration; it is the mask that differs.
+Simulations with one seed share phase, maps and noise, so that the same test scan is seen at every
+acceleration; it is the mask that differs.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ LOWEST, HIGHEST = 0.2, 0.85
 
 
 class Evaluation(NamedTuple):
-    """Scans to reconstruct at one acceleration, with their truth; ``peaks`` is the full scale of each person."""
+    """Scans to reconstruct at one acceleration, with their truth; ``peaks`` is the full scale of each
+    person."""
 
     path: Path
     truth: Tensor
@@ -69,7 +72,8 @@ class Scans:
         folder.mkdir(parents=True, exist_ok=True)
 
     def training(self, acceleration: float, *, clean: bool = False, slices: int | None = None) -> Path:
-        """The training scans at one acceleration, all or ``slices`` of them, evenly spread; ``clean``: without noise, if simulated."""
+        """The training scans at one acceleration, all or ``slices`` of them, evenly spread; ``clean``:
+        without noise, if simulated."""
         name = f"train-R{acceleration:g}" + "-clean" * clean + (f"-{slices}" if slices else "")
         return self._made(name, "train", acceleration, clean, slices)[0]
 
@@ -81,7 +85,8 @@ class Scans:
         return Evaluation(path, truth, subjects, self._peaks(subjects))
 
     def _peaks(self, people: Sequence[str]) -> dict[str, float]:
-        """Full scale of each person: 1 for images, which are scaled so; the 99.9th percentile of the whole volume of measured scans."""
+        """Full scale of each person: 1 for images, which are scaled so; the 99.9th percentile of the whole
+        volume of measured scans."""
         names = list(dict.fromkeys(people))
         if self.settings["source"] != "measurements":
             return dict.fromkeys(names, 1.0)
@@ -113,7 +118,8 @@ def design_of(settings: dict[str, Any], acceleration: float, shape: Sequence[int
 def chosen_slices(
     subjects: Sequence[str], settings: dict[str, Any], part: str, slices: int | None
 ) -> list[int]:
-    """Rows to use: for training all or ``slices`` evenly spread, for testing ``test_slices`` of each person between the outermost."""
+    """Rows to use: for training all or ``slices`` evenly spread, for testing ``test_slices`` of each person
+    between the outermost."""
     if part == "train":
         count = len(subjects) if slices is None else min(slices, len(subjects))
         return sorted({round(k) for k in np.linspace(0, len(subjects) - 1, count)})
@@ -144,7 +150,8 @@ def simulate_images(
     path: Path,
     reference: Path,
 ) -> None:
-    """Scans of clean images: smooth phase, coil maps that vary from scan to scan if asked for, white noise, masks."""
+    """Scans of clean images: smooth phase, coil maps that vary from scan to scan if asked for, white noise,
+    masks."""
     images, subjects = clean_images(settings, part)
     rows = chosen_slices(subjects, settings, part, slices)
     images, subjects = images[rows], [subjects[i] for i in rows]
@@ -175,9 +182,11 @@ def undersample(
     path: Path,
     reference: Path,
 ) -> None:
-    """Fully sampled scans with rows taken away; the truth they are scored against is what all rows together show.
+    """Fully sampled scans with rows taken away; the truth they are scored against is what all rows together
+    show.
 
-    ``clean`` changes nothing: measured scans have noise. The prior called clean-trained takes them for clean, as the published one does.
+    ``clean`` changes nothing: measured scans have noise. The prior called clean-trained takes them for clean,
+    as the published one does.
     """
     with MeasurementFile(settings[part]) as scans:
         if not bool((scans.mask() > 0).all()):

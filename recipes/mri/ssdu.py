@@ -4,14 +4,16 @@ r"""SSDU and robust SSDU, by deepinv's losses, on the network that the mask-cond
     robust    y~ = M_1 (y + alpha sigma_y n), M_1 random lines;                 loss ||(1 - K)^(-1/2) (y_2 - A_2 f(y~))||^2
                                                                                      + ||(1 + 1/alpha^2) M_1 M (A f(y~) - y)||^2
 
-f is shown the zero-filled image and the mask of what it is given, at the noise level of the data; applied, it is given all rows. So it is a
-`NetworkPrior` whose one-step estimate is its reconstruction, and what it has in common with a mask-conditional prior ends there.
+f is shown the zero-filled image and the mask of what it is given, at the noise level of the data; applied, it
+is given all rows. So it is a `NetworkPrior` whose one-step estimate is its reconstruction, and what it has in
+common with a mask-conditional prior ends there.
 
-deepinv's mask generators and noise models are given generators that are seeded with the step; by default they would all be seeded alike.
+deepinv's mask generators and noise models are given generators that are seeded with the step; by default they
+would all be seeded alike.
 
-Sources: Yaman et al., "Self-supervised learning of physics-guided reconstruction neural networks" (2020); Millard & Chiew, "A theoretical
-framework for self-supervised MR image reconstruction" (2023), "Clean self-supervised MRI reconstruction from noisy, sub-sampled training
-data with robust SSDU" (2024).
+Sources: Yaman et al., "Self-supervised learning of physics-guided reconstruction neural networks" (2020);
+Millard & Chiew, "A theoretical framework for self-supervised MR image reconstruction" (2023), "Clean
+self-supervised MRI reconstruction from noisy, sub-sampled training data with robust SSDU" (2024).
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ _SPLITS = 30
 
 
 class DesignMasks:
-    """A mask design as what deepinv takes for a mask generator, (B, 1, H, W); K-weighted losses ask one for its average."""
+    """A mask design as what deepinv takes for a mask generator, (B, 1, H, W); K-weighted losses ask one for
+    its average."""
 
     def __init__(self, design: MaskDesign, generator: torch.Generator) -> None:
         self.design, self.rng = design, generator
@@ -50,15 +53,16 @@ class DesignMasks:
 class ShapedLikeInput:
     """A deepinv splitting generator whose masks have the shape of the mask that they split.
 
-    deepinv multiplies the two. Our multi-coil masks are (B, 1, 1, H, W); against its (B, 1, H, W) that would broadcast to every pair of
-    samples in the batch, without an error.
+    deepinv multiplies the two. Our multi-coil masks are (B, 1, 1, H, W); against its (B, 1, H, W) that would
+    broadcast to every pair of samples in the batch, without an error.
     """
 
     def __init__(self, splits: Any, average: Any = None) -> None:
         self.splits, self.average = splits, average
 
     def step(self, batch_size: int, input_mask: Tensor, **kwargs: Any) -> dict[str, Tensor]:
-        """Part of each mask of ``input_mask``, its samples split independently; drawn on the CPU, wherever the masks are."""
+        """Part of each mask of ``input_mask``, its samples split independently; drawn on the CPU, wherever
+        the masks are."""
         flat = input_mask.cpu().reshape(len(input_mask), 1, *input_mask.shape[-2:])
         # One at a time: for a batch of one, deepinv would drop the batch axis.
         parts = [self.splits.batch_step(input_mask=mask) for mask in flat]
@@ -74,7 +78,8 @@ def splitting_loss(
     further: MaskDesign,
     alpha: float,
 ) -> Any:
-    """deepinv's loss, whose splits come from ``generator``; robust SSDU's ``noise_model`` has yet to be given one, and a noise level.
+    """deepinv's loss, whose splits come from ``generator``; robust SSDU's ``noise_model`` has yet to be given
+    one, and a noise level.
 
     Args:
         design: how the scans were undersampled.

@@ -1,1 +1,2 @@
-"""Posterior samplers on one learned prior, ours and those of other libraries. `python -m recipes.benchmarks.posterior.run`."""
+"""Posterior samplers on one learned prior, ours and those of other libraries. `python -m
+recipes.benchmarks.posterior.run`."""

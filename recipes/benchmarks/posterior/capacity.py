@@ -1,11 +1,12 @@
-"""Does a learned prior's sampler hold out: seconds for 16 samples of 16 slices, and 10,000 solves of which none may be NaN.
+"""Does a learned prior's sampler hold out: 16 samples of 16 slices timed, and 10,000 solves without NaN.
 
     python -m recipes.benchmarks.posterior.capacity runs/quickstart/run --out runs/benchmark-posterior/capacity
 
-RUN is a prior trained by the quickstart. The slices are those of the quickstart's other people (16 of them, evenly spaced), measured anew
-for every problem: the first one is the quickstart's (R = 2.5, sigma_y = .05) and is timed, the others go through accelerations 1 to 8,
-one to four coils, and noise from none to .2. A solve is one linear system (sigma_y^2 I + A V A^H) u = r of the MMPS sampler. One JSON
-file a problem: an interrupted run goes on.
+RUN is a prior trained by the quickstart. The slices are those of the quickstart's other people (16 of them,
+evenly spaced), measured anew for every problem: the first one is the quickstart's (R = 2.5, sigma_y = .05)
+and is timed, the others go through accelerations 1 to 8, one to four coils, and noise from none to .2. A
+solve is one linear system (sigma_y^2 I + A V A^H) u = r of the MMPS sampler. One JSON file a problem: an
+interrupted run goes on.
 """
 
 from __future__ import annotations

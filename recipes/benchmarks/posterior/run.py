@@ -3,10 +3,11 @@
     python -m recipes.benchmarks.posterior.run runs/quickstart            # a folder that `make quickstart` made
     python -m recipes.benchmarks.posterior.run runs/quickstart --methods ours-mmps deepinv-moment-matching-20
 
-Every method draws the same number of samples of the same slices (one of each person, or --slices). Seconds are wall time of the sampler alone, network
-evaluations are counted per chain (forward passes and vector-Jacobian products apart). Peers run as their authors provide them: their own
-solver, their default guards and clips, the noise levels that the prior has learned where they can be told. One JSON file a method, so that an
-interrupted run goes on; --overwrite measures anew.
+Every method draws the same number of samples of the same slices (one of each person, or --slices). Seconds
+are wall time of the sampler alone, network evaluations are counted per chain (forward passes and
+vector-Jacobian products apart). Peers run as their authors provide them: their own solver, their default
+guards and clips, the noise levels that the prior has learned where they can be told. One JSON file a method,
+so that an interrupted run goes on; --overwrite measures anew.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def deepinv_moment_matching(problem: Problem, prior: Prior, steps: int) -> Tenso
     )
     operator = problem.chains_operator()
     x = model(problem.chains_y, operator, x_init=tuple(problem.truth[problem.index].shape), seed=0)
-    # Its own last denoising is for stochastic solvers. The state is still at sigma_min: it gets the posterior mean there.
+    # Its own last denoising is for stochastic solvers. The state is still at sigma_min: it gets the posterior
+    # mean there.
     score = model.score(problem.chains_y, operator, x, torch.zeros((), dtype=torch.float64))
     return (x + prior.sigma_min**2 * score).float()
 
