@@ -124,8 +124,8 @@ def _from_folder(path: Path, stacks: _Stacks) -> ImageSource:
     files = sorted(p for p in path.rglob("*") if not p.is_dir())
     seen = [p for p in files if not hidden(str(p.relative_to(path)))]
     volumes = [p for p in seen if is_volume(p)]
-    dicom = [p for p in seen if p not in set(volumes) and is_dicom(p)]
-    damaged = [p for p in seen if p not in set(dicom) and p.name.lower().endswith((".dcm", ".ima"))]
+    dicom = [p for p in seen if not is_volume(p) and not p.name.lower().endswith(PICTURES) and is_dicom(p)]
+    damaged = sorted({p for p in seen if p.name.lower().endswith((".dcm", ".ima"))} - set(dicom))
     if volumes and dicom:
         raise InputError(
             f"{path}: {len(volumes)} volumes ({volumes[0].name}) and {len(dicom)} DICOM files ({dicom[0].name}); import them separately"
@@ -145,7 +145,7 @@ def _from_folder(path: Path, stacks: _Stacks) -> ImageSource:
         set(seen) - set(taken) - {p for p in seen if p.name.lower().endswith(values) and p.stem in partners}
     )
     broken = [str(p.relative_to(path)) for p in damaged]
-    rest = sorted(str(p.relative_to(path)) for p in others if p not in set(damaged))
+    rest = sorted(str(p.relative_to(path)) for p in others - set(damaged))
     found = stacks.source(sets)
     if broken:
         say(

@@ -20,6 +20,7 @@ THRESHOLD = 0.08
 _TILE = 8
 _FLATTEST = 0.2
 _LEAST_TILES = 12
+_MOST_IMAGES, _MOST_TILES = 32, 20_000
 
 
 def _plane_projection() -> np.ndarray:
@@ -39,6 +40,7 @@ def noise_correlation(images: Tensor) -> float | None:
 
     None when there is too little to tell: images below 8 pixels, or (nearly) no tiles with noise in them.
     """
+    images = images[:: max(1, len(images) // _MOST_IMAGES)]
     values = images.double().flatten(0, 1).numpy()
     height, width = values.shape[-2] // _TILE, values.shape[-1] // _TILE
     if min(height, width) < 1:
@@ -47,6 +49,7 @@ def noise_correlation(images: Tensor) -> float | None:
     tiles = values.transpose(0, 1, 3, 2, 4).reshape(-1, _TILE**2)
     # Exact zeros and plateaus are padding, masks or clipping; a tile with many equal values has no noise to show.
     tiles = tiles[(np.diff(np.sort(tiles, axis=1), axis=1) > 0).mean(axis=1) > 0.25]
+    tiles = tiles[:: max(1, len(tiles) // _MOST_TILES)]
     projection = _plane_projection()
     rest = tiles @ projection
     power = (rest**2).sum(axis=1)

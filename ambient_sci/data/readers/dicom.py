@@ -323,10 +323,11 @@ def _volume(images: list[_Image], subject: str, name: str, magnitude: bool, note
 
     first = images[0]
     assert first.axes is not None and first.spacing is not None
-    images = sorted(images, key=lambda i: float(i.position @ first.axes[:, 2]))  # pyright: ignore[reportOptionalOperand]
+    normal = first.axes[:, 2]
+    images = sorted(images, key=lambda i: float(np.asarray(i.position) @ normal))
     thickness = _thickness(first, len(images), notes)
     with naming(first.path):
-        found = places(np.stack([np.asarray(i.position) for i in images]), first.axes[:, 2], thickness)
+        found = places(np.stack([np.asarray(i.position) for i in images]), normal, thickness)
     if found.rounding > 1e-4:
         notes.append(f"positions are rounded, by up to {found.rounding:.2g} mm")
     values = np.zeros((*_shape(first), found.count), np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 from ambient_sci.data.raw import Part, RawScan
@@ -81,9 +82,9 @@ def common_padding(paths: list[Path]) -> int | None:
             if "mask" in file:
                 return None
             kspace = hdf5_member(file, "kspace", path)
-            shape = getattr(kspace, "shape", ())
-            if len(shape) not in (3, 4) or 0 in shape:
+            if not isinstance(kspace, h5py.Dataset) or kspace.ndim not in (3, 4) or kspace.size == 0:
                 return None
+            shape = kspace.shape
             with reading(path, "fastMRI file"):
                 middle = np.asarray(kspace[shape[0] // 2]).reshape(-1, shape[-1]).any(axis=0)
         filled = np.flatnonzero(middle)
