@@ -450,3 +450,16 @@ def test_data_kept_in_another_file_is_refused(tmp_path: Path) -> None:
         group["data"] = h5py.ExternalLink("other.h5", "/dataset/data")
     with pytest.raises(InputError, match="ExternalLink, which can read another file"):
         import_source(tmp_path / "scan.h5", tmp_path / "m.h5", noise_std=0.1)
+
+
+@pytest.mark.parametrize("length", [0, 8, (1 << 64) - 16, 1 << 40])
+def test_damaged_heaps_are_refused_before_hdf5_loops_in_them(tmp_path: Path, length: int) -> None:
+    """Readouts lie in global heaps; HDF5 never comes back from some damaged ones. Free space of 0 bytes, objects larger than the heap."""
+    path = save(tmp_path / "scan.h5", plain(1))
+    data = bytearray(path.read_bytes())
+    heap = data.index(b"GCOL")
+    data[heap + 16 : heap + 18] = bytes(2)  # index 0: free space
+    data[heap + 24 : heap + 32] = length.to_bytes(8, "little")
+    path.write_bytes(bytes(data))
+    with pytest.raises(InputError, match="scan.h5: damaged HDF5 file .an object of"):
+        import_source(path, tmp_path / "m.h5", noise_std=0.1)

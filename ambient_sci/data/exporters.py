@@ -56,8 +56,8 @@ def write_nifti(
 def volumes_of(
     geometry: Mapping[str, Any] | None, subjects: Sequence[str] | None, shape: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Descriptions of the volumes that images of ``shape`` (N, H, W) belong to: name, affine, shape, slice axis, slice numbers and
-    first image.
+    """Descriptions of the volumes that images of ``shape`` (N, H, W) belong to: name, affine, shape, slice
+    axis, slice numbers and first image.
 
     Raises: InputError when the geometry is of another number of images, or of images of another size.
     """
@@ -80,7 +80,8 @@ def rows_of(volume: Mapping[str, Any]) -> slice:
 
 
 def select_geometry(geometry: Mapping[str, Any], rows: range) -> dict[str, Any]:
-    """The geometry of some images of a file, a range of step 1: volumes keep their shape and affine, and the slices in the range."""
+    """The geometry of some images of a file, a range of step 1: volumes keep their shape and affine, and the
+    slices in the range."""
     chosen = []
     for volume in geometry.get("volumes") or []:
         own = rows_of(volume)
@@ -92,7 +93,8 @@ def select_geometry(geometry: Mapping[str, Any], rows: range) -> dict[str, Any]:
 
 
 def fill_volume(planes: np.ndarray, description: Mapping[str, Any]) -> np.ndarray:
-    """One volume from its slices (n, H, W), or several on a further axis from (n, H, W, S); places without a slice are 0."""
+    """One volume from its slices (n, H, W), or several on a further axis from (n, H, W, S); places without a
+    slice are 0."""
     volume = np.zeros([*description["shape"], *planes.shape[3:]], planes.dtype)
     stack = np.moveaxis(volume, int(description["axis"]), 0)
     stack[list(description["slices"])] = planes
@@ -100,7 +102,8 @@ def fill_volume(planes: np.ndarray, description: Mapping[str, Any]) -> np.ndarra
 
 
 def save_nifti(path: Path, volume: np.ndarray, affine: Any, positioned: bool = True) -> None:
-    """A NIfTI file in millimetres, whole or not at all; sform and qform codes 0 when nobody knows where the volume lies."""
+    """A NIfTI file in millimetres, whole or not at all; sform and qform codes 0 when nobody knows where the
+    volume lies."""
     import nibabel
 
     path.parent.mkdir(parents=True, exist_ok=True)
