@@ -193,3 +193,38 @@ def hdf5_array(group: h5py.Group, name: str, path: Path) -> np.ndarray | None:
     check_claim(path, member.shape or (), member.dtype.itemsize, member.id.get_storage_size(), repr(name))
     with reading(path, f"data set {name!r}"):
         return np.asarray(member[()])
+
+
+def check_lengths(dataset: h5py.Dataset, path: Path) -> None:
+    """InputError when records claim sequences longer than the file: HDF5 would allocate them before it looks.
+
+    On disk a sequence is its length (4 bytes) and where it lies. Records behind a filter are not looked into.
+    """
+    kind = dataset.id.get_type()
+    if not isinstance(kind, h5py.h5t.TypeCompoundID) or dataset.ndim != 1:
+        return
+    members = range(kind.get_nmembers())
+    offsets = [kind.get_member_offset(m) for m in members if kind.get_member_class(m) == h5py.h5t.VLEN]
+    stored, size = path.stat().st_size, kind.get_size()
+    for block in _raw_records(dataset, path, size):
+        count = len(block) // size
+        for offset in offsets:
+            lengths = np.ndarray((count,), "<u4", block, offset, (size,))
+            if count and int(lengths.max()) > stored:
+                raise InputError(
+                    f"{path}: damaged HDF5 file (a sequence of {lengths.max()} values in {stored} bytes)"
+                )
+
+
+def _raw_records(dataset: h5py.Dataset, path: Path, size: int) -> Iterator[bytes]:
+    """The bytes of unfiltered records as they lie in the file."""
+    if dataset.chunks is None:
+        start = dataset.id.get_offset()
+        if start is not None:
+            with path.open("rb") as file:
+                file.seek(start)
+                yield file.read(len(dataset) * size)
+    elif dataset.id.get_create_plist().get_nfilters() == 0:
+        for number in range(dataset.id.get_num_chunks()):
+            place = dataset.id.get_chunk_info(number).chunk_offset
+            yield dataset.id.read_direct_chunk(place)[1]

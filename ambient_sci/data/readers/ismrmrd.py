@@ -25,11 +25,13 @@ import numpy as np
 from ambient_sci.data.raw import RawScan, slices_along_readout
 from ambient_sci.data.readers.guard import (
     check_claim,
+    check_lengths,
     hdf5_array,
     hdf5_member,
     listed,
     naming,
     open_hdf5,
+    reading,
     say,
 )
 from ambient_sci.data.readers.ismrmrd_geometry import VOLUMES, parts_of
@@ -59,14 +61,19 @@ def read_ismrmrd(path: Path) -> RawScan:
         and damaged files.
     """
     header, records = _load(path)
+    # A damaged file may have fields of any type and shape, so any look at one may fail.
+    with reading(path, "ISMRMRD file"), naming(path):
+        return _scan(header, records, path)
+
+
+def _scan(header: Header, records: np.ndarray, path: Path) -> RawScan:
     heads = records["head"]
     notes: list[str] = []
     noise = _flagged(heads, _NOISE)
     imaging = _imaging(heads, noise, header, path, notes)
     encoding = header.encodings[int(heads["encoding_space_ref"][imaging][0])]
     _check_alike(heads[imaging], encoding, path)
-    with naming(path):
-        scan = _sort(records[imaging], encoding, header, path, notes)
+    scan = _sort(records[imaging], encoding, header, path, notes)
     if noise.any():
         scan.noise = _noise_readouts(records[noise], heads[imaging][0], header, path) / math.sqrt(
             scan.averages
@@ -87,6 +94,9 @@ def _load(path: Path) -> tuple[Header, np.ndarray]:
         text = np.atleast_1d(np.asarray(hdf5_array(groups[0], "xml", path)))
         header = parse_header(text[0] if text.size else b"", str(path))
         _check_encodings(header, path)
+        data = hdf5_member(groups[0], "data", path)
+        if isinstance(data, h5py.Dataset):
+            check_lengths(data, path)
         records = hdf5_array(groups[0], "data", path)
         assert records is not None
         fields = records.dtype.names or ()
