@@ -736,6 +736,50 @@ def test_bad_raw_files_are_refused_in_one_line(tmp_path: Path, make: Callable[[P
     assert not (tmp_path / "m.h5").exists() and not list(tmp_path.glob(".*"))
 
 
+def test_zero_padding_around_a_fully_sampled_kspace_is_cut_off(tmp_path: Path):
+    """Publishers pad k-space with columns of zeros, which nothing can supervise. The field of view, and so every place, stays."""
+    kspace = multi_coil_kspace(0.01)
+    kspace[..., :2] = kspace[..., -3:] = 0
+    path = save_fastmri(tmp_path / "d" / "a.h5", kspace)
+    file = MeasurementFile(import_source(path, tmp_path / "m.h5"))
+    assert (
+        file.image_shape == (2, SIZE, SIZE - 4)
+        and "zero padding of k-space cut off, 32 to 28 columns" in file.history
+    )
+    assert (
+        bool((file.mask()[..., :-1] == 1).all()) and not file.mask()[..., -1].any()
+    )  # the third column on the right
+    affine = np.asarray(file.geometry["volumes"][0]["affine"])
+    assert np.allclose(affine @ [SIZE // 2, SIZE // 2 - 2, 0, 1], [16, 16, 0, 1]) and affine[
+        1, 1
+    ] == pytest.approx(32 / 28)
+    kept = MeasurementFile(import_source(path, tmp_path / "n.h5", keep_padding=True))
+    assert kept.image_shape == (2, SIZE, SIZE)
+    # In a folder as many columns are cut off as all files can spare, so that shapes stay alike.
+    wider = multi_coil_kspace(0.01)
+    wider[..., :1] = wider[..., -1:] = 0
+    save_fastmri(tmp_path / "d" / "b.h5", wider)
+    both = MeasurementFile(import_source(tmp_path / "d", tmp_path / "o.h5"))
+    assert both.image_shape == (2, SIZE, SIZE - 2)
+
+
+def test_columns_that_no_scan_measured_are_named(tmp_path: Path):
+    kspace = multi_coil_kspace(0.01)
+    kspace[..., :6] = 0
+    with pytest.warns(UserWarning, match="columns 0, 1, 2, 3, 4, 5 of k-space are never measured"):
+        import_source(save_fastmri(tmp_path / "a.h5", kspace), tmp_path / "m.h5")
+
+
+def test_errors_name_the_file_of_a_folder(tmp_path: Path):
+    for k in range(3):
+        scan = multi_coil_kspace(0.01, seed=k)
+        if k == 1:
+            scan[:, 1] = 0
+        save_fastmri(tmp_path / "d" / f"scan{k}.h5", scan)
+    with pytest.raises(InputError, match="scan1.h5: .*a coil is dead"):
+        import_source(tmp_path / "d", tmp_path / "m.h5")
+
+
 def test_slices_that_are_zero_in_every_coil_are_left_out(tmp_path: Path):
     kspace = multi_coil_kspace(0.01)
     kspace = np.concatenate([kspace[:1], 0 * kspace[:1], kspace[1:]])

@@ -450,3 +450,37 @@ def test_data_kept_in_another_file_is_refused(tmp_path: Path) -> None:
         group["data"] = h5py.ExternalLink("other.h5", "/dataset/data")
     with pytest.raises(InputError, match="ExternalLink, which can read another file"):
         import_source(tmp_path / "scan.h5", tmp_path / "m.h5", noise_std=0.1)
+
+
+@pytest.mark.parametrize("length", [0, 8, (1 << 64) - 16, 1 << 40])
+def test_damaged_heaps_are_refused_before_hdf5_loops_in_them(tmp_path: Path, length: int) -> None:
+    """Readouts lie in global heaps; HDF5 never comes back from some damaged ones. Free space of 0 bytes, objects larger than the heap."""
+    path = save(tmp_path / "scan.h5", plain(1))
+    data = bytearray(path.read_bytes())
+    heap = data.index(b"GCOL")
+    data[heap + 16 : heap + 18] = bytes(2)  # index 0: free space
+    data[heap + 24 : heap + 32] = length.to_bytes(8, "little")
+    path.write_bytes(bytes(data))
+    with pytest.raises(InputError, match="scan.h5: damaged HDF5 file .an object of"):
+        import_source(path, tmp_path / "m.h5", noise_std=0.1)
+
+
+def test_sequences_longer_than_the_file_are_refused_before_they_are_allocated(tmp_path: Path) -> None:
+    path = save(tmp_path / "scan.h5", plain(1))
+    with h5py.File(path) as file:
+        data = file["dataset/data"]
+        size = data.id.get_type().get_size()
+        start = data.id.get_chunk_info(3).byte_offset + size - 16  # the last member, the samples
+    raw = bytearray(path.read_bytes())
+    assert int.from_bytes(raw[start : start + 4], "little") == 2 * X
+    raw[start : start + 4] = b"\xff\xff\xff\x7f"
+    path.write_bytes(bytes(raw))
+    with pytest.raises(InputError, match="scan.h5: damaged HDF5 file .a sequence of 2147483647 values"):
+        import_source(path, tmp_path / "m.h5", noise_std=0.1)
+
+
+def test_a_header_without_a_field_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "scan.h5", plain(1))
+    path.write_bytes(path.read_bytes().replace(b"slice_dir", b"slice_dix"))
+    with pytest.raises(InputError, match="scan.h5: not a readable ISMRMRD file .*slice_dir"):
+        import_source(path, tmp_path / "m.h5", noise_std=0.1)

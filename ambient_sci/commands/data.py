@@ -170,8 +170,8 @@ class Simulate:
 class Import:
     """A measurement file from data that others wrote: images with noise in them, or raw MR scans.
 
-    Images: npy, npz, pictures (folder or zip), NIfTI, DICOM folders. Raw scans: fastMRI and ISMRMRD HDF5,
-    BART cfl/hdr, npz with kspace; one file, or a folder of one kind.
+    Images: npy, npz, pictures (folder or zip), NIfTI and what else nibabel reads, DICOM. Raw scans: fastMRI
+    and ISMRMRD HDF5, BART cfl/hdr, npz with kspace; one file, or a folder of one kind.
     """
 
     source: Annotated[str, Positional, arg(metavar="SOURCE", help="File or folder to import.")]
@@ -228,6 +228,11 @@ class Import:
     keep_oversampling: Annotated[
         bool, FlagCreatePairsOff, arg(help="Raw scans: do not crop the readout to its field of view.")
     ] = False
+    keep_padding: Annotated[
+        bool,
+        FlagCreatePairsOff,
+        arg(help="Raw scans: do not cut off the lines of zeros around a fully sampled k-space."),
+    ] = False
     seed: UnusedSeedOption = 0
     device: CpuDeviceOption = "auto"
     overwrite: OverwriteOption = False
@@ -254,6 +259,7 @@ class Import:
             self.out,
             overwrite=self.overwrite,
             remove_oversampling=not self.keep_oversampling,
+            keep_padding=self.keep_padding,
             **{name: getattr(self, name) for name in options},
         )
         print(describe(self.out))

@@ -103,7 +103,8 @@ def fill_volume(planes: np.ndarray, description: Mapping[str, Any]) -> np.ndarra
 
 
 def save_nifti(path: Path, volume: np.ndarray, affine: Any, positioned: bool = True) -> None:
-    """A NIfTI file in millimetres, whole or not at all; sform and qform codes 0 when nobody knows where the volume lies."""
+    """A NIfTI file in millimetres, whole or not at all; sform and qform codes 0 when nobody knows where the
+    volume lies."""
     import nibabel
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Where slices lie: places along a stack, affines in RAS millimetres, and what cropping does to them.
 
-An affine takes array indices (i, j, k) to millimetres towards right, anterior and superior. Positions of slices come from the data;
-a stack is one volume only when all of them lie where origin + number * step says.
+An affine takes array indices (i, j, k) to millimetres towards right, anterior and superior. Positions of
+slices come from the data; a stack is one volume only when all of them lie where origin + number * step says.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 @dataclass(frozen=True)
 class Places:
-    """Slices of one stack: the number of each, how many places there are, and position = origin + number * step."""
+    """Slices of one stack: the number of each, how many places there are, and position = origin + number *
+    step."""
 
     numbers: np.ndarray
     count: int
@@ -35,7 +36,8 @@ class Places:
 
 
 def places(positions: np.ndarray, normal: np.ndarray, thickness: float) -> Places:
-    """Number the slices of a stack by their positions (S, 3), along the normal; against it when they come in that order.
+    """Number the slices of a stack by their positions (S, 3), along the normal; against it when they come in
+    that order.
 
     Gaps that are multiples of the smallest one are places without a slice.
 
@@ -96,7 +98,8 @@ def translation(i: float = 0, j: float = 0, k: float = 0) -> np.ndarray:
 
 
 def resampling(axis: int, old: int, new: int) -> np.ndarray:
-    """New indices to old ones when an axis of a field of view has ``new`` pixels instead of ``old``, the centre n // 2 kept."""
+    """New indices to old ones when an axis of a field of view has ``new`` pixels instead of ``old``, the
+    centre n // 2 kept."""
     grid = np.eye(4)
     grid[axis, axis] = old / new
     grid[axis, 3] = old // 2 - (new // 2) * old / new

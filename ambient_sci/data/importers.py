@@ -1,14 +1,14 @@
 """Measurement files from data that others wrote: images and raw MR scans.
 
-- Images (npy/npz, pictures, zips, volumes, DICOM, see ``sources.py``) become noisy, complete measurements, y = x + sigma n. Magnitudes
-  of MR have Rician noise; the file says so and a warning is given.
-- Raw MR scans (fastMRI and ISMRMRD HDF5, BART cfl/hdr, npz with ``kspace``; single files or folders of one kind) become MRI
-  measurements, y = M (F S x + sigma n), as ``kspace.py`` says.
+- Images (npy/npz, pictures, zips, volumes, DICOM, see ``sources.py``) become noisy, complete measurements, y
+= x + sigma n. Magnitudes of MR have Rician noise; the file says so and a warning is given.
+- Raw MR scans (fastMRI and ISMRMRD HDF5, BART cfl/hdr, npz with ``kspace``; single files or folders of one
+kind) become MRI measurements, y = M (F S x + sigma n), as ``kspace.py`` says.
 - npz with ``images`` and ``mask`` becomes masked measurements, y = M (x + sigma n).
 
-A noise level that is not given is estimated, and its standard error recorded; noise that is not white is warned of. A mask design that
-is not given is estimated from the masks when there are enough different ones, else it is unknown; the file says which. What readers
-left out or guessed is in the file's history.
+A noise level that is not given is estimated, and its standard error recorded; noise that is not white is
+warned of. A mask design that is not given is estimated from the masks when there are enough different ones,
+else it is unknown; the file says which. What readers left out or guessed is in the file's history.
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 
-from ambient_sci.data.files import IMAGE_FORMAT, MEASUREMENT_FORMAT
-from ambient_sci.data.hdf5_file import format_of
+from ambient_sci.data.identify import identify
 from ambient_sci.data.kspace import PreparedScan, combined_images, crop_slices, prepare
 from ambient_sci.data.layout import check_noise_std, to_numpy
 from ambient_sci.data.noise_estimation import estimate_noise
@@ -33,9 +31,8 @@ from ambient_sci.data.raw import RawScan
 from ambient_sci.data.readers.arrays import image_arrays, load_npy, read_npz_scan
 from ambient_sci.data.readers.bart import read_bart, read_cfl
 from ambient_sci.data.readers.fastmri import common_padding, read_fastmri
-from ambient_sci.data.readers.guard import check_regular, listed, naming, one_line, open_hdf5, say
+from ambient_sci.data.readers.guard import listed, naming, one_line, say
 from ambient_sci.data.readers.ismrmrd import read_ismrmrd
-from ambient_sci.data.readers.pictures import hidden
 from ambient_sci.data.sources import ImageSource, open_source
 from ambient_sci.data.subjects import stem, subjects_of
 from ambient_sci.data.whiteness import THRESHOLD, noise_correlation
@@ -55,12 +52,14 @@ _READERS = {"fastmri": read_fastmri, "ismrmrd": read_ismrmrd, "bart": read_bart,
 class ImportOptions:
     """Options of an import. The first group is for all data, the second for images, the third for raw scans.
 
-    noise_std: per real channel; estimated when None. noise_units: "scaled" (as stored, the default of the library) or "original"
-        (grey levels, scanner units). design: the mask design, if known. subject: one name for everything.
+    noise_std: per real channel; estimated when None. noise_units: "scaled" (as stored, the default of the
+        library) or "original" (grey levels, scanner units). design: the mask design, if known. subject: one
+        name for everything.
     size, plane, min_foreground: see ``open_source``.
-    noise_scan: noise readouts (N, n) complex: an array, .npy or BART file. coil_maps: an array, .npy or BART file instead of ESPIRiT.
-        compress: number of virtual coils. remove_oversampling: crop the readout to its field of view. keep_padding: do not cut off
-        zero padding around a fully sampled k-space.
+    noise_scan: noise readouts (N, n) complex: an array, .npy or BART file. coil_maps: an array, .npy or BART
+        file instead of ESPIRiT.
+        compress: number of virtual coils. remove_oversampling: crop the readout to its field of view.
+            keep_padding: do not cut off zero padding around a fully sampled k-space.
     """
 
     noise_std: float | None = None
@@ -94,7 +93,7 @@ def import_source(
     """
     out = check_output(out, overwrite)
     chosen = ImportOptions(**options)
-    kind, paths = _identify(source)
+    kind, paths = identify(source)
     if kind == "images":
         _refuse_options(chosen, "images", ("noise_scan", "coil_maps", "compress", "design"))
         images = open_source(
@@ -118,76 +117,6 @@ def _refuse_options(chosen: ImportOptions, what: str, names: tuple[str, ...]) ->
         raise InputError(f"import of {what}: {', '.join(given)} has no meaning here")
 
 
-def _identify(source: Any) -> tuple[str, list[Path]]:
-    """What a source is: "images", "masked", "npz", "fastmri", "ismrmrd" or "bart", and the files of a raw one."""
-    if not isinstance(source, (str, os.PathLike)) or str(source).startswith("brains:"):
-        return "images", []
-    path = Path(source)
-    if path.is_dir():
-        return _identify_folder(path)
-    suffix = path.suffix.lower()
-    pair = (
-        path
-        if suffix == ".cfl"
-        else path.with_name(path.name + ".cfl")
-        if suffix != ".hdr"
-        else path.with_suffix(".cfl")
-    )
-    if suffix == ".cfl" or pair.exists():
-        return "bart", [path]
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
-    check_regular(path)
-    if suffix == ".npz":
-        names = _npz_names(path)
-        return ("npz" if "kspace" in names else "masked" if "mask" in names else "images"), [path]
-    return (_identify_hdf5(path), [path]) if suffix in (".h5", ".hdf5", ".mrd") else ("images", [])
-
-
-def _identify_folder(path: Path) -> tuple[str, list[Path]]:
-    """A folder (and what is below it) of one kind of raw scans, or of images."""
-    files = sorted(p for p in path.rglob("*") if not p.is_dir() and not hidden(str(p.relative_to(path))))
-    raw = [p for p in files if p.suffix.lower() in (".h5", ".hdf5", ".mrd", ".cfl")]
-    raw += [p for p in files if p.suffix.lower() == ".npz" and "kspace" in _npz_names(p)]
-    kinds = {p: "npz" if p.suffix.lower() == ".npz" else _identify(p)[0] for p in raw}
-    if len(set(kinds.values())) > 1 or "images" in kinds.values():
-        raise InputError(
-            f"{path}: expected a folder of one kind of raw scans, got {sorted(set(kinds.values()))} ({listed([p.name for p in raw])})"
-        )
-    return (kinds[raw[0]], raw) if raw else ("images", [])
-
-
-def _npz_names(path: Path) -> list[str]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return list(archive.files)
-    except Exception:  # whatever is wrong, the reader says it in one line
-        return []
-
-
-def _identify_hdf5(path: Path) -> str:
-    with open_hdf5(path) as file:
-        kind = format_of(file)
-        names = sorted(file)
-        groups = [
-            file.get(n, getlink=True) and file.get(n)
-            for n in names
-            if isinstance(file.get(n, getlink=True), h5py.HardLink)
-        ]
-        acquisitions = any(isinstance(g, h5py.Group) and {"xml", "data"} <= set(g) for g in groups)
-        if kind == MEASUREMENT_FORMAT:
-            raise InputError(f"{path}: is a measurement file already, there is nothing to import")
-    if kind == IMAGE_FORMAT:
-        return "images"
-    if "kspace" in names:
-        return "fastmri"
-    if acquisitions:
-        return "ismrmrd"
-    raise InputError(
-        f"{path}: expected fastMRI (kspace) or ISMRMRD (xml, data) HDF5, got {listed(names, 8) or 'an empty file'}"
-    )
-
-
 # -- images
 
 
@@ -196,7 +125,8 @@ def _import_images(images: ImageSource, out: Path, chosen: ImportOptions, overwr
     if images.magnitude:
         attributes["magnitude"] = True
         warnings.warn(
-            f"{images.origin}: magnitude images have Rician noise; it is taken for Gaussian, which is wrong where the signal is "
+            f"{images.origin}: magnitude images have Rician noise; it is taken for Gaussian, which is "
+            "wrong where the signal is "
             "not well above the noise",
             stacklevel=3,
         )
@@ -227,7 +157,8 @@ def _history(origin: Any, notes: list[str]) -> str:
 def _image_noise(
     images: ImageSource, chosen: ImportOptions
 ) -> tuple[np.ndarray, np.ndarray | None, str, dict[str, Any]]:
-    """Noise levels (N,), their standard errors (None when given), how they were found, and attributes about it."""
+    """Noise levels (N,), their standard errors (None when given), how they were found, and attributes about
+    it."""
     num = len(images)
     given = images.noise_std if chosen.noise_std is None else chosen.noise_std
     if given is not None:
@@ -263,7 +194,8 @@ def _whiteness(correlation: float, images: ImageSource) -> dict[str, Any]:
     say(
         images.notes,
         images.origin,
-        f"the noise is not white ({why}: interpolated, smoothed, compressed or textured images): the estimated level can be several "
+        f"the noise is not white ({why}: interpolated, smoothed, compressed or textured images): the "
+        "estimated level can be several "
         "times too small; give noise_std, or images as they were acquired",
     )
     return {"noise_correlation": correlation}
@@ -310,7 +242,8 @@ def _import_masked(path: Path, out: Path, chosen: ImportOptions, overwrite: bool
 
 
 def _masks(path: Path, images: ImageSource) -> np.ndarray:
-    """The masks of an npz, (1 or N, 1 or C, H, W) of 0/1. InputError for another number of them than of images, or other values."""
+    """The masks of an npz, (1 or N, 1 or C, H, W) of 0/1. InputError for another number of them than of
+    images, or other values."""
     mask = to_numpy(image_arrays(path)[0]["mask"], f"{path}: mask")
     mask = mask[:, None] if mask.ndim == 3 else mask[None, None] if mask.ndim == 2 else mask
     if mask.ndim != 4 or mask.shape[2:] != images.image_shape[1:]:
@@ -354,8 +287,8 @@ def write_scans(
         out: the file to write.
         chosen: options.
         overwrite: replace files that exist.
-        reference: a file for their coil-combined images S^H F^H M y, in the same units. Of fully sampled scans these are what
-            reconstructions are scored against; they have the noise of the scan.
+        reference: a file for their coil-combined images S^H F^H M y, in the same units. Of fully sampled
+            scans these are what reconstructions are scored against; they have the noise of the scan.
         padding: lines of zero padding cut off on each side at most; None: all.
 
     Raises:
@@ -377,7 +310,8 @@ def write_scans(
                 first = (path, ready.kspace.shape[1:])
             elif ready.kspace.shape[1:] != first[1]:
                 raise InputError(
-                    f"{path}: mixed shapes, k-space (coils, H, W) {ready.kspace.shape[1:]} unlike {first[1]} of {first[0].name}"
+                    f"{path}: mixed shapes, k-space (coils, H, W) {ready.kspace.shape[1:]} unlike "
+                    f"{first[1]} of {first[0].name}"
                 )
             volumes += _volumes(scan, ready, len(writer))
             with naming(path):
@@ -391,15 +325,12 @@ def write_scans(
         found = torch.from_numpy(np.concatenate(masks)[:, None].astype(np.float32))
         notes += _never_measured(np.concatenate(masks), out)
         writer.set_design(*_design(found, chosen.design))
-        for file in (writer, truth):
-            if file is not None:
-                file.geometry = {"volumes": volumes}
-                file.history = "\n".join(notes)
-                file.close()
+        for file in filter(None, (writer, truth)):
+            file.geometry, file.history = {"volumes": volumes}, "\n".join(notes)
+            file.close()
     finally:
-        for file in (writer, truth):
-            if file is not None:
-                file.discard()
+        for file in filter(None, (writer, truth)):
+            file.discard()
 
 
 def _prepared(scan: RawScan, chosen: ImportOptions, padding: int | None) -> PreparedScan:
@@ -414,7 +345,8 @@ def _prepared(scan: RawScan, chosen: ImportOptions, padding: int | None) -> Prep
 
 
 def _never_measured(masks: np.ndarray, out: Path) -> list[str]:
-    """Outer lines around a fully sampled k-space that no scan has measured: nothing can supervise a prior there."""
+    """Outer lines around a fully sampled k-space that no scan has measured: nothing can supervise a prior
+    there."""
     notes: list[str] = []
     ever = masks.any(axis=0)
     for name, filled in (
@@ -427,7 +359,8 @@ def _never_measured(masks: np.ndarray, out: Path) -> list[str]:
             say(
                 notes,
                 out,
-                f"{name} {listed(missing.tolist(), 8)} of k-space are never measured (partial Fourier or padding)",
+                f"{name} {listed(missing.tolist(), 8)} of k-space are never measured (partial Fourier or "
+                "padding)",
             )
     return notes
 
@@ -479,7 +412,8 @@ def _append_scan(writer: MeasurementWriter, scan: RawScan, ready: PreparedScan) 
 
 
 def _volumes(scan: RawScan, ready: PreparedScan, first: int) -> list[dict[str, Any]]:
-    """Geometry of the volumes of a scan, array axes (H, W, slice); slices that were left out leave their places empty."""
+    """Geometry of the volumes of a scan, array axes (H, W, slice); slices that were left out leave their
+    places empty."""
     height, width = ready.kspace.shape[2:]
     found = []
     for part in scan.volumes():

@@ -2,16 +2,21 @@ r"""From a raw scan to measurements: whitening, oversampling, padding, coil comp
 
 In this order, each step keeping the noise white:
 
-1. whitening: y <- s L^{-1} y, Psi = L L^H the covariance of the coils' noise, s^2 = tr(Psi) / N, so that every coil has complex noise
-   variance s^2 and the units stay the scanner's; sigma = s / sqrt(2) per real channel;
-2. readout oversampling: inverse transform along the readout, crop, transform back (orthonormal: noise stays white);
-3. zero padding: outer lines of k-space that were never measured around a fully sampled matrix are cut off. The field of view stays;
-4. coil compression: y <- V^H y with orthonormal columns V, the leading singular vectors of the data over the coils;
+1. whitening: y <- s L^{-1} y, Psi = L L^H the covariance of the coils' noise, s^2 = tr(Psi) / N, so that
+   every coil has complex noise variance s^2 and the units stay the scanner's; sigma = s / sqrt(2) per real
+   channel;
+2. readout oversampling: inverse transform along the readout, crop, transform back (orthonormal: noise stays
+   white);
+3. zero padding: outer lines of k-space that were never measured around a fully sampled matrix are cut off.
+   The field of view stays;
+4. coil compression: y <- V^H y with orthonormal columns V, the leading singular vectors of the data over the
+   coils;
 5. scale: the 99.9th percentile of the zero-filled root-sum-of-squares volume becomes 1, and is recorded;
-6. coil maps: ESPIRiT (Uecker et al., 2014; sigpy) on the whitened, compressed calibration region, normalised to
-   sum_c |s_c|^2 = 1 on their support and zero elsewhere.
+6. coil maps: ESPIRiT (Uecker et al., 2014; sigpy) on the whitened, compressed calibration region, normalised
+   to sum_c |s_c|^2 = 1 on their support and zero elsewhere.
 
-Cropping moves pixels: ``grid`` takes array indices of what comes out to those of the k-space matrix that went in.
+Cropping moves pixels: ``grid`` takes array indices of what comes out to those of the k-space matrix that went
+in.
 """
 
 from __future__ import annotations
@@ -45,7 +50,8 @@ MAX_CALIBRATION, MIN_CALIBRATION = 24, 8
 
 @dataclass
 class PreparedScan:
-    """k-space (S, N, H, W) scaled, its mask (S, H, W), coil maps (S, N, H, W) of several coils, sigma and its standard error."""
+    """k-space (S, N, H, W) scaled, its mask (S, H, W), coil maps (S, N, H, W) of several coils, sigma and its
+    standard error."""
 
     kspace: np.ndarray
     mask: np.ndarray
@@ -73,15 +79,17 @@ def prepare(
 
     Args:
         scan: what a reader returned.
-        noise_std: per real channel, after scaling if ``noise_scaled``, else in the units of the scan; the coils are then taken for
-            white and are not whitened. Without it, the noise scan decides, or else the corners of k-space.
+        noise_std: per real channel, after scaling if ``noise_scaled``, else in the units of the scan; the
+            coils are then taken for white and are not whitened. Without it, the noise scan decides, or else
+            the corners of k-space.
         noise_scaled: see ``noise_std``.
         compress: number of virtual coils.
         remove_oversampling: crop the readout to its field of view.
         padding: lines of zero padding cut off on each side at most; None: all.
 
     Raises:
-        InputError: NaN, a mask that contradicts the data, nothing measured, or too small a calibration region.
+        InputError: NaN, a mask that contradicts the data, nothing measured, or too small a calibration
+            region.
     """
     notes = list(scan.notes)
     kspace = scan.kspace.astype(np.complex64)
@@ -120,7 +128,8 @@ def prepare(
 
 
 def crop_slices(scan: RawScan) -> RawScan:
-    """A scan that was cut into slices along an oversampled readout, without the slices outside the field of view."""
+    """A scan that was cut into slices along an oversampled readout, without the slices outside the field of
+    view."""
     size = scan.readout_size
     if not scan.sliced_readout or size is None:
         return scan
@@ -151,7 +160,8 @@ def combined_images(ready: PreparedScan) -> np.ndarray:
 def _calibrate(
     kspace: np.ndarray, mask: np.ndarray, maps: np.ndarray | None, origin: str, notes: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Normalised coil maps (S, N, H, W), estimated if there are none, and the slices in which they are not empty."""
+    """Normalised coil maps (S, N, H, W), estimated if there are none, and the slices in which they are not
+    empty."""
     if maps is None:
         maps = estimate_maps(kspace, mask, origin)
         notes.append("coil maps by ESPIRiT")
@@ -184,7 +194,8 @@ def sampled(kspace: np.ndarray, stated: np.ndarray | None, origin: str) -> np.nd
 def _with_signal(
     scan: RawScan, kspace: np.ndarray, mask: np.ndarray, maps: np.ndarray | None, notes: list[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
-    """k-space, mask and maps without the slices that are zero in every coil, and the numbers of those that stay."""
+    """k-space, mask and maps without the slices that are zero in every coil, and the numbers of those that
+    stay."""
     kept = np.flatnonzero(mask.reshape(len(mask), -1).any(axis=1))
     if len(kept) == 0:
         raise InputError(f"{scan.origin}: k-space is all zero")
@@ -263,7 +274,8 @@ def _whiten(
 def _remove_oversampling(
     kspace: np.ndarray, mask: np.ndarray, size: int, notes: list[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Crop the readout's field of view to ``size`` samples; only where every measured line is a full readout."""
+    """Crop the readout's field of view to ``size`` samples; only where every measured line is a full
+    readout."""
     lines = mask.any(axis=1)
     if (mask != lines[:, None]).any():
         notes.append("readout oversampling kept: partial echo")
@@ -278,7 +290,8 @@ def _remove_oversampling(
 def _remove_padding(
     kspace: np.ndarray, mask: np.ndarray, most: int | None, notes: list[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut off outer lines that were never measured around a matrix that is fully sampled, the centre n // 2 kept."""
+    """Cut off outer lines that were never measured around a matrix that is fully sampled, the centre n // 2
+    kept."""
     grid = np.eye(4)
     rows, columns = (np.flatnonzero(mask.any(axis=axes)) for axes in ((0, 2), (0, 1)))
     inner = mask[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -296,7 +309,8 @@ def _remove_padding(
 
 
 def _unpadded(old: int, first: int, last: int, most: int | None) -> int:
-    """The smallest size about the centre that holds lines first to last, at most ``most`` fewer on each side. Even sizes stay even."""
+    """The smallest size about the centre that holds lines first to last, at most ``most`` fewer on each side.
+    Even sizes stay even."""
     for size in range(2 - old % 2, old, 2):
         start = old // 2 - size // 2
         if start <= first and start + size > last and (most is None or start <= most):
@@ -347,8 +361,8 @@ def estimate_maps(kspace: np.ndarray, mask: np.ndarray, origin: str = "coil maps
     width = calibration_width(mask)
     if width < MIN_CALIBRATION:
         raise InputError(
-            f"{origin}: expected a fully sampled centre of k-space of at least {MIN_CALIBRATION} samples a side for ESPIRiT, got "
-            f"{width}; give coil maps instead"
+            f"{origin}: expected a fully sampled centre of k-space of at least {MIN_CALIBRATION} samples a "
+            f"side for ESPIRiT, got {width}; give coil maps instead"
         )
     width = min(width, MAX_CALIBRATION)
     kernel = 6 if width >= 12 else 4

@@ -1,8 +1,9 @@
-"""Raw MR scans in memory: what the readers of fastMRI, ISMRMRD, BART and npz files return, and the transforms they share.
+"""Raw MR scans in memory: what the readers of fastMRI, ISMRMRD, BART and npz files return, and the transforms
+they share.
 
-A ``RawScan`` is Cartesian k-space (S, N, H, W) of S slices and N coils, zero frequency at index n // 2, H the readout; where it was
-sampled; and whatever else the file says (noise readouts, oversampling, geometry). Scans with a second phase-encoding direction are
-transformed along the readout, which makes slices of them.
+A ``RawScan`` is Cartesian k-space (S, N, H, W) of S slices and N coils, zero frequency at index n // 2, H the
+readout; where it was sampled; and whatever else the file says (noise readouts, oversampling, geometry). Scans
+with a second phase-encoding direction are transformed along the readout, which makes slices of them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class Part:
     first: int
     numbers: np.ndarray
     count: int
-    #: array indices (H, W, number) of the whole k-space matrix to RAS millimetres; None: the file does not say
+    #: array indices (H, W, number) of the whole k-space matrix to RAS millimetres; None: the file does not
+    #: say
     affine: np.ndarray | None = None
     #: False when the affine has voxel sizes only
     positioned: bool = True
@@ -30,7 +32,8 @@ class Part:
 
 @dataclass
 class RawScan:
-    """One acquisition. ``noise``: noise readouts (N, n). ``noise_std``: per real channel, in the units of ``kspace``."""
+    """One acquisition. ``noise``: noise readouts (N, n). ``noise_std``: per real channel, in the units of
+    ``kspace``."""
 
     kspace: np.ndarray
     subject: str
@@ -69,7 +72,8 @@ def crop_centre(array: np.ndarray, axis: int, size: int) -> np.ndarray:
 
 
 def slices_along_readout(scan: RawScan, kspace: np.ndarray, mask: np.ndarray) -> RawScan:
-    """3-D k-space (V, N, X, Y, Z) with full readouts as V X slices (Y, Z): the transform along X is a unitary sum of its own.
+    """3-D k-space (V, N, X, Y, Z) with full readouts as V X slices (Y, Z): the transform along X is a unitary
+    sum of its own.
 
     mask: (V, X, Y, Z). The parts of ``scan`` are those of the V volumes, with affines over (x, y, z).
 

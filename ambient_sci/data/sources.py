@@ -1,8 +1,9 @@
 """Where images come from: arrays, npy/npz, pictures, volumes, DICOM, reference files, packaged slices.
 
-Every source becomes an ``ImageSource``: N images (C, H, W) in their natural range that are read lazily, the subject each shows, the
-scale (original = value * scale) and the geometry. 8- and 16-bit pictures and integer arrays are divided by the largest value of their
-type; a volume by its 99.9th percentile; floating-point arrays are left as they are. What a reader left out or guessed is in ``notes``.
+Every source becomes an ``ImageSource``: N images (C, H, W) in their natural range that are read lazily, the
+subject each shows, the scale (original = value * scale) and the geometry. 8- and 16-bit pictures and integer
+arrays are divided by the largest value of their type; a volume by its 99.9th percentile; floating-point
+arrays are left as they are. What a reader left out or guessed is in ``notes``.
 """
 
 from __future__ import annotations
@@ -75,8 +76,9 @@ def open_source(
     """Images from anything this module knows.
 
     Args:
-        source: array or tensor; path of .npy, .npz, .h5 (reference file), a volume (NIfTI and what else nibabel reads), a DICOM file,
-            a picture, a zip or folder of pictures, a folder of volumes or DICOM files; or "brains:train", "brains:test".
+        source: array or tensor; path of .npy, .npz, .h5 (reference file), a volume (NIfTI and what else
+            nibabel reads), a DICOM file, a picture, a zip or folder of pictures, a folder of volumes or DICOM
+            files; or "brains:train", "brains:test".
         size: resize to squares of this many pixels (zero-padded, anti-aliased).
         plane: which slices of volumes are taken: axial, coronal, sagittal.
         min_foreground: those with more foreground than this fraction.
@@ -114,21 +116,24 @@ def open_source(
     if name.endswith((".dcm", ".ima")) or is_dicom(path):
         return stacks.source(read_dicom(path, [path]))
     raise InputError(
-        f"{path}: expected .npy, .npz, .h5, a volume (.nii, .nii.gz, .mgz, .mnc, .par, .hdr), DICOM, a picture, a zip, or a "
+        f"{path}: expected .npy, .npz, .h5, a volume (.nii, .nii.gz, .mgz, .mnc, .par, .hdr), DICOM, a "
+        "picture, a zip, or a "
         "folder of pictures or volumes"
     )
 
 
 def _from_folder(path: Path, stacks: _Stacks) -> ImageSource:
-    """Volumes, or else DICOM, or else pictures. Of pictures beside volumes or DICOM it is said that they are left out."""
+    """Volumes, or else DICOM, or else pictures. Of pictures beside volumes or DICOM it is said that they are
+    left out."""
     files = sorted(p for p in path.rglob("*") if not p.is_dir())
     seen = [p for p in files if not hidden(str(p.relative_to(path)))]
     volumes = [p for p in seen if is_volume(p)]
-    dicom = [p for p in seen if p not in set(volumes) and is_dicom(p)]
-    damaged = [p for p in seen if p not in set(dicom) and p.name.lower().endswith((".dcm", ".ima"))]
+    dicom = [p for p in seen if not is_volume(p) and not p.name.lower().endswith(PICTURES) and is_dicom(p)]
+    damaged = sorted({p for p in seen if p.name.lower().endswith((".dcm", ".ima"))} - set(dicom))
     if volumes and dicom:
         raise InputError(
-            f"{path}: {len(volumes)} volumes ({volumes[0].name}) and {len(dicom)} DICOM files ({dicom[0].name}); import them separately"
+            f"{path}: {len(volumes)} volumes ({volumes[0].name}) and {len(dicom)} DICOM files "
+            f"({dicom[0].name}); import them separately"
         )
     if volumes:
         taken, sets = volumes, _each_volume(path, volumes)
@@ -145,7 +150,7 @@ def _from_folder(path: Path, stacks: _Stacks) -> ImageSource:
         set(seen) - set(taken) - {p for p in seen if p.name.lower().endswith(values) and p.stem in partners}
     )
     broken = [str(p.relative_to(path)) for p in damaged]
-    rest = sorted(str(p.relative_to(path)) for p in others if p not in set(damaged))
+    rest = sorted(str(p.relative_to(path)) for p in others - set(damaged))
     found = stacks.source(sets)
     if broken:
         say(
@@ -182,7 +187,8 @@ def _resized(source: ImageSource, size: int | None) -> ImageSource:
 
 
 def _unit_range(dtype: np.dtype) -> float:
-    """What a stored value is divided by: the largest value of an unsigned integer type, 1 for anything else."""
+    """What a stored value is divided by: the largest value of an unsigned integer type, 1 for anything
+    else."""
     return float(np.iinfo(dtype).max) if dtype.kind == "u" else 1.0
 
 
@@ -251,8 +257,10 @@ def _read_pictures(pictures: PictureSet, rows: np.ndarray, size: int | None) -> 
         alike = one.largest == first.largest and len(one.values) == len(first.values)
         if not alike or (size is None and one.values.shape != first.values.shape):
             raise InputError(
-                f"{pictures.path}: mixed pictures, {pictures.names[0]} is {first.values.shape} of {first.largest:g} and "
-                f"{pictures.names[row]} {one.values.shape} of {one.largest:g} grey levels; resize or sort them first"
+                f"{pictures.path}: mixed pictures, {pictures.names[0]} is {first.values.shape} of "
+                f"{first.largest:g} and "
+                f"{pictures.names[row]} {one.values.shape} of {one.largest:g} grey levels; resize or sort "
+                "them first"
             )
         lossy = "compressed with loss (JPEG, WebP): the noise is not white"
         if one.lossy and lossy not in pictures.notes:
@@ -266,7 +274,8 @@ def _read_pictures(pictures: PictureSet, rows: np.ndarray, size: int | None) -> 
 
 
 class _Stacks:
-    """Slices of volumes and frames, collected into one source; each volume is scaled by its own 99.9th percentile."""
+    """Slices of volumes and frames, collected into one source; each volume is scaled by its own 99.9th
+    percentile."""
 
     def __init__(self, origin: str, plane: str, min_foreground: float, size: int | None):
         self.origin, self.plane, self.min_foreground, self.size = origin, plane, min_foreground, size
@@ -313,7 +322,8 @@ class _Stacks:
         if volume.present is not None and SLICE_AXES[self.plane] != volume.axis:
             own = next(plane for plane, axis in SLICE_AXES.items() if axis == volume.axis)
             raise InputError(
-                f"{self.origin}: slices of {volume.name} are missing, so only the plane they were acquired in has whole images; "
+                f"{self.origin}: slices of {volume.name} are missing, so only the plane they were acquired "
+                "in has whole images; "
                 f"give plane {own}"
             )
         stack, numbers = slices(volume.values, self.plane, self.min_foreground)

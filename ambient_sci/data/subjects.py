@@ -16,8 +16,9 @@ def stem(name: str) -> str:
 def subjects_of(names: Sequence[str]) -> list[str]:
     """The subject of each file, by names relative to their common folder.
 
-    BIDS names (sub-X_...) say it themselves. Files in several folders are of the person whose folder that is: the first folder below
-    the one that all files share; everything below it is of that person. Files of one folder are a person each.
+    BIDS names (sub-X_...) say it themselves. Files in several folders are of the person whose folder that is:
+    the first folder below the one that all files share; everything below it is of that person. Files of one
+    folder are a person each.
     """
     bids = [re.match(r"(sub-[A-Za-z0-9]+)(_|$|\.)", PurePath(n).name) for n in names]
     if names and all(bids):

@@ -1,7 +1,7 @@
 """numpy files and arrays: which axis is what, and what an npz holds.
 
-Images are (N, C, H, W), (N, H, W), (N, H, W, C), (H, W) or (H, W, C) of C = 1 or 3. A shape that has two sensible readings is refused
-with the one that was tried; (N, 1, H, W) is never ambiguous.
+Images are (N, C, H, W), (N, H, W), (N, H, W, C), (H, W) or (H, W, C) of C = 1 or 3. A shape that has two
+sensible readings is refused with the one that was tried; (N, 1, H, W) is never ambiguous.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _WAY_OUT = "give (N, C, H, W), for grey images (N, 1, H, W)"
 
 
 def as_array(source: Any, name: str) -> np.ndarray:
-    """Numbers from anything array-like. bfloat16 and float8 tensors become float32; masked arrays are refused."""
+    """Numbers from anything array-like. bfloat16 and float8 tensors become float32; masked arrays are
+    refused."""
     if isinstance(source, Tensor):
         if source.is_quantized or source.layout.__str__() != "torch.strided":
             raise InputError(f"{name}: expected a dense tensor, got {source.layout}")
@@ -61,7 +62,8 @@ def _complex(array: np.ndarray, origin: str) -> tuple[np.ndarray, str | None]:
         array = array[:, 0]
     if array.ndim == 4:
         raise InputError(
-            f"{origin}: expected complex images (N, H, W), got {array.shape}; are these coils? combine them first"
+            f"{origin}: expected complex images (N, H, W), got {array.shape}; are these coils? combine "
+            "them first"
         )
     array = array[None] if array.ndim == 2 else _three_axes(array, origin)[0][:, 0]
     return complex_to_channels(array).numpy(), None
@@ -106,7 +108,8 @@ def _four_axes(array: np.ndarray, origin: str) -> tuple[np.ndarray, str | None]:
 
 
 def load_npy(path: Path, what: str = "numpy file") -> np.ndarray:
-    """An .npy file. InputError for a damaged or foreign one, objects, or a header that claims more than the file holds."""
+    """An .npy file. InputError for a damaged or foreign one, objects, or a header that claims more than the
+    file holds."""
     stored = check_regular(path)
     with reading(path, what), path.open("rb") as file:
         version = np.lib.format.read_magic(file)
@@ -139,7 +142,8 @@ def load_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def image_arrays(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The images of an .npy or .npz file (key "images"), with subjects, mask and noise_std where it has them; and notes."""
+    """The images of an .npy or .npz file (key "images"), with subjects, mask and noise_std where it has them;
+    and notes."""
     if path.suffix.lower() == ".npy":
         return {"images": to_numpy(load_npy(path), str(path))}, []
     arrays = load_npz(path)
@@ -179,16 +183,19 @@ def read_npz_scan(path: Path) -> RawScan:
     kspace = to_numpy(content["kspace"], f"{path}: kspace")
     if kspace.dtype.kind != "c" or kspace.ndim not in (3, 4) or kspace.size == 0:
         raise InputError(
-            f"{path}: expected complex kspace (slices, coils, H, W) or (slices, H, W), got {kspace.dtype} {kspace.shape}"
+            f"{path}: expected complex kspace (slices, coils, H, W) or (slices, H, W), got {kspace.dtype} "
+            f"{kspace.shape}"
         )
     maps = None if "coil_maps" not in content else to_numpy(content["coil_maps"], f"{path}: coil_maps")
     if kspace.ndim == 3 and maps is not None and maps.shape == kspace.shape and len(kspace) > 1:
         raise InputError(
-            f"{path}: kspace {kspace.shape} is read as (slices, H, W), but coil_maps has these axes as (coils, H, W)"
+            f"{path}: kspace {kspace.shape} is read as (slices, H, W), but coil_maps has these axes as "
+            "(coils, H, W)"
         )
     if kspace.ndim == 4 and kspace.shape[-1] < min(16, *kspace.shape[1:3]):
         raise InputError(
-            f"{path}: kspace {kspace.shape} is read as (slices, coils, H, W), a width of {kspace.shape[-1]}; are the coils last?"
+            f"{path}: kspace {kspace.shape} is read as (slices, coils, H, W), a width of "
+            f"{kspace.shape[-1]}; are the coils last?"
         )
     kspace = kspace if kspace.ndim == 4 else kspace[:, None]
     levels = stated_noise(content, path, 1)

@@ -1,4 +1,5 @@
-"""BART arrays (Uecker et al., 2015): NAME.hdr with dimensions, NAME.cfl with complex64 values in Fortran order."""
+"""BART arrays (Uecker et al., 2015): NAME.hdr with dimensions, NAME.cfl with complex64 values in Fortran
+order."""
 
 from __future__ import annotations
 

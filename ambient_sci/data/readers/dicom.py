@@ -1,8 +1,10 @@
-"""DICOM: series as volumes, placed by the position and orientation of each image; images without a position as pictures.
+"""DICOM: series as volumes, placed by the position and orientation of each image; images without a position
+as pictures.
 
-A volume's slices lie where ImagePositionPatient says (of a frame: its plane position; of a dose grid: its frame offsets), in RAS
-millimetres. Several images at one position are told apart by echo, time point, b-value and the like, and become volumes of their own.
-A series that is no volume is left out, with a warning, when there are others; alone it is refused.
+A volume's slices lie where ImagePositionPatient says (of a frame: its plane position; of a dose grid: its
+frame offsets), in RAS millimetres. Several images at one position are told apart by echo, time point, b-value
+and the like, and become volumes of their own. A series that is no volume is left out, with a warning, when
+there are others; alone it is refused.
 """
 
 from __future__ import annotations
@@ -190,7 +192,8 @@ def _read_series(files: list[tuple[Path, Any]], subject: str) -> list[Volume | F
 
 
 def _without_copies(files: list[tuple[Path, Any]], notes: list[str]) -> list[tuple[Path, Any]]:
-    """Files of different SOP instances: copies of one file count once, different images of one UID are refused."""
+    """Files of different SOP instances: copies of one file count once, different images of one UID are
+    refused."""
     seen: dict[str, Path] = {}
     chosen = []
     for path, header in files:
@@ -240,7 +243,8 @@ def _frame_position(
     frames: int,
     path: Path,
 ) -> np.ndarray | None:
-    """Where a frame of a dose grid lies: offsets (from the first frame) along the normal. Without offsets nobody says."""
+    """Where a frame of a dose grid lies: offsets (from the first frame) along the normal. Without offsets
+    nobody says."""
     if position is None or axes is None or offsets is None:
         return None
     if len(offsets) != frames:
@@ -266,7 +270,8 @@ def _flat(item: Any) -> dict[str, Any]:
 def _numbers(
     header: Any, groups: dict[str, Any], name: str, path: Path, count: int | None
 ) -> np.ndarray | None:
-    """An attribute of several numbers, None when it is absent or empty. InputError when it is something else."""
+    """An attribute of several numbers, None when it is absent or empty. InputError when it is something
+    else."""
     with reading(path, f"DICOM file, {name}"):
         value = groups.get(name, header.get(name))
         numbers = None if value is None or value == "" else np.atleast_1d(np.array(value, dtype=np.float64))
@@ -303,7 +308,8 @@ def _groups(images: list[_Image], subject: str, notes: list[str]) -> list[tuple[
                 for key, g in groups.items()
             ]
     raise InputError(
-        f"{first.path}: several images at one position (echoes or time points?), and nothing in the headers tells them apart"
+        f"{first.path}: several images at one position (echoes or time points?), and nothing in the "
+        "headers tells them apart"
     )
 
 
@@ -372,7 +378,8 @@ def _thickness(image: _Image, count: int, notes: list[str]) -> float:
 
 
 def _values(images: list[_Image], notes: list[str]) -> list[np.ndarray]:
-    """The values of each image, (rows, columns) or (rows, columns, 3), in its units. A file is decoded once."""
+    """The values of each image, (rows, columns) or (rows, columns, 3), in its units. A file is decoded
+    once."""
     import pydicom
 
     found: dict[int, np.ndarray] = {}

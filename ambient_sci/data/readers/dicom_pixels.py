@@ -1,6 +1,7 @@
 """What the values of a DICOM image mean: stored bits, palettes, inverted grey, rescaling, padding.
 
-    value = slope * stored + intercept        or the modality look-up table; MONOCHROME1: stored is counted from the top
+    value = slope * stored + intercept        or the modality look-up table; MONOCHROME1: stored is counted
+    from the top
 
 Windows and other look-up tables are for display and are not applied.
 """
@@ -29,7 +30,8 @@ def _photometric(header: Any) -> str:
 
 
 def decode(header: Any, path: Path) -> np.ndarray:
-    """Stored values of every frame, (F, rows, columns) or (F, rows, columns, 3): grey counted upwards, palettes looked up, YBR as RGB.
+    """Stored values of every frame, (F, rows, columns) or (F, rows, columns, 3): grey counted upwards,
+    palettes looked up, YBR as RGB.
 
     Raises: InputError for pixels that cannot be decoded, or whose meaning is not known.
     """
@@ -106,7 +108,8 @@ def _from_the_top(pixels: np.ndarray, bits: int, path: Path) -> np.ndarray:
 
 
 def rescaled(stored: np.ndarray, header: Any, groups: dict[str, Any], path: Path) -> np.ndarray:
-    """Stored values of one frame in the units of its modality, float64. ``groups``: functional groups of the frame.
+    """Stored values of one frame in the units of its modality, float64. ``groups``: functional groups of the
+    frame.
 
     Raises: InputError for a slope that is zero or not finite.
     """
@@ -122,7 +125,8 @@ def rescaled(stored: np.ndarray, header: Any, groups: dict[str, Any], path: Path
         )
     if slope == 0 or not np.isfinite([slope, intercept]).all():
         raise InputError(
-            f"{path}: expected a finite RescaleSlope that is not 0, got slope {slope:g}, intercept {intercept:g}"
+            f"{path}: expected a finite RescaleSlope that is not 0, got slope {slope:g}, intercept "
+            f"{intercept:g}"
         )
     return stored * slope + intercept
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+import h5py
 import numpy as np
 
 from ambient_sci.data.raw import Part, RawScan
@@ -12,12 +12,14 @@ from ambient_sci.data.readers.guard import hdf5_array, hdf5_member, one_line, op
 from ambient_sci.data.readers.ismrmrd_header import parse_header
 from ambient_sci.errors import InputError
 
-#: What published files hold besides k-space, and what is read of it: nothing, reconstructions are not measurements.
+#: What published files hold besides k-space, and what is read of it: nothing, reconstructions are not
+#: measurements.
 _RECONSTRUCTIONS = ("reconstruction_rss", "reconstruction_esc")
 
 
 def read_fastmri(path: Path) -> RawScan:
-    """A fastMRI file: ``kspace`` (S, N, H, W) or (S, H, W), ``ismrmrd_header``, and ``mask`` (W,) of test files.
+    """A fastMRI file: ``kspace`` (S, N, H, W) or (S, H, W), ``ismrmrd_header``, and ``mask`` (W,) of test
+    files.
 
     Raises: InputError for missing keys, real k-space, or an order of axes that contradicts the header.
     """
@@ -50,7 +52,8 @@ def _geometry(scan: RawScan, stated: np.ndarray, path: Path) -> None:
     encoding = header.encodings[0]
     if scan.kspace.shape[-2] != encoding.encoded[0]:
         raise InputError(
-            f"{path}: expected the readout of {encoding.encoded[0]} samples on axis -2 of kspace, got shape {scan.kspace.shape}; "
+            f"{path}: expected the readout of {encoding.encoded[0]} samples on axis -2 of kspace, got "
+            f"shape {scan.kspace.shape}; "
             "is the order of axes (slices, coils, readout, phase)?"
         )
     if encoding.trajectory != "cartesian":
@@ -72,7 +75,8 @@ def _columns(mask: np.ndarray, shape: tuple[int, ...], path: Path) -> np.ndarray
 
 
 def common_padding(paths: list[Path]) -> int | None:
-    """Zero columns that the publisher added on each side in all of several fully sampled files: the fewest; None if one has a mask.
+    """Zero columns that the publisher added on each side in all of several fully sampled files: the fewest;
+    None if one has a mask.
 
     Only one slice of each file is read.
     """
@@ -81,10 +85,10 @@ def common_padding(paths: list[Path]) -> int | None:
         with open_hdf5(path, "fastMRI file") as file:
             if "mask" in file:
                 return None
-            kspace: Any = hdf5_member(file, "kspace", path)
-            shape: tuple[int, ...] = getattr(kspace, "shape", ())
-            if len(shape) not in (3, 4) or 0 in shape:
+            kspace = hdf5_member(file, "kspace", path)
+            if not isinstance(kspace, h5py.Dataset) or kspace.ndim not in (3, 4) or kspace.size == 0:
                 return None
+            shape = kspace.shape
             with reading(path, "fastMRI file"):
                 middle = np.asarray(kspace[shape[0] // 2]).reshape(-1, shape[-1]).any(axis=0)
         filled = np.flatnonzero(middle)

@@ -2,11 +2,14 @@
 
 A readout is placed by what its header says, never by its number in the file:
 
-- along the readout by ``center_sample``, after ``discard_pre`` and ``discard_post`` samples are taken off and reversed lines turned;
+- along the readout by ``center_sample``, after ``discard_pre`` and ``discard_post`` samples are taken off and
+reversed lines turned;
 - along the phase encodings by ``idx.kspace_encode_step_1, _2`` and the centre of the encoding limits;
-- in the volume by ``position`` and the directions of its slice; each contrast, phase, repetition and set is a volume of its own.
+- in the volume by ``position`` and the directions of its slice; each contrast, phase, repetition and set is a
+volume of its own.
 
-Lines of one ``average`` index after another are averaged, all lines the same number of times, so that the noise stays white.
+Lines of one ``average`` index after another are averaged, all lines the same number of times, so that the
+noise stays white.
 """
 
 from __future__ import annotations
@@ -19,17 +22,19 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ambient_sci.data.geometry import LPS_TO_RAS, places
-from ambient_sci.data.raw import Part, RawScan, slices_along_readout
+from ambient_sci.data.raw import RawScan, slices_along_readout
 from ambient_sci.data.readers.guard import (
     check_claim,
+    check_lengths,
     hdf5_array,
     hdf5_member,
     listed,
     naming,
     open_hdf5,
+    reading,
     say,
 )
+from ambient_sci.data.readers.ismrmrd_geometry import VOLUMES, parts_of
 from ambient_sci.data.readers.ismrmrd_header import Encoding, Header, parse_header
 from ambient_sci.errors import InputError
 
@@ -47,25 +52,28 @@ _NOT_IMAGING = {
 }
 _COMPRESSED = (53, 54, 55, 56)
 _SEPARATE_CALIBRATION = ("separate", "external")
-#: Indices that make volumes of their own.
-_VOLUMES = ("contrast", "phase", "repetition", "set")
-_DIRECTIONS = ("read_dir", "phase_dir", "slice_dir")
 
 
 def read_ismrmrd(path: Path) -> RawScan:
     """A Cartesian ISMRMRD file.
 
-    Raises: InputError for other trajectories, several data sets, compressed or contradictory acquisitions, and damaged files.
+    Raises: InputError for other trajectories, several data sets, compressed or contradictory acquisitions,
+        and damaged files.
     """
     header, records = _load(path)
+    # A damaged file may have fields of any type and shape, so any look at one may fail.
+    with reading(path, "ISMRMRD file"), naming(path):
+        return _scan(header, records, path)
+
+
+def _scan(header: Header, records: np.ndarray, path: Path) -> RawScan:
     heads = records["head"]
     notes: list[str] = []
     noise = _flagged(heads, _NOISE)
     imaging = _imaging(heads, noise, header, path, notes)
     encoding = header.encodings[int(heads["encoding_space_ref"][imaging][0])]
     _check_alike(heads[imaging], encoding, path)
-    with naming(path):
-        scan = _sort(records[imaging], encoding, header, path, notes)
+    scan = _sort(records[imaging], encoding, header, path, notes)
     if noise.any():
         scan.noise = _noise_readouts(records[noise], heads[imaging][0], header, path) / math.sqrt(
             scan.averages
@@ -86,6 +94,9 @@ def _load(path: Path) -> tuple[Header, np.ndarray]:
         text = np.atleast_1d(np.asarray(hdf5_array(groups[0], "xml", path)))
         header = parse_header(text[0] if text.size else b"", str(path))
         _check_encodings(header, path)
+        data = hdf5_member(groups[0], "data", path)
+        if isinstance(data, h5py.Dataset):
+            check_lengths(data, path)
         records = hdf5_array(groups[0], "data", path)
         assert records is not None
         fields = records.dtype.names or ()
@@ -135,7 +146,8 @@ def _imaging(
         say(
             notes,
             path,
-            f"{int(other.sum())} acquisitions of encoding space {listed(sorted(set(spaces[other])))} left out, "
+            f"{int(other.sum())} acquisitions of encoding space {listed(sorted(set(spaces[other])))} left "
+            "out, "
             f"the image is that of encoding space {first}",
         )
     return imaging & ~other
@@ -164,7 +176,8 @@ def _check_alike(heads: np.ndarray, encoding: Encoding, path: Path) -> None:
 
 
 def _readout(record: Any, path: Path) -> np.ndarray:
-    """One acquisition's samples (coils, samples) complex64, in the order of acquisition, discarded ones taken off."""
+    """One acquisition's samples (coils, samples) complex64, in the order of acquisition, discarded ones taken
+    off."""
     head = record["head"]
     coils, samples = int(head["active_channels"]), int(head["number_of_samples"])
     data = np.ascontiguousarray(record["data"], np.float32)
@@ -209,8 +222,8 @@ class _Readouts:
 def _place_readouts(records: np.ndarray, columns: int, path: Path) -> _Readouts:
     """Every line in order of increasing k, its start from ``center_sample``.
 
-    Writers count the centre of a reversed line either as it was acquired or as it lies after turning. The count is taken that fits
-    the matrix and, if both do, that of the lines that are not reversed.
+    Writers count the centre of a reversed line either as it was acquired or as it lies after turning. The
+    count is taken that fits the matrix and, if both do, that of the lines that are not reversed.
     """
     heads = records["head"]
     reverse = _flagged(heads, _REVERSE)
@@ -225,7 +238,8 @@ def _place_readouts(records: np.ndarray, columns: int, path: Path) -> _Readouts:
         chosen = option if len(option) == 1 else [s for s in option if s in forward]
         if len(chosen) != 1:
             raise InputError(
-                f"{path}: a reversed readout of {samples[k].shape[1]} samples with center_sample {int(heads['center_sample'][k])} "
+                f"{path}: a reversed readout of {samples[k].shape[1]} samples with center_sample "
+                f"{int(heads['center_sample'][k])} "
                 f"may start at {option} of {columns}; it cannot be placed"
             )
         starts[k] = chosen[0]
@@ -237,21 +251,25 @@ def _starts(head: Any, count: int, backwards: bool, columns: int, path: Path) ->
     pre, post = int(head["discard_pre"]), int(head["discard_post"])
     stated = int(head["center_sample"])
     if stated == 0 and count < columns:
-        # 0 is what writers leave that do not state it; taken at its word it is a readout that begins at the centre.
+        # 0 is what writers leave that do not state it; taken at its word it is a readout that begins at the
+        # centre.
         raise InputError(
-            f"{path}: center_sample 0 in a readout of {count} samples for a matrix of {columns}; it cannot be placed"
+            f"{path}: center_sample 0 in a readout of {count} samples for a matrix of {columns}; it cannot "
+            "be placed"
         )
     if stated == 0:
         centres = {count // 2}
     elif backwards:
-        # Counted as acquired: the centre from the other end. Counted after turning: as it is, less what was cut in front of it.
+        # Counted as acquired: the centre from the other end. Counted after turning: as it is, less what was
+        # cut in front of it.
         centres = {count - 1 - (stated - pre), stated - post}
     else:
         centres = {stated - pre}
     starts = sorted({columns // 2 - c for c in centres if 0 <= columns // 2 - c <= columns - count})
     if not starts:
         raise InputError(
-            f"{path}: an acquisition of {count} samples with center_sample {stated} (discard_pre {pre}) lies outside the "
+            f"{path}: an acquisition of {count} samples with center_sample {stated} (discard_pre {pre}) "
+            "lies outside the "
             f"encoded matrix of {columns}"
         )
     return starts
@@ -264,7 +282,7 @@ def _sort(records: np.ndarray, encoding: Encoding, header: Header, path: Path, n
     """Every line at its place: volumes (contrast, phase, repetition, set), in them slices, in those lines."""
     heads = records["head"]
     idx = heads["idx"]
-    keys = np.stack([idx[k].astype(np.int64) for k in (*_VOLUMES, "slice")], axis=1)
+    keys = np.stack([idx[k].astype(np.int64) for k in (*VOLUMES, "slice")], axis=1)
     slices, number = np.unique(keys, axis=0, return_inverse=True)
     number = number.ravel()
     columns, height, depth = encoding.encoded
@@ -274,7 +292,8 @@ def _sort(records: np.ndarray, encoding: Encoding, header: Header, path: Path, n
     if outside.any():
         k = int(np.argmax(outside))
         raise InputError(
-            f"{path}: an acquisition at line {line[k]}, partition {plane[k]} lies outside the encoded matrix {encoding.encoded}"
+            f"{path}: an acquisition at line {line[k]}, partition {plane[k]} lies outside the encoded "
+            f"matrix {encoding.encoded}"
         )
     readouts = _place_readouts(records, columns, path)
     coils = len(readouts.samples[0])
@@ -295,7 +314,7 @@ def _sort(records: np.ndarray, encoding: Encoding, header: Header, path: Path, n
     kspace /= float(times[0])
     scan = RawScan(kspace[..., 0], header.patient or path.stem, str(path), readout_size=encoding.readout_size)
     scan.averages, scan.notes = int(times[0]), notes
-    parts = _parts(heads, slices, number, encoding, path, notes)
+    parts = parts_of(heads, slices, number, encoding, path, notes)
     mask = count > 0
     if depth > 1:
         # A slab is a volume by itself.
@@ -306,17 +325,19 @@ def _sort(records: np.ndarray, encoding: Encoding, header: Header, path: Path, n
 
 
 def _equally_often(heads: np.ndarray, keys: np.ndarray, path: Path, notes: list[str]) -> np.ndarray:
-    """Which lines are used (bool), so that each place is measured equally often: imaging lines before lines of a calibration, earlier
-    ones before later ones.
+    """Which lines are used (bool), so that each place is measured equally often: imaging lines before lines
+    of a calibration, earlier ones before later ones.
 
-    Raises: InputError when lines at one place differ in ``segment`` or ``user`` indices: they may be different things.
+    Raises: InputError when lines at one place differ in ``segment`` or ``user`` indices: they may be
+        different things.
     """
     calibration = _flagged(heads, _CALIBRATION) & ~_flagged(heads, _CALIBRATION_AND_IMAGING)
     order = np.lexsort((np.arange(len(keys)), calibration, *keys.T[::-1]))
     same = np.r_[False, (np.diff(keys[order], axis=0) == 0).all(axis=1)]
     start = np.flatnonzero(~same)
     rank = np.arange(len(order)) - np.repeat(start, np.diff(np.r_[start, len(order)]))
-    # Lines of a calibration beside imaging ones of the same place are the same line acquired for another purpose.
+    # Lines of a calibration beside imaging ones of the same place are the same line acquired for another
+    # purpose.
     images_there = np.repeat(~calibration[order][start], np.diff(np.r_[start, len(order)]))
     again = calibration[order] & images_there
     totals = np.add.reduceat(~again, start)
@@ -329,7 +350,8 @@ def _equally_often(heads: np.ndarray, keys: np.ndarray, path: Path, notes: list[
         say(
             notes,
             path,
-            f"{int((~used).sum())} of {len(used)} lines were measured again (reference lines, further averages) and are left out: "
+            f"{int((~used).sum())} of {len(used)} lines were measured again (reference lines, further "
+            "averages) and are left out: "
             f"every line is used {least} times",
         )
     return used
@@ -347,90 +369,3 @@ def _check_repeats(
             raise InputError(
                 f"{path}: lines at one place differ in idx.{name}; it is unknown whether they may be averaged"
             )
-
-
-# -- geometry
-
-
-def _parts(
-    heads: np.ndarray,
-    slices: np.ndarray,
-    number: np.ndarray,
-    encoding: Encoding,
-    path: Path,
-    notes: list[str],
-) -> list[Part]:
-    """The volumes of the sorted slices, their affines over (readout, phase, slice) of the encoded matrix."""
-    first = np.array([np.flatnonzero(number == s)[0] for s in range(len(slices))])
-    positions = heads["position"][first].astype(np.float64)
-    directions = np.stack([heads[name][first] for name in _DIRECTIONS], axis=2).astype(np.float64)
-    _check_slices(heads, number, first, path)
-    varying = [n for n in range(len(_VOLUMES)) if len(np.unique(slices[:, n])) > 1]
-    parts: list[Part] = []
-    for key in np.unique(slices[:, :-1], axis=0):
-        rows = np.flatnonzero((slices[:, :-1] == key).all(axis=1))
-        name = "".join(f"_{_VOLUMES[n]}{key[n]}" for n in varying)
-        parts += _volume_parts(rows, positions, directions, encoding, name, path, notes)
-    if varying:
-        notes.append(f"volumes by {', '.join(_VOLUMES[n] for n in varying)}")
-    return parts
-
-
-def _check_slices(heads: np.ndarray, number: np.ndarray, first: np.ndarray, path: Path) -> None:
-    """Every line of a slice lies in the same plane."""
-    for name in ("position", *_DIRECTIONS):
-        difference = np.abs(heads[name] - heads[name][first][number]).max()
-        if not difference <= (1e-2 if name == "position" else 1e-3):
-            raise InputError(
-                f"{path}: lines of one slice differ in {name} by {difference:.4g}; the slice has no one place"
-            )
-
-
-def _volume_parts(
-    rows: np.ndarray,
-    positions: np.ndarray,
-    directions: np.ndarray,
-    encoding: Encoding,
-    name: str,
-    path: Path,
-    notes: list[str],
-) -> list[Part]:
-    """One volume, or one a slice when the slices are no stack (3-D slabs, fans, uneven gaps)."""
-    axes = directions[rows]
-    first = int(rows[0])
-    numbers = np.arange(len(rows))
-    if not axes.any():
-        notes.append("no directions stated: positions unknown")
-        affine = np.diag([*encoding.voxel, 1.0])
-        return [Part(first, numbers, len(rows), affine, False, name)]
-    gram = axes[0].T @ axes[0]
-    if np.abs(gram - np.eye(3)).max() > 1e-2:
-        raise InputError(f"{path}: read_dir, phase_dir and slice_dir are not orthonormal")
-    slabs = encoding.encoded[2] > 1
-    if not slabs and np.abs(axes - axes[0]).max() < 1e-4:
-        try:
-            found = places(positions[rows], axes[0][:, 2], encoding.voxel[2])
-        except InputError as error:
-            say(notes, path, f"{error}: each slice is a volume of its own")
-        else:
-            affine = _affine(axes[0], found.origin, found.step, encoding)
-            if found.missing:
-                say(notes, path, f"{found.missing} of {found.count} slices of the stack are not in the file")
-            return [Part(first, found.numbers, found.count, affine, True, name)]
-    parts = []
-    for k, row in enumerate(rows):
-        affine = _affine(axes[k], positions[row], axes[k][:, 2] * encoding.voxel[2], encoding)
-        suffix = name if len(rows) == 1 else f"{name}_slice{k}"
-        parts.append(Part(int(row), np.zeros(1, np.int64), 1, affine, True, suffix))
-    return parts
-
-
-def _affine(axes: np.ndarray, position: np.ndarray, step: np.ndarray, encoding: Encoding) -> np.ndarray:
-    """RAS affine of one stack: ``position`` is the centre of the encoded field of view, at index n // 2 of each encoded axis."""
-    columns, height, depth = encoding.encoded
-    affine = np.eye(4)
-    affine[:3, 0] = axes[:, 0] * encoding.voxel[0]
-    affine[:3, 1] = axes[:, 1] * encoding.voxel[1]
-    affine[:3, 2] = step
-    affine[:3, 3] = position - affine[:3, :3] @ np.array([columns // 2, height // 2, depth // 2])
-    return LPS_TO_RAS @ affine

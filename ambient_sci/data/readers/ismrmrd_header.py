@@ -1,4 +1,5 @@
-"""The XML header of ISMRMRD (Inati et al., 2017), as fastMRI files carry it, too: encodings, sizes, fields of view, limits."""
+"""The XML header of ISMRMRD (Inati et al., 2017), as fastMRI files carry it, too: encodings, sizes, fields of
+view, limits."""
 
 from __future__ import annotations
 
@@ -78,7 +79,8 @@ class _Node:
             value = math.nan
         if not 0 <= value <= most:
             raise InputError(
-                f"{self.origin}: expected a number from 0 to {most:g} for {path} in the ISMRMRD header, got {one_line(text, 40)!r}"
+                f"{self.origin}: expected a number from 0 to {most:g} for {path} in the ISMRMRD header, "
+                f"got {one_line(text, 40)!r}"
             )
         return value
 

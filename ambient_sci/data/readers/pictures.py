@@ -1,8 +1,9 @@
 """Pictures (PNG, JPEG, TIFF, GIF, WebP, BMP, PGM and the like), one at a time, folders and zips of them.
 
-Every mode is read exactly or refused: grey, bilevel, RGB and palettes of 8 bits, grey of 16 bits, 32-bit integers and floats. Alpha is
-taken off when it is opaque everywhere. What Pillow would reduce to 8 bits (RGB of 16 bits) is refused, as are CMYK, Lab and the like.
-Pages of a TIFF and frames of an animation are images of their own. EXIF orientation is applied. Colour profiles and gamma are not.
+Every mode is read exactly or refused: grey, bilevel, RGB and palettes of 8 bits, grey of 16 bits, 32-bit
+integers and floats. Alpha is taken off when it is opaque everywhere. What Pillow would reduce to 8 bits (RGB
+of 16 bits) is refused, as are CMYK, Lab and the like. Pages of a TIFF and frames of an animation are images
+of their own. EXIF orientation is applied. Colour profiles and gamma are not.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ _SUBFILE, _BITS, _PHOTOMETRIC, _DESCRIPTION = 254, 258, 262, 270
 
 @dataclass(frozen=True)
 class Picture:
-    """One image (C, H, W), the largest value of its type (1: values are left as they are), and whether it was compressed with loss."""
+    """One image (C, H, W), the largest value of its type (1: values are left as they are), and whether it was
+    compressed with loss."""
 
     values: np.ndarray
     largest: float
@@ -139,7 +141,8 @@ def _check_exact(picture: Any, data: bytes, name: str, page: int) -> None:
     bits = tuple(np.atleast_1d(tags.get(_BITS, 1)).tolist())
     if len(bits) > 1 and max(bits) > 8:
         raise InputError(
-            f"{name}: page {page} is a TIFF of {max(bits)}-bit colour, which would be cut to 8 bits; save it as .npy"
+            f"{name}: page {page} is a TIFF of {max(bits)}-bit colour, which would be cut to 8 bits; save "
+            "it as .npy"
         )
     if max(bits) > 8 and tags.get(_PHOTOMETRIC) == 0:
         raise InputError(
@@ -149,7 +152,8 @@ def _check_exact(picture: Any, data: bytes, name: str, page: int) -> None:
     pages = [line[7:] for line in description.splitlines() if line.startswith("images=")]
     if description.startswith("ImageJ=") and pages and pages[0] != str(picture.n_frames):
         raise InputError(
-            f"{name}: an ImageJ stack of {one_line(pages[0], 20)} images in {picture.n_frames} pages; save it as .npy"
+            f"{name}: an ImageJ stack of {one_line(pages[0], 20)} images in {picture.n_frames} pages; save "
+            "it as .npy"
         )
 
 

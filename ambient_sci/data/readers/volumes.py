@@ -1,7 +1,9 @@
-"""Volumes through nibabel: NIfTI-1 and -2, Analyze, FreeSurfer MGH, MINC, AFNI, PAR/REC. Axes become RAS, lengths millimetres.
+"""Volumes through nibabel: NIfTI-1 and -2, Analyze, FreeSurfer MGH, MINC, AFNI, PAR/REC. Axes become RAS,
+lengths millimetres.
 
-What the header says about values and places is used: slope and intercept, sform or qform, voxel sizes and their unit. Time points,
-echoes and the like (a fourth axis) are volumes of their own. What is no image (CIFTI, vectors, meshes, colours) is refused.
+What the header says about values and places is used: slope and intercept, sform or qform, voxel sizes and
+their unit. Time points, echoes and the like (a fourth axis) are volumes of their own. What is no image
+(CIFTI, vectors, meshes, colours) is refused.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ def is_volume(path: Path) -> bool:
 
 
 def header_file(path: Path) -> Path | None:
-    """The header beside a file of values (.REC, .BRIK, .img); None when there is none, or ``path`` is none."""
+    """The header beside a file of values (.REC, .BRIK, .img); None when there is none, or ``path`` is
+    none."""
     for header, values in _VALUE_FILES.items():
         if path.name.lower().endswith(tuple(v.lower() for v in values)):
             return _beside(path, (header, header.upper()))
@@ -70,7 +73,8 @@ def header_file(path: Path) -> Path | None:
 def read_volumes(path: Path, subject: str, name: str) -> Iterator[Volume]:
     """The volumes in a file, one for each entry of a fourth axis.
 
-    Raises: InputError for damaged files, what is no image, affines that are not invertible, NaN or infinities.
+    Raises: InputError for damaged files, what is no image, affines that are not invertible, NaN or
+        infinities.
     """
     notes: list[str] = []
     stored = _stored(path)
@@ -191,7 +195,8 @@ def _affine(image: Any, path: Path, notes: list[str]) -> tuple[np.ndarray, bool]
             say(
                 notes,
                 path,
-                "Analyze states no orientation: left and right are those of nibabel's default (first axis to the left)",
+                "Analyze states no orientation: left and right are those of nibabel's default (first axis "
+                "to the left)",
             )
     return affine, positioned
 
