@@ -237,6 +237,15 @@ class _Loop:
         return flat[-3]
 
     def _check_finite(self) -> None:
+        """Of all steps since the last time, in one look at the device."""
+        if not self.unchecked:
+            return
+        everything = torch.stack(
+            [torch.isfinite(losses).all() & norm.isfinite() for _, losses, norm in self.unchecked]
+        )
+        if bool(everything.all()):
+            self.unchecked.clear()
+            return
         for step, losses, norm in self.unchecked:
             good = torch.isfinite(losses)
             if bool(good.all()) and bool(torch.isfinite(norm)):
@@ -250,7 +259,6 @@ class _Loop:
                 step,
                 bad,
             )
-        self.unchecked.clear()
 
     # -- log, save, restore ----------------------------------------------------------------------------------------------------
 
