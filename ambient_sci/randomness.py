@@ -1,8 +1,8 @@
 r"""Streams of randomness as functions of a seed and a key: what makes a run a function of its configuration.
 
-A stream is named by (seed, key), key a few small integers: the purpose, the step, the share of the batch. Streams of
-different keys are unrelated, also those that differ by trailing zeros, which NumPy's plain entropy lists would identify.
-Nothing here moves a global stream.
+A stream is named by (seed, key), key a few small integers: the purpose, the step, the share of the batch.
+Streams of different keys are unrelated, also those that differ by trailing zeros, which NumPy's plain entropy
+lists would identify. Nothing here moves a global stream.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def seeded(seed: int, *key: int, device: torch.device | str = "cpu") -> torch.Ge
 
 @contextmanager
 def forked(seed: int, device: torch.device) -> Iterator[None]:
-    """What modules draw from torch's global streams in here (dropout) starts at ``seed``; after it they are where they were.
+    """What modules draw from torch's global streams in here (dropout) starts at ``seed``; after it they are
+    where they were.
 
     Args:
         seed: of the streams inside.

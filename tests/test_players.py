@@ -1,4 +1,6 @@
-"""What the loop optimises: modules with optimisers and averages of their own, frozen parts, buffers, dropout, parts of a batch."""
+"""What the loop optimises: modules with optimisers and averages of their own, frozen parts, buffers, dropout,
+parts of a batch.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +112,9 @@ def test_forked_streams_leave_the_global_one_where_it_was():
 
 @pytest.mark.parametrize("aim", [3, 8])
 def test_dropout_is_a_function_of_seed_and_step(tmp_path, aim):
-    """The same bits twice, from any state of the global stream, and after an interruption; others with another seed."""
+    """The same bits twice, from any state of the global stream, and after an interruption; others with
+    another seed.
+    """
 
     def stage(event=lambda step: None):
         return Learner(with_layer(nn.Dropout(0.5)), event=event)
@@ -133,7 +137,9 @@ def test_dropout_is_a_function_of_seed_and_step(tmp_path, aim):
 
 
 def test_walks_and_anchors_answer_without_dropout():
-    """What is walked, and what the anchor says, does not depend on the global stream; what is trained does."""
+    """What is walked, and what the anchor says, does not depend on the global stream; what is trained
+    does.
+    """
     x = 0.6 * torch.randn(32, *SHAPE, generator=torch.Generator().manual_seed(0))
     config = small(
         consistency=StagedConfig(walk=(2, 2), max_steps=4), network=NetworkConfig(kind="mlp", channels=(16,))
@@ -162,7 +168,9 @@ def test_walks_and_anchors_answer_without_dropout():
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_the_averages_buffers_follow_the_modules(tmp_path, affine):
-    """Running means of data of mean 5 reach the prior that is returned and saved, and a resumed run goes on from them."""
+    """Running means of data of mean 5 reach the prior that is returned and saved, and a resumed run goes on
+    from them.
+    """
     module = with_layer(nn.BatchNorm1d(16, affine=affine))
     norm: nn.BatchNorm1d = module.network.body[-2]  # type: ignore[index,assignment]
     stage, folder = Learner(module), RunFolder(tmp_path / "run")
@@ -201,7 +209,9 @@ def adapted(width: int = 256, rank: int = 8) -> NetworkPrior:
 
 
 class Weights(OneModule):
-    """A `Learner` whose prior saves nothing but itself as it is: adapters are no prior that the library stores."""
+    """A `Learner` whose prior saves nothing but itself as it is: adapters are no prior that the library
+    stores.
+    """
 
     name = "learner"
 
@@ -225,7 +235,9 @@ class Unsaved:
 
 
 def test_a_frozen_base_is_neither_copied_nor_saved(tmp_path):
-    """A checkpoint of an adapter weighs at most five times the adapter, and is all that a run needs to go on from."""
+    """A checkpoint of an adapter weighs at most five times the adapter, and is all that a run needs to go on
+    from.
+    """
     torch.manual_seed(0)
     module, folder = adapted(), RunFolder(tmp_path / "run")
     base = copy.deepcopy({n: p for n, p in module.named_parameters() if not p.requires_grad})
@@ -312,8 +324,8 @@ def test_tied_weights_are_saved_once(tmp_path):
 
 
 def test_averages_of_half_precision_are_kept_in_single():
-    """Decay .999 on bfloat16 weights that are moved by 1: after 1,000 steps the average is 1 - .999^1000 on the way. Kept in
-    bfloat16 it would not move beyond a few thousandths' resolution."""
+    """Decay .999 on bfloat16 weights that are moved by 1: after 1,000 steps the average is 1 - .999^1000 on
+    the way. Kept in bfloat16 it would not move beyond a few thousandths' resolution."""
     module = nn.Linear(4, 4, bias=False).to(torch.bfloat16)
     nn.init.zeros_(module.weight)
     player = Player("p", module, small(ema_decay=0.999, learning_rate=1e-9, max_steps=10**6), {}, CPU)
@@ -425,7 +437,9 @@ def test_stages_that_cannot_be():
 
 
 def test_parts_make_the_gradient_of_the_whole():
-    """The mean over all samples: a loss that knows nothing of parts gives the same step with one and with two."""
+    """The mean over all samples: a loss that knows nothing of parts gives the same step with one and with
+    two.
+    """
 
     class Split(Learner):
         parts = 1
@@ -444,7 +458,9 @@ def test_parts_make_the_gradient_of_the_whole():
 
 
 def test_parts_are_trained_on_and_resumed(tmp_path):
-    """Other bits than with one part, since each part has draws of its own; the same bits after an interruption."""
+    """Other bits than with one part, since each part has draws of its own; the same bits after an
+    interruption.
+    """
     x = 0.6 * torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(0))
     data = (Identity(SHAPE), x + 0.4 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)), 0.4)
     consistency = StagedConfig(max_steps=8, replay=True)
@@ -473,7 +489,9 @@ def test_parts_are_trained_on_and_resumed(tmp_path):
     ids=["staged", "joint", "ambient"],
 )
 def test_no_two_shares_have_a_stream_in_common(monkeypatch, consistency):
-    """Of all streams that a run draws from, two parts share the length of walks alone, and no stream serves twice."""
+    """Of all streams that a run draws from, two parts share the length of walks alone, and no stream serves
+    twice.
+    """
     x = torch.randn(32, *SHAPE, generator=torch.Generator().manual_seed(0))
     config = small(
         micro_batches=2,

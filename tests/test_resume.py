@@ -71,7 +71,9 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.parametrize("aim", [7, 56, 105])
 def test_killed_and_resumed(tmp_path, scans, aim):
-    """SIGKILL leaves no time for anything. The kill falls wherever the process is once it has got past the aim."""
+    """SIGKILL leaves no time for anything. The kill falls wherever the process is once it has got past the
+    aim.
+    """
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     fit(scans, configuration(), out=whole, progress=False)
     killed.mkdir()
@@ -173,10 +175,11 @@ def shared(tmp_path_factory) -> tuple[Path, dict[str, tuple[Path, TrainConfig]]]
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_are_one_with_twice_the_parts(tmp_path, shared, name):
-    """The same samples, levels, splits and noise, the mean gradient of all: weights and losses agree to rounding.
+    """The same samples, levels, splits and noise, the mean gradient of all: weights and losses agree to
+    rounding.
 
-    Gradients are clipped, and AdamW divides by their size, so a sum in place of the mean would be hidden in the weights: the norm
-    of the gradient, before clipping, is in the log.
+    Gradients are clipped, and AdamW divides by their size, so a sum in place of the mean would be hidden in
+    the weights: the norm of the gradient, before clipping, is in the log.
     """
     folder, (path, config) = shared[0], shared[1][name]
     fit(path, replace(config, micro_batches=2 * config.micro_batches), out=tmp_path / "one", progress=False)
@@ -199,7 +202,9 @@ def check_same_run(one: Path, two: Path) -> None:
 
 
 def test_two_processes_go_on_with_their_own_chains(shared):
-    """Replayed chains are gathered when they are saved, and each process goes on with its own: the same bits."""
+    """Replayed chains are gathered when they are saved, and each process goes on with its own: the same
+    bits.
+    """
     whole, resumed = shared[0] / "chains", shared[0] / "resumed chains"
     for name in ("prior/weights.safetensors", "checkpoint/consistency.safetensors"):
         ours, theirs = load_file(resumed / name), load_file(whole / name)

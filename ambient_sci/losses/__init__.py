@@ -1,4 +1,4 @@
-"""Losses: plain denoising, operator-aware Tweedie (ambient), consistency. Every loss returns one value a sample, (B,)."""
+"""Losses: plain denoising, operator-aware Tweedie (ambient), consistency; one value a sample each, (B,)."""
 
 from __future__ import annotations
 

@@ -4,19 +4,22 @@ An exact denoiser is a martingale under its own reverse process,
 
     D(x_t, t) = E[D(x_s, s) | x_t],     x_s = D + (s^2/t^2)(x_t - D) + s sqrt(1 - s^2/t^2) z,     D = D(x_t, t),     s < t.
 
-A smooth denoiser that is exact at sigma_n and satisfies this for all s < t <= sigma_n is exact below sigma_n as well. With
-m >= 2 independent draws of x_s and D_s^j = D(x_s^j, s), the squared violation has the unbiased estimator, entry by entry,
+A smooth denoiser that is exact at sigma_n and satisfies this for all s < t <= sigma_n is exact below sigma_n
+as well. With m >= 2 independent draws of x_s and D_s^j = D(x_s^j, s), the squared violation has the unbiased
+estimator, entry by entry,
 
     (D_t - mean_j D_s^j)^2 - var_j(D_s^j) / m         (var with m - 1 in the denominator)
 
-The variance must go: the square of the mean alone is minimised by a D_s that ignores its input. For m = 2 the estimator is
-the product of two independent residuals (D_t - D_s^1)(D_t - D_s^2). Gradients go through D_s as well as through D_t: with
-D_s taken as a constant, every denoiser that is a martingale is a fixed point, whatever the anchor says.
+The variance must go: the square of the mean alone is minimised by a D_s that ignores its input. For m = 2 the
+estimator is the product of two independent residuals (D_t - D_s^1)(D_t - D_s^2). Gradients go through D_s as
+well as through D_t: with D_s taken as a constant, every denoiser that is a martingale is a fixed point,
+whatever the anchor says.
 
 The step must be the *stochastic* one. Along the probability-flow ODE the relation is false.
 
-The weight is lambda(s) as in the other losses: with a fraction f of the rows kept, the missing ones leave an error that no
-s makes small, and weighing them by 1/s^2 would leave the lowest levels' missing rows to decide alone.
+The weight is lambda(s) as in the other losses: with a fraction f of the rows kept, the missing ones leave an
+error that no s makes small, and weighing them by 1/s^2 would leave the lowest levels' missing rows to decide
+alone.
 
 Sources: Daras et al., "Consistent Diffusion Models" (2023) and "Consistent Diffusion Meets Tweedie" (2024).
 """
@@ -56,7 +59,8 @@ def consistency_step(
     given: Any = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`consistency` for levels (B,) that are known to fit and a D_t that is there, (B,). Nothing is checked here.
+    """`consistency` for levels (B,) that are known to fit and a D_t that is there, (B,). Nothing is checked
+    here.
 
     Args:
         prior: the denoiser at the levels ``s``.
@@ -94,16 +98,19 @@ def consistency(
     given: Any = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Consistency loss between levels sigma_t and sigma_s < sigma_t, (B,), weighted by lambda(sigma_s), mean over entries.
+    """Consistency loss between levels sigma_t and sigma_s < sigma_t, (B,), weighted by lambda(sigma_s), mean
+    over entries.
 
     Args:
-        prior: the denoiser, or a `StagedPrior`. Unconditional, or mask-conditional together with ``operator``.
-        x_t: states (B, C, H, W); with ``operator``, y~ in measurement space (values off its rows are ignored).
+        prior: the denoiser, or a `StagedPrior`. Unconditional, or mask-conditional together with
+            ``operator``.
+        x_t: states (B, C, H, W); with ``operator``, y~ in measurement space (values off its rows are
+            ignored).
         sigma_t, sigma_s: float or (B,), 0 < sigma_s < sigma_t.
         draws: m >= 2 independent draws of x_s, evaluated in one batched call.
         denoised: D(x_t, sigma_t) with its graph, if a loss has already computed it: saves one evaluation.
-        operator: the kept rows B. They are walked with A_B h; the residual is taken on the *whole* of h, or held-out
-            components would have no supervision below sigma_y.
+        operator: the kept rows B. They are walked with A_B h; the residual is taken on the *whole* of h, or
+            held-out components would have no supervision below sigma_y.
         given: what the denoiser is told besides, with a method ``repeat(times)`` that tiles the batch.
         generator: source of the draws.
 

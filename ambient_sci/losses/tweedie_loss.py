@@ -1,4 +1,5 @@
-r"""The operator-aware Tweedie loss: supervise E[x_0 | y~, B] with nothing but a noisy, incomplete measurement y.
+r"""The operator-aware Tweedie loss: supervise E[x_0 | y~, B] with nothing but a noisy, incomplete measurement
+y.
 
     y  = A x_0 + sigma_y n                   what was measured
     y~ = y_B + sqrt(sigma^2 - sigma_y^2) z   what the network sees: kept rows B with noise added, level sigma >= sigma_y
@@ -9,24 +10,26 @@ r"""The operator-aware Tweedie loss: supervise E[x_0 | y~, B] with nothing but a
 
     loss = lambda(sigma) / n  [ omega(c) ||c A_B h + (1 - c) y~ - y_B||^2  +  sum_H w_i (A_H h - y_H)_i^2 ]
 
-n is the number of entries of an image, w_i = 1 / P(A_i = 1 | B) the inverse probability that a row outside B was
-measured. With omega = c^-2 and T^H T = I this is an unbiased estimate of lambda E||h - x_0||^2 / n, up to a constant that
-does not depend on h. The default omega = 1/c weights each kept row by the inverse variance of its target and has the same
-minimiser.
+n is the number of entries of an image, w_i = 1 / P(A_i = 1 | B) the inverse probability that a row outside B
+was measured. With omega = c^-2 and T^H T = I this is an unbiased estimate of lambda E||h - x_0||^2 / n, up to
+a constant that does not depend on h. The default omega = 1/c weights each kept row by the inverse variance of
+its target and has the same minimiser.
 
-lambda is the inverse of the error that the best scaling leaves (`Prior.loss_weight`). Where it is one number for all rows
-and most are missing, it does not grow as sigma falls, and nearly nothing teaches the network to denoise what it is shown.
-Where T is square and the same for every sample (masks, one coil without a map), rows can be weighed apart without moving
-the minimiser: kept rows by 1/sigma^2 + 1/d^2, held-out rows by 1/d^2. This is done for networks whose preconditioning tells
-the two apart (``Prior.separates_rows``). With coil maps, which vary and which the network is not shown, it would not be exact, and
-lambda stays one number.
+lambda is the inverse of the error that the best scaling leaves (`Prior.loss_weight`). Where it is one number
+for all rows and most are missing, it does not grow as sigma falls, and nearly nothing teaches the network to
+denoise what it is shown. Where T is square and the same for every sample (masks, one coil without a map),
+rows can be weighed apart without moving the minimiser: kept rows by 1/sigma^2 + 1/d^2, held-out rows by
+1/d^2. This is done for networks whose preconditioning tells the two apart (``Prior.separates_rows``). With coil maps,
+which vary and which the network is not shown, it would not be exact, and lambda stays one number.
 
-Levels may differ from sample to sample, and from entry to entry of y: c, omega and lambda then do, inside the sum. A total
-level sigma that differs by entry needs T = I, since the network then sees noise of these very levels.
+Levels may differ from sample to sample, and from entry to entry of y: c, omega and lambda then do, inside the
+sum. A total level sigma that differs by entry needs T = I, since the network then sees noise of these very
+levels.
 
-Special cases, exactly: B = A = I is the ambient denoising score matching of Daras et al., "Consistent Diffusion Meets
-Tweedie" (2024); sigma_y = 0 is "Ambient Diffusion" (Daras et al. 2023); both together are plain denoising score matching.
-With sigma_y = sigma_n where sigma >= sigma_n and 0 elsewhere, it is clean images below sigma_n and noisy ones above it.
+Special cases, exactly: B = A = I is the ambient denoising score matching of Daras et al., "Consistent
+Diffusion Meets Tweedie" (2024); sigma_y = 0 is "Ambient Diffusion" (Daras et al. 2023); both together are
+plain denoising score matching. With sigma_y = sigma_n where sigma >= sigma_n and 0 elsewhere, it is clean
+images below sigma_n and noisy ones above it.
 """
 
 from __future__ import annotations
@@ -48,9 +51,11 @@ Weighting = Literal["inverse-variance", "unbiased", "unit"]
 
 
 def kept_weight(c: Tensor, weighting: Weighting, c_min: float) -> Tensor:
-    """omega(c) on kept rows: "inverse-variance" 1/c, "unbiased" 1/c^2, "unit" 1; c clamped from below at ``c_min``.
+    """omega(c) on kept rows: "inverse-variance" 1/c, "unbiased" 1/c^2, "unit" 1; c clamped from below at
+    ``c_min``.
 
-    Towards sigma = sigma_y the target carries less and less information and both inverse powers grow without bound.
+    Towards sigma = sigma_y the target carries less and less information and both inverse powers grow without
+    bound.
     """
     clamped = c.clamp(min=c_min)
     if weighting == "inverse-variance":
@@ -92,8 +97,8 @@ def denoise_measurement(
         given: what the denoiser is told besides, if it takes anything.
 
     Raises:
-        ConditioningError: an unconditional prior, and rows missing from B or A^H A != I; or a mask-conditional one and
-            something else given.
+        ConditioningError: an unconditional prior, and rows missing from B or A^H A != I; or a
+            mask-conditional one and something else given.
     """
     x = kept.A_adjoint(y_t)
     if prior.takes is KeptRows:
@@ -123,7 +128,8 @@ def weighted_error(
     on_kept: Tensor,
     on_held_out: Tensor | None = None,
 ) -> Tensor:
-    """lambda / n [sum_B e_i + sum_H w_i e_i] of squared errors e of rows, (B,): how rows are weighed, whatever their errors.
+    """lambda / n [sum_B e_i + sum_H w_i e_i] of squared errors e of rows, (B,): how rows are weighed,
+    whatever their errors.
 
     Args:
         prior: says lambda, and whether it tells kept and missing rows apart.
@@ -134,7 +140,8 @@ def weighted_error(
         on_held_out: e of held-out rows; needed where rows are held out.
     """
     operator = split.operator
-    # Coil maps, a further axis of a measurement, may differ by sample even where they are square (one coil's phase).
+    # Coil maps, a further axis of a measurement, may differ by sample even where they are square (one coil's
+    # phase).
     one_transform = operator.square and operator.measurement_size == operator.img_size
     apart = split.holds_out and prior.separates_rows and one_transform
     weight = prior.loss_weight(level, 1.0 if apart else expand(split.kept.kept_fraction.to(level), on_kept))
@@ -167,7 +174,8 @@ def ambient_step(
         prior: see `ambient`.
         split: which rows the network is shown and which it is scored on, see `RowMaskedOperator.split`.
         y: measurements.
-        sigma_y, sigma: levels, float, (B,) or of the shape of ``y``, with 0 <= sigma_y <= sigma and sigma > 0.
+        sigma_y, sigma: levels, float, (B,) or of the shape of ``y``, with 0 <= sigma_y <= sigma and sigma >
+            0.
         given: what the denoiser is told besides, see `denoise_measurement`.
         generator: source of the noise.
         weighting, c_min: see `kept_weight`.
@@ -195,19 +203,21 @@ def ambient(
     weighting: Weighting = "inverse-variance",
     c_min: float = 0.05,
 ) -> Tensor:
-    """Operator-aware Tweedie loss of each sample, (B,): one code path for noise, masking and MRI (equations above).
+    """Operator-aware Tweedie loss of each sample, (B,): one code path for noise, masking and MRI (equations
+    above).
 
     Draws the split, then calls `ambient_step`.
 
     Args:
         prior: unconditional if every row is measured and kept, mask-conditional otherwise.
-        operator: A, one mask per sample or one for all. If it knows its mask design, held-out weights are exact.
+        operator: A, one mask per sample or one for all. If it knows its mask design, held-out weights are
+            exact.
         y: measurements.
         sigma_y: their noise level per real channel, float, (B,) or of the shape of ``y``; 0 is allowed.
-        sigma: total noise level of the kept rows after noise is added, float or (B,), at least sigma_y; of the shape of
-            ``y`` for identity and masking operators, and a prior that takes such levels.
-        keep: fraction of the measured rows to keep, in (0, 1]; 1 for identity noise. Below 1 *every* row must be held out
-            at times.
+        sigma: total noise level of the kept rows after noise is added, float or (B,), at least sigma_y; of
+            the shape of ``y`` for identity and masking operators, and a prior that takes such levels.
+        keep: fraction of the measured rows to keep, in (0, 1]; 1 for identity noise. Below 1 *every* row must
+            be held out at times.
         given: what the denoiser is told besides its input and level, if it takes anything.
         generator: source of the split and of the noise.
         weighting: omega(c), see `kept_weight`.
@@ -239,7 +249,8 @@ def denoising(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Plain denoising score matching on clean images, lambda(sigma) ||D(x_0 + sigma z, sigma) - x_0||^2 / n, (B,).
+    """Plain denoising score matching on clean images, lambda(sigma) ||D(x_0 + sigma z, sigma) - x_0||^2 / n,
+    (B,).
 
     Args:
         prior: an unconditional prior.

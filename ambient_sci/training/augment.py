@@ -4,16 +4,18 @@ Only those that leave white noise white and the mask design as it is. With P a s
 
     y' = M' (T' P x + sigma_y n'),        n' white,
 
-holds for reflections (P permutes pixels), for transposition, and for a global phase x -> exp(i theta) x of complex images (circular noise
-does not change under it). For MRI a reflection is taken about the centre of the transform, index j -> (2c - j) mod n with
-c = n // 2: then image, coil maps, mask and k-space are all reflected by the same permutation, exactly and for every n.
+holds for reflections (P permutes pixels), for transposition, and for a global phase x -> exp(i theta) x of
+complex images (circular noise does not change under it). For MRI a reflection is taken about the centre of
+the transform, index j -> (2c - j) mod n with c = n // 2: then image, coil maps, mask and k-space are all
+reflected by the same permutation, exactly and for every n.
 
-A gain x -> a x is exact as well, if the noise level moves along: a y has noise a sigma_y, and every loss takes sigma_y per sample. It
-makes a prior that does not depend on how bright the training scans happened to be.
+A gain x -> a x is exact as well, if the noise level moves along: a y has noise a sigma_y, and every loss
+takes sigma_y per sample. It makes a prior that does not depend on how bright the training scans happened to
+be.
 
-The weights of held-out rows depend on the design of the mask, so a reflection is allowed only if the design is invariant
-under it: lines along the reflected axis, or probabilities that are themselves symmetric. Rotations by other angles and changes of size
-interpolate, which colours the noise; they do not exist here.
+The weights of held-out rows depend on the design of the mask, so a reflection is allowed only if the design
+is invariant under it: lines along the reflected axis, or probabilities that are themselves symmetric.
+Rotations by other angles and changes of size interpolate, which colours the noise; they do not exist here.
 """
 
 from __future__ import annotations
@@ -103,12 +105,14 @@ def _invariant(design: MaskDesign, axis: int, about_centre: bool) -> bool:
     return all(torch.equal(v, reflect(v, axis, about_centre)) for v in shaped)
 
 
-#: Symmetries that were drawn: each by its name, with what it applies, one value a sample (on the CPU), where it has one.
+#: Symmetries that were drawn: each by its name, with what it applies, one value a sample (on the CPU), where
+# it has one.
 Symmetries = list[tuple[str, Tensor | None]]
 
 
 def draw_symmetries(names: Sequence[str], num: int, generator: torch.Generator) -> Symmetries:
-    """Draw each symmetry of ``names``: reflections and transposition for the batch, phases and gains per sample.
+    """Draw each symmetry of ``names``: reflections and transposition for the batch, phases and gains per
+    sample.
 
     Args:
         names: checked by `check_augmentations`.
@@ -135,8 +139,8 @@ def apply_symmetries(
         symmetries: see `draw_symmetries`.
         operator: Identity, Masking or MRI.
         y: measurements (B, ...).
-        sigma_y: their noise levels (B,), which a gain scales with the data; it is at most 1, so levels chosen above sigma_y
-            stay above.
+        sigma_y: their noise levels (B,), which a gain scales with the data; it is at most 1, so levels chosen
+            above sigma_y stay above.
 
     Returns:
         operator, measurements and noise levels.

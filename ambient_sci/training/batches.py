@@ -1,10 +1,11 @@
 r"""Batches: everything random about a step, drawn in one place, a function of (seed, step, share).
 
-    samples (y, A, sigma_y)  ->  symmetries  ->  sigma ~ level distribution above sigma_y  ->  split of A into B and H
+    samples (y, A, sigma_y)  ->  symmetries  ->  sigma ~ level distribution above sigma_y  ->  split of A into
+    B and H
 
-What is to be looked at (levels, masks, symmetries) is drawn and kept on the host; what is large (the noise of the loss) comes
-from a generator on the device. A loss that takes a `Drawn` never has to wait for the device. Nothing is checked per step:
-data, design and levels are, when the batches are made.
+What is to be looked at (levels, masks, symmetries) is drawn and kept on the host; what is large (the noise of
+the loss) comes from a generator on the device. A loss that takes a `Drawn` never has to wait for the device.
+Nothing is checked per step: data, design and levels are, when the batches are made.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ class Batches:
         noise_std: noise of every sample, (N,), on the CPU.
 
     Raises:
-        InputError: an augmentation that is not exact for these data, levels that end below the noise of the data, a batch
-            that the processes and their parts cannot share evenly.
+        InputError: an augmentation that is not exact for these data, levels that end below the noise of the
+            data, a batch that the processes and their parts cannot share evenly.
     """
 
     def __init__(self, source: Source, config: TrainConfig, accelerator: Accelerator) -> None:
@@ -129,7 +130,8 @@ class Batches:
                     config.seed,
                     rank=self.share(part),
                     num_processes=self.shares,
-                    # Masks are looked at when they are split: those batches come on the host and are moved after that.
+                    # Masks are looked at when they are split: those batches come on the host and are moved
+                    # after that.
                     device=self.device if source.complete else "cpu",
                 )
             )

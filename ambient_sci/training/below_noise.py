@@ -1,8 +1,8 @@
 r"""Stages that learn what lies below the noise of the data, by consistency [Daras et al. 2024].
 
 A denoiser that is exact at sigma_n and a martingale of its own reverse process below it is exact below it
-(`ambient_sci.losses`). Errors at sigma_n are amplified on the way down, so it must be accurate there first. Hence *staged*
-consistency:
+(`ambient_sci.losses`). Errors at sigma_n are amplified on the way down, so it must be accurate there first.
+Hence *staged* consistency:
 
     stage 1   the Ambient loss alone, at the levels above the noise of the data; its weight average is frozen: the anchor
     stage 2   a copy of the anchor, trained at sigma < sigma_n only:
@@ -12,25 +12,28 @@ consistency:
         s = t e^(-gap u')
         loss of the pair (t, s):     unbiased (D_t - E D_s)^2 from m draws of x_s,   weight 1/s^2 + 1/data_std^2
 
-where the hybrid is the anchor at and above sigma_n and the copy below it, and gradients go through D_s and, below sigma_n,
-through D_t. Nothing but the state at sigma_n comes from the data; the result is a `StagedPrior`. Data with more noise than
-sigma_n are first walked down to it, data with less get noise added, and also train the copy directly, by the Ambient loss
-between their level and sigma_n.
+where the hybrid is the anchor at and above sigma_n and the copy below it, and gradients go through D_s and,
+below sigma_n, through D_t. Nothing but the state at sigma_n comes from the data; the result is a
+`StagedPrior`. Data with more noise than sigma_n are first walked down to it, data with less get noise added,
+and also train the copy directly, by the Ambient loss between their level and sigma_n.
 
-Pairs that lie wholly below sigma_n leave freedom: D(x, sigma) = x satisfies them all, and only pairs that start at sigma_n
-rule it out. What networks made of that in our experiments was to leave noise in, more of it than the anchor's own error
-explains. *Shrinkage* takes the other side: it adds the denoising loss on the anchor's estimates,
+Pairs that lie wholly below sigma_n leave freedom: D(x, sigma) = x satisfies them all, and only pairs that
+start at sigma_n rule it out. What networks made of that in our experiments was to leave noise in, more of it
+than the anchor's own error explains. *Shrinkage* takes the other side: it adds the denoising loss on the
+anchor's estimates,
 
     x^ = D(x, sigma_n),     sigma = sigma_n (sigma_min / sigma_n)^u,     weight  lambda(sigma) |D(x^ + sigma z, sigma) - x^|^2,
 
-whose law (that of truncated sampling) lacks detail and has hardly any noise. A *warm start* begins with this loss alone.
+whose law (that of truncated sampling) lacks detail and has hardly any noise. A *warm start* begins with this
+loss alone.
 
-*Joint* consistency, as published, adds the loss to the Ambient loss on one network from the start. With k = 0 the pair
-begins where the Ambient loss has just evaluated the network and shares D_t; with k > 0 it begins as above.
+*Joint* consistency, as published, adds the loss to the Ambient loss on one network from the start. With k = 0
+the pair begins where the Ambient loss has just evaluated the network and shares D_t; with k > 0 it begins as
+above.
 
-Incomplete measurements are walked in their kept rows, with a mask-conditional network. Levels of walks are drawn and kept on
-the host, where they decide which network answers. Whatever is taken as it is (walks, the anchor) is computed in evaluation
-mode: dropout is for what is trained.
+Incomplete measurements are walked in their kept rows, with a mask-conditional network. Levels of walks are
+drawn and kept on the host, where they decide which network answers. Whatever is taken as it is (walks, the
+anchor) is computed in evaluation mode: dropout is for what is trained.
 """
 
 from __future__ import annotations
@@ -70,7 +73,9 @@ Answer = Callable[[Tensor, Tensor], Tensor]
 def evaluate(
     prior: Prior, kept: RowMaskedOperator | None, x: Tensor, sigma: Tensor, given: Any = None
 ) -> Tensor:
-    """D(x, sigma), or h = E[x_0 | y~, B] where ``x`` is y~ on the rows of ``kept``; ``sigma`` (B,) on any device."""
+    """D(x, sigma), or h = E[x_0 | y~, B] where ``x`` is y~ on the rows of ``kept``; ``sigma`` (B,) on any
+    device.
+    """
     level = sigma.to(x.device, x.dtype, non_blocking=True)
     if kept is not None:
         return losses.denoise_measurement(prior, kept, x, level, given)
@@ -145,7 +150,8 @@ def descend(
     goal: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """States at levels t >= goal (on the CPU), walked down to ``goal`` by reverse steps of a factor e^(-1/4) at most.
+    """States at levels t >= goal (on the CPU), walked down to ``goal`` by reverse steps of a factor e^(-1/4)
+    at most.
 
     None where t = goal.
     """
@@ -175,8 +181,8 @@ class ConsistencyStage(OneModule):
         batches: those of stage 1.
         anchor: what it has learned; frozen. A module that is still trained is copied.
         config: the run.
-        trainable: names of the anchor's parameters that the copy trains; the others it shares. Default: those that require
-            a gradient, all if none does.
+        trainable: names of the anchor's parameters that the copy trains; the others it shares. Default: those
+            that require a gradient, all if none does.
 
     Raises:
         InputError: no level to be consistent below, or chains to be kept of incomplete measurements.
@@ -278,7 +284,9 @@ class ConsistencyStage(OneModule):
         uniform: torch.Generator,
         noise: torch.Generator,
     ) -> Tensor:
-        """Denoising loss (B,) of the copy on the anchor's estimates from states ``x`` at level sigma_n, below that level."""
+        """Denoising loss (B,) of the copy on the anchor's estimates from states ``x`` at level sigma_n, below
+        that level.
+        """
         with torch.no_grad():
             estimates = evaluate(self.anchor, kept, x, t, drawn.given)
         sigma = _there(t * (self.sigma_min / t) ** torch.rand(len(t), generator=uniform).to(t), x)
@@ -291,7 +299,9 @@ class ConsistencyStage(OneModule):
         return below.loss_weight(sigma, fraction) * error.square().flatten(1).mean(1)
 
     def _continued(self, part: int, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The chains of the last step; ``x`` at level ``t`` where there are none or they have reached the bottom."""
+        """The chains of the last step; ``x`` at level ``t`` where there are none or they have reached the
+        bottom.
+        """
         if part not in self.chains:
             return x, t
         states, levels = self.chains[part]
@@ -317,7 +327,8 @@ class ConsistencyStage(OneModule):
         below.sigma_min = self.sigma_min
         return StagedPrior(self.anchor, below, self.sigma_n).eval()
 
-    # -- chains, for the checkpoint ----------------------------------------------------------------------------------------------
+    # -- chains, for the checkpoint
+    # ----------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
         """The chains that are walked on from step to step, part after part."""
@@ -399,7 +410,8 @@ def consistency_levels(
     """Absolute levels (sigma_n, sigma_min) between which consistency is learned.
 
     Raises:
-        InputError: there is no noise in some of the data and no level is given, or nothing is left between the two.
+        InputError: there is no noise in some of the data and no level is given, or nothing is left between
+            the two.
     """
     unit = batches.source.data_std if batches.config.levels.relative else 1.0
     lowest = float(batches.noise_std.min())

@@ -1,13 +1,13 @@
 r"""What a training run is told, as plain dataclasses that need no torch; JSON and YAML round trip.
 
-A run is a pure function of its configuration and its data: step s draws its batch, noise levels, noise, masks and
-augmentations from (seed, s), and the learning rate is
+A run is a pure function of its configuration and its data: step s draws its batch, noise levels, noise, masks
+and augmentations from (seed, s), and the learning rate is
 
     lr(s) = learning_rate * min(1, (s + 1) / warmup_steps) * (r + (1 - r) (1 + cos(pi p)) / 2),       r = final_ratio
 
-with p = s / max_steps. Where ``max_minutes`` limits the run, p = elapsed training time / max_minutes (the larger of the two where
-both limits are set), and elapsed time differs from run to run: step-limited runs are reproducible bit for bit on a CPU,
-time-limited runs are not.
+with p = s / max_steps. Where ``max_minutes`` limits the run, p = elapsed training time / max_minutes (the
+larger of the two where both limits are set), and elapsed time differs from run to run: step-limited runs are
+reproducible bit for bit on a CPU, time-limited runs are not.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ class LevelConfig:
     """Which noise levels are trained, between the noise that the data already has and ``sigma_max``.
 
     Attributes:
-        kind: "log-normal" (Karras et al. 2022), "log-uniform", or "concentrated" (dense just above the noise of the data).
+        kind: "log-normal" (Karras et al. 2022), "log-uniform", or "concentrated" (dense just above the noise
+            of the data).
         sigma_max: highest level.
         floor: lowest level, where the data has less noise than that.
         mean, std: of log sigma, for "log-normal".
         power: sigma = sigma_n (sigma_max / sigma_n)^(u^power), u uniform, for "concentrated".
-        relative: levels are in units of the data's standard deviation (estimated from the noisy data), so that one
-            configuration serves data of any scale. False: levels are absolute.
+        relative: levels are in units of the data's standard deviation (estimated from the noisy data), so
+            that one configuration serves data of any scale. False: levels are absolute.
     """
 
     kind: Literal["log-normal", "log-uniform", "concentrated"] = "log-normal"
@@ -70,11 +71,11 @@ class LossConfig:
     """The operator-aware Tweedie loss, which is plain denoising where the data are clean.
 
     Attributes:
-        weighting: omega(c) of the kept rows, c = 1 - sigma_y^2 / sigma^2: "inverse-variance" 1/c, "unbiased" 1/c^2,
-            "unit" 1.
+        weighting: omega(c) of the kept rows, c = 1 - sigma_y^2 / sigma^2: "inverse-variance" 1/c, "unbiased"
+            1/c^2, "unit" 1.
         c_min: clamp of c in that weight, which is unbounded at sigma = sigma_y.
-        keep: fraction of the measured rows that the network is shown; the others are held out and predicted. None: 1 for
-            complete data, 0.75 for incomplete data.
+        keep: fraction of the measured rows that the network is shown; the others are held out and predicted.
+            None: 1 for complete data, 0.75 for incomplete data.
     """
 
     weighting: Literal["inverse-variance", "unbiased", "unit"] = "inverse-variance"
@@ -102,26 +103,29 @@ class TrainConfig:
         seed: decides the initial weights and everything drawn during the run.
         max_steps, max_minutes: the run ends at whichever comes first; neither means 20,000 steps.
         batch_size: samples a step, over all processes together.
-        micro_batches: parts that each process takes its share of a batch in, one after the other: less memory, the same
-            gradient to rounding. P processes with m parts train like one process with P m parts.
-        learning_rate, schedule, warmup_steps, final_ratio: see the module's equation; "constant" has no cosine.
+        micro_batches: parts that each process takes its share of a batch in, one after the other: less
+            memory, the same gradient to rounding. P processes with m parts train like one process with P m
+            parts.
+        learning_rate, schedule, warmup_steps, final_ratio: see the module's equation; "constant" has no
+            cosine.
         betas, weight_decay: of AdamW.
         ema_decay: the saved prior is the exponential moving average of the weights, with decay
             min(ema_decay, (1 + s) / (10 + s)) at step s: the start of the run is forgotten quickly.
-        ema_half_life_images: in place of ema_decay, the decay 2^(-batch_size / half life): images after which a weight
-            counts half, whatever the batch. None: ema_decay.
+        ema_half_life_images: in place of ema_decay, the decay 2^(-batch_size / half life): images after which
+            a weight counts half, whatever the batch. None: ema_decay.
         gradient_clip: largest norm of the gradient.
         precision: "bf16" runs the network under autocast; weights, losses and averages stay in fp32.
-        augmentations: drawn per batch ("phase" per sample) from those that keep white noise white and move the mask along;
-            see ambient_sci.training.augment. They state symmetries that the anatomy must have.
+        augmentations: drawn per batch ("phase" per sample) from those that keep white noise white and move
+            the mask along; see ambient_sci.training.augment. They state symmetries that the anatomy must
+            have.
         checkpoint_minutes: time between checkpoints; 0 writes one every step.
         log_interval: steps between lines of log.jsonl.
         device: "auto" is CUDA where there is one.
         network, levels, loss: see there.
-        consistency: learn what lies below the noise of the data, too: `StagedConfig` or `JointConfig` (``mode`` in a file
-            says which); None: do not.
-        em: learn an unconditional prior from incomplete (or any) measurements by expectation maximisation; max_steps and
-            max_minutes must then be left out, ``em.steps`` counts for every lap.
+        consistency: learn what lies below the noise of the data, too: `StagedConfig` or `JointConfig`
+            (``mode`` in a file says which); None: do not.
+        em: learn an unconditional prior from incomplete (or any) measurements by expectation maximisation;
+            max_steps and max_minutes must then be left out, ``em.steps`` counts for every lap.
     """
 
     seed: int = 0
@@ -238,7 +242,8 @@ class TrainConfig:
         """Read what `save` wrote, or what a person wrote in the same form.
 
         Raises:
-            InputError: no such file, not JSON or YAML, or not a configuration; the message names file and key.
+            InputError: no such file, not JSON or YAML, or not a configuration; the message names file and
+                key.
         """
         path = Path(path)
         try:

@@ -1,17 +1,18 @@
 r"""The training loop: one for every stage.
 
-A stage says what is optimised, and yields the losses of a step in turns, each of one module; the loop does the rest (see
-`ambient_sci.training.players` for what a turn does). Because the losses of step s are a function of (seed, s) and of the
-weights alone, the state of a run is the weights, their averages, the optimisers' moments and the step: no generator and no
-loader has to be saved, and a run continued from a checkpoint repeats an uninterrupted one bit for bit (CPU, the same machine
-and number of threads). What modules draw themselves (dropout) comes from torch's global streams, forked for each turn and
-seeded with (seed, step, share, turn).
+A stage says what is optimised, and yields the losses of a step in turns, each of one module; the loop does
+the rest (see `ambient_sci.training.players` for what a turn does). Because the losses of step s are a
+function of (seed, s) and of the weights alone, the state of a run is the weights, their averages, the
+optimisers' moments and the step: no generator and no loader has to be saved, and a run continued from a
+checkpoint repeats an uninterrupted one bit for bit (CPU, the same machine and number of threads). What
+modules draw themselves (dropout) comes from torch's global streams, forked for each turn and seeded with
+(seed, step, share, turn).
 
-A batch is shared by P processes (``accelerate launch``), each of which takes its share in m = ``micro_batches`` parts, one
-after the other. Part k of process r is share r m + k of P m, whoever computes it: P processes with m parts and one process
-with P m parts train on the same samples and the same noise, to rounding. The loss of a step is the mean over all shares;
-gradients, loss and clock are averaged in one reduction a turn, which works for any stage, whatever number of network calls
-its loss makes.
+A batch is shared by P processes (``accelerate launch``), each of which takes its share in m =
+``micro_batches`` parts, one after the other. Part k of process r is share r m + k of P m, whoever computes
+it: P processes with m parts and one process with P m parts train on the same samples and the same noise, to
+rounding. The loss of a step is the mean over all shares; gradients, loss and clock are averaged in one
+reduction a turn, which works for any stage, whatever number of network calls its loss makes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from ambient_sci.training.processes import Processes
 from ambient_sci.training.report import Reporter
 from ambient_sci.training.run_folder import RunFolder
 
-# Processes agree on the clock and on interruptions this often (steps): each time costs a wait for the accelerator.
+# Processes agree on the clock and on interruptions this often (steps): each time costs a wait for the
+# accelerator.
 _AGREE_EVERY = 10
 # Stream of randomness of what modules draw themselves.
 _MODULES = 4
@@ -47,11 +49,13 @@ class Stage(Protocol):
 
     Attributes:
         name: names the checkpoint and the lines of the log.
-        modules: what is optimised, by name: each has an optimiser, a clip, an average and a group in the checkpoint.
+        modules: what is optimised, by name: each has an optimiser, a clip, an average and a group in the
+            checkpoint.
 
-    A stage whose modules are not all optimised alike has ``overrides``: module name to the settings of `TrainConfig` in
-    which it differs. A stage whose losses depend on more than weights and step has ``state()`` and ``load_state(tensors)``:
-    tensors with a row for each sample of this process's parts, in their order.
+    A stage whose modules are not all optimised alike has ``overrides``: module name to the settings of
+    `TrainConfig` in which it differs. A stage whose losses depend on more than weights and step has
+    ``state()`` and ``load_state(tensors)``: tensors with a row for each sample of this process's parts, in
+    their order.
     """
 
     name: str
@@ -60,10 +64,11 @@ class Stage(Protocol):
     def modules(self) -> dict[str, nn.Module]: ...
 
     def turns(self, step: int, part: int) -> Iterator[tuple[str, Tensor]]:
-        """Name of a module and loss of every sample of a part of this process's share, (B,), one turn after the other.
+        """Name of a module and loss of every sample of a part of this process's share, (B,), one turn after
+        the other.
 
-        A function of the seed, the step and the weights. The module has made its step before the next turn is asked for;
-        every part yields the same names.
+        A function of the seed, the step and the weights. The module has made its step before the next turn is
+        asked for; every part yields the same names.
         """
         ...
 
@@ -108,7 +113,8 @@ def run_stage(
     resume: bool = False,
     reporter: Reporter | None = None,
 ) -> Prior:
-    """Train ``stage`` to the end of ``config``, from its checkpoint in ``folder`` if ``resume``; return the averaged prior.
+    """Train ``stage`` to the end of ``config``, from its checkpoint in ``folder`` if ``resume``; return the
+    averaged prior.
 
     A stage that had already ended is only loaded.
 
@@ -196,9 +202,8 @@ class _Loop:
             loss = self._synchronise(player, losses.mean(), interruption)
             norm = player.clip()
             self.unchecked.append((self.step, losses, norm))
-            if (
-                self.device.type == "cpu"
-            ):  # elsewhere reading a value waits for the device: when a log line is due
+            # Elsewhere reading a value waits for the device: that is done when a line of the log is due.
+            if self.device.type == "cpu":
                 self._check_finite()
             player.update(self.step, progress)
             player.trace += torch.stack(
@@ -229,12 +234,15 @@ class _Loop:
         return (self.players[names[0]], torch.cat(losses)) if losses else None
 
     def _synchronise(self, player: Player, loss: Tensor, interruption: Interruption) -> Tensor:
-        """Mean over processes of gradients and loss; the processes also agree on the clock and on whether to stop."""
+        """Mean over processes of gradients and loss; the processes also agree on the clock and on whether to
+        stop.
+        """
         now = time.monotonic() - self.begun
         if self.processes.count == 1:
             self.seconds, self.stop = now, interruption.signum
             return loss
-        # The clock is the main process's: a mean of (n * seconds, 0, 0, ...). Any process may have caught the signal.
+        # The clock is the main process's: a mean of (n * seconds, 0, 0, ...). Any process may have caught the
+        # signal.
         clock = now * self.processes.count if self.processes.is_main else 0.0
         said = torch.tensor([clock, float(interruption.signum or 0)], device=self.device)
         for p in player.parameters:
@@ -270,12 +278,13 @@ class _Loop:
                 step,
                 bad,
             )
-        self.unchecked.clear()
 
     # -- log, save, restore ----------------------------------------------------------------------------------------------------
 
     def _log(self) -> float:
-        """A line of the log: of the first module, and of each where there are several. Returns the loss of the first."""
+        """A line of the log: of the first module, and of each where there are several. Returns the loss of
+        the first.
+        """
         self._check_finite()
         lines = {}
         for name, player in self.players.items():
@@ -293,8 +302,8 @@ class _Loop:
         return first["loss"]
 
     def save(self) -> None:
-        """Checkpoint and prior. All processes come here, and the main one writes: what they hold is the same but for the
-        rows of their samples, which are gathered."""
+        """Checkpoint and prior. All processes come here, and the main one writes: what they hold is the same
+        but for the rows of their samples, which are gathered."""
         self._check_finite()
         self.saved = self.seconds
         if self.folder is None:

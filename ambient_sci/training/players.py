@@ -2,12 +2,14 @@ r"""What is optimised: a module, its optimiser, its weight average.
 
     theta <- AdamW(theta, clip(g), lr(s)),        theta_ema <- d(s) theta_ema + (1 - d(s)) theta
 
-Only what training moves is averaged and saved: parameters that require a gradient, and the buffers of the modules that own
-them (and running statistics of normalisations without parameters). Everything else is frozen: the average shares it with
-the module, in memory, and a checkpoint does not have it. An adapter on a frozen base costs what the adapter weighs.
+Only what training moves is averaged and saved: parameters that require a gradient, and the buffers of the
+modules that own them (and running statistics of normalisations without parameters). Everything else is
+frozen: the average shares it with the module, in memory, and a checkpoint does not have it. An adapter on a
+frozen base costs what the adapter weighs.
 
-Averages are kept in single precision or better: in bfloat16, of 8 bits, a step of a thousandth of the difference is lost.
-Buffers are not averaged but follow: a mean of running variances is not the variance of anything.
+Averages are kept in single precision or better: in bfloat16, of 8 bits, a step of a thousandth of the
+difference is lost. Buffers are not averaged but follow: a mean of running variances is not the variance of
+anything.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def copy_sharing(module: nn.Module, trainable: Iterable[str]) -> nn.Module:
 
     Args:
         module: what is copied.
-        trainable: names of the parameters that the copy is to have for itself, with the buffers that move along.
+        trainable: names of the parameters that the copy is to have for itself, with the buffers that move
+            along.
     """
     named = dict(module.named_parameters())
     own = [named[name] for name in trainable]
@@ -63,7 +66,8 @@ class Player:
 
     Args:
         name: for messages.
-        module: moved to ``device``, and into training mode, except for normalisations whose parameters are frozen.
+        module: moved to ``device``, and into training mode, except for normalisations whose parameters are
+            frozen.
         config: the run.
         own: settings in which this player differs, of `OWN`.
         device: where it is trained.

@@ -1,7 +1,10 @@
-"""What the processes of one run do together: average, gather, wait. One that has gone ends the others with a sentence."""
+"""What the processes of one run do together: average, gather, wait. One that has gone ends the others with a
+sentence.
+"""
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +13,15 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ambient_sci.training.errors import ProcessLost
+
+
+@atexit.register
+def _leave() -> None:
+    """Leave the group of processes: its threads, still there when Python ends, abort the process about every
+    second time.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class Processes:

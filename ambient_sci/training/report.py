@@ -14,7 +14,9 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 
 class Reporter:
-    """Sentences and a progress bar on standard error; plain lines now and then where that is not a terminal."""
+    """Sentences and a progress bar on standard error; plain lines now and then where that is not a
+    terminal.
+    """
 
     def __init__(self, enabled: bool = True) -> None:
         self.console = Console(stderr=True, quiet=not enabled, highlight=False)
@@ -24,7 +26,9 @@ class Reporter:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def stage(self, name: str, config: TrainConfig, step: int, seconds: float) -> StageProgress:
-        """A context that shows the progress of one stage, which starts at ``step`` after ``seconds`` of training."""
+        """A context that shows the progress of one stage, which starts at ``step`` after ``seconds`` of
+        training.
+        """
         return StageProgress(self, name, config, step, seconds)
 
 

@@ -7,8 +7,9 @@
     log.jsonl                        one line per log interval
     em.json, laps/                   of expectation maximisation, see `ambient_sci.training.em`
 
-A checkpoint is one file that replaces its predecessor in one step (`os.replace`), so a process killed at any moment leaves
-either the old state or the new one. The log is appended to and cut back to the checkpoint on resume.
+A checkpoint is one file that replaces its predecessor in one step (`os.replace`), so a process killed at any
+moment leaves either the old state or the new one. The log is appended to and cut back to the checkpoint on
+resume.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class RunFolder:
         """Raise unless a new run may be written here.
 
         Raises:
-            InputError: the path is a file, or a folder with something in it that ``overwrite`` does not cover.
+            InputError: the path is a file, or a folder with something in it that ``overwrite`` does not
+                cover.
         """
         if self.path.is_file():
             raise InputError(f"run folder {self.path}: expected a folder or nothing, got a file")

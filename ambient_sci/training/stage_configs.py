@@ -17,16 +17,16 @@ _DETACH = (
 class _PairsConfig:
     """Pairs of levels below the noise of the data; see `ambient_sci.training.below_noise`.
 
-    A pair (t, s) starts at a noisy image of the data, at level sigma_n, and walks down k steps of the reverse process,
-    t <- max(t exp(-stride u), sigma_min); then s = t exp(-gap u'), with u and u' uniform on (0, 1).
+    A pair (t, s) starts at a noisy image of the data, at level sigma_n, and walks down k steps of the reverse
+    process, t <- max(t exp(-stride u), sigma_min); then s = t exp(-gap u'), with u and u' uniform on (0, 1).
 
     Attributes:
         draws: m >= 2, independent draws of x_s for each pair, in one batched call.
         walk: smallest and largest k; k is drawn once a batch. Reaching far below sigma_n takes about
             2 ln(sigma_n / sigma_min) steps, and each costs an evaluation without gradient.
         stride, gap: see above.
-        sigma_n: the level below which consistency is asked for, in the units of ``levels``; default: the lowest noise in the
-            data. To be given where some of the data are clean.
+        sigma_n: the level below which consistency is asked for, in the units of ``levels``; default: the
+            lowest noise in the data. To be given where some of the data are clean.
         sigma_min: lowest level of a walk, in the units of ``levels``.
         weight: factor of the loss beside an Ambient loss.
     """
@@ -51,7 +51,8 @@ class _PairsConfig:
 
 @dataclass(frozen=True)
 class StagedConfig(_PairsConfig):
-    """Staged consistency: what the Ambient loss has learned is frozen, and a copy of it trained for the levels below.
+    """Staged consistency: what the Ambient loss has learned is frozen, and a copy of it trained for the
+    levels below.
 
     Attributes:
         draws, walk, stride, gap, sigma_n, sigma_min: how pairs of levels arise.
@@ -59,18 +60,18 @@ class StagedConfig(_PairsConfig):
         max_steps, max_minutes: length of the second stage.
         learning_rate: of the second stage.
         ema_decay: of its weight average.
-        replay: instead of walking anew, keep a batch of chains: the state at s is where the next step starts, at no
-            evaluation at all, and a chain that has reached sigma_min starts again from the data.
-        margin: without sigma_n, it is ``margin`` times the lowest noise in the data. The Ambient loss teaches kept rows
-            nothing at the noise level of the data itself: what the anchor answers there is extrapolated, from a little
-            above. With 1.15, say, the anchor is asked where it has learned, and noise is added to the data to get there.
-            Each step then also takes an Ambient loss on the copy, between the noise of the data and sigma_n (one
-            evaluation), beside which ``weight`` counts.
-        shrinkage: factor, beside the consistency loss, of the denoising loss on the anchor's estimates at sigma_n, towards
-            the law of truncated sampling. It biases (detail is lost where images are finer than the noise) and calms (noise
-            that the network would rather leave in). Two evaluations a step.
-        warm_start: first steps of the second stage, with that loss alone, with factor 1 whatever ``shrinkage`` is. They are
-            among its ``max_steps`` and share its learning rate.
+        replay: instead of walking anew, keep a batch of chains: the state at s is where the next step starts,
+            at no evaluation at all, and a chain that has reached sigma_min starts again from the data.
+        margin: without sigma_n, it is ``margin`` times the lowest noise in the data. The Ambient loss teaches
+            kept rows nothing at the noise level of the data itself: what the anchor answers there is
+            extrapolated, from a little above. With 1.15, say, the anchor is asked where it has learned, and
+            noise is added to the data to get there. Each step then also takes an Ambient loss on the copy,
+            between the noise of the data and sigma_n (one evaluation), beside which ``weight`` counts.
+        shrinkage: factor, beside the consistency loss, of the denoising loss on the anchor's estimates at
+            sigma_n, towards the law of truncated sampling. It biases (detail is lost where images are finer
+            than the noise) and calms (noise that the network would rather leave in). Two evaluations a step.
+        warm_start: first steps of the second stage, with that loss alone, with factor 1 whatever
+            ``shrinkage`` is. They are among its ``max_steps`` and share its learning rate.
         weight: factor of the loss for data with less noise than sigma_n.
     """
 
@@ -168,12 +169,14 @@ class EMConfig:
     Attributes:
         laps: most laps; a lap draws images from the posterior of every measurement and trains on them.
         steps: training steps of each lap; learning rate, batch size and the rest are those of `TrainConfig`.
-        first_steps: training steps of the first lap, which starts from new weights where lap 0 has left none to go on from; default: ``steps``.
-        start: where the first draws come from. "gaussian": posterior draws under a Gaussian fitted to the measurements, for any linear
-            operator. "ambient": a network trained on the measurements by the operator-aware Ambient loss; its estimates E[x_0 | y] where
-            rows are missing, posterior draws under it where none are. Much nearer to the data's law when that is far from Gaussian
-            and every row is measured with positive probability. Augmentations that are not exact for incomplete measurements are left
-            out of its training, and its estimates are computed in single precision.
+        first_steps: training steps of the first lap, which starts from new weights where lap 0 has left none
+            to go on from; default: ``steps``.
+        start: where the first draws come from. "gaussian": posterior draws under a Gaussian fitted to the
+            measurements, for any linear operator. "ambient": a network trained on the measurements by the
+            operator-aware Ambient loss; its estimates E[x_0 | y] where rows are missing, posterior draws
+            under it where none are. Much nearer to the data's law when that is far from Gaussian and every
+            row is measured with positive probability. Augmentations that are not exact for incomplete
+            measurements are left out of its training, and its estimates are computed in single precision.
         start_steps: training steps of that network; default: ``first_steps``.
         m_step: "network" trains the network on the draws; "gaussian" takes their mean and covariance.
         initial_samples: measurements that the initial Gaussian is fitted to, at most.
@@ -181,7 +184,8 @@ class EMConfig:
         sampler_steps: noise levels of the posterior sampler (MMPS).
         integrator: "heun", "ancestral", or "multistep": second order like "heun" at half its evaluations.
         max_iterations, tolerance: of the sampler's linear solves.
-        sampler_precision: of the network in the E-step; "bf16" under autocast, "auto" where the processor multiplies bfloat16 natively.
+        sampler_precision: of the network in the E-step; "bf16" under autocast, "auto" where the processor
+            multiplies bfloat16 natively.
         sampler_batch: measurements at a time in the E-step.
         patience: laps without a better held-out score after which EM stops; the best lap's prior is kept.
         improvement: relative decrease of the score that counts as better.

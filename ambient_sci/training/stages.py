@@ -21,7 +21,8 @@ from ambient_sci.training.source import Source
 
 
 def initial_prior(batches: Batches) -> NetworkPrior:
-    """The network of the run with random weights: unconditional for complete data, mask-conditional for incomplete ones.
+    """The network of the run with random weights: unconditional for complete data, mask-conditional for
+    incomplete ones.
 
     Raises:
         InputError: a size that the network cannot divide.
@@ -41,7 +42,9 @@ def initial_prior(batches: Batches) -> NetworkPrior:
 
 
 def _lowest_level(batches: Batches) -> float:
-    """The level above which a network learns what it answers: the noise of the data, unless consistency goes below."""
+    """The level above which a network learns what it answers: the noise of the data, unless consistency goes
+    below.
+    """
     consistency, levels = batches.config.consistency, batches.config.levels
     if consistency is not None and consistency.mode == "joint":
         return consistency.sigma_min * (batches.source.data_std if levels.relative else 1.0)

@@ -1,4 +1,6 @@
-"""`fit`: from measurements to a prior. Decides from data and configuration which stages run, says so, and runs them."""
+"""`fit`: from measurements to a prior. Decides from data and configuration which stages run, says so, and
+runs them.
+"""
 
 from __future__ import annotations
 
@@ -46,17 +48,20 @@ def fit(
 ) -> Prior:
     """Train a prior on measurements alone.
 
-    Complete data (identity, or fully sampled MRI with normalised coil maps) give an unconditional prior, by the Ambient loss; incomplete
-    data give a mask-conditional one, by the operator-aware Ambient loss with held-out rows. ``config.consistency`` adds a stage (or a
-    loss) for what lies below the noise of the data; ``config.em`` gives an unconditional prior from any measurements. What
-    runs is said on standard error and written to ``run.json``.
+    Complete data (identity, or fully sampled MRI with normalised coil maps) give an unconditional prior, by
+    the Ambient loss; incomplete data give a mask-conditional one, by the operator-aware Ambient loss with
+    held-out rows. ``config.consistency`` adds a stage (or a loss) for what lies below the noise of the data;
+    ``config.em`` gives an unconditional prior from any measurements. What runs is said on standard error and
+    written to ``run.json``.
 
     Args:
-        measurements: a measurement file, or (operator, y, sigma_y) with y (N, ...) and sigma_y a float or (N,), per real channel.
+        measurements: a measurement file, or (operator, y, sigma_y) with y (N, ...) and sigma_y a float or
+            (N,), per real channel.
         config: the run; default: `TrainConfig()`, or what the run was started with when resuming.
         out: run folder, see `ambient_sci.training.run_folder`; nothing is written without one.
-        resume: continue the run in ``out`` from its last checkpoint. Step-limited runs end with the same bits as if they had not
-            been interrupted (CPU, same number of threads). Limits, device and intervals may be changed; nothing else.
+        resume: continue the run in ``out`` from its last checkpoint. Step-limited runs end with the same bits
+            as if they had not been interrupted (CPU, same number of threads). Limits, device and intervals
+            may be changed; nothing else.
         overwrite: replace an earlier run in ``out``.
         progress: show a progress bar, or lines where standard error is no terminal.
         initial: a prior to go on from instead of random weights: any that was trained or registered, a `LoraPrior` of one to
@@ -66,11 +71,13 @@ def fit(
         the prior with averaged weights, in evaluation mode, on the training device.
 
     Raises:
-        InputError: unusable data or configuration, an occupied folder, or a run of other data or settings to resume.
+        InputError: unusable data or configuration, an occupied folder, or a run of other data or settings to
+            resume.
         IdentifiabilityError: a mask design that leaves rows unsupervised.
         TrainingDiverged: loss or gradient not finite; names step and samples.
         ProcessLost: another process of the run has ended.
-        TrainingInterrupted: SIGINT or SIGTERM; after the step at hand, with a checkpoint where ``out`` is given.
+        TrainingInterrupted: SIGINT or SIGTERM; after the step at hand, with a checkpoint where ``out`` is
+            given.
     """
     if resume and out is None:
         raise InputError("resume: expected a run folder, got none")
@@ -122,7 +129,8 @@ def fit_em(
     out: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Prior:
-    """An unconditional prior from measurements of any kind; `fit` with ``config.em``, which this sets to its defaults if it is None.
+    """An unconditional prior from measurements of any kind; `fit` with ``config.em``, which this sets to its
+    defaults if it is None.
 
     Arguments and errors are those of `fit`; em.json in ``out`` has a report for each lap, see `em_report`.
     """
@@ -149,7 +157,8 @@ def describe_run(reasons: dict[str, str], fingerprint: dict[str, Any], stage: Am
 
 
 def make_accelerator(device: str) -> Accelerator:
-    """An `Accelerator` for "auto", "cpu" or "cuda". Precision is the configuration's business, not the launcher's.
+    """An `Accelerator` for "auto", "cpu" or "cuda". Precision is the configuration's business, not the
+    launcher's.
 
     Raises:
         InputError: CUDA is asked for and not there.

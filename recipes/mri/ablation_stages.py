@@ -1,4 +1,5 @@
-"""The Ambient loss with one part of it taken away: stages of training for `ablations`, and for entries of config.yaml.
+"""The Ambient loss with one part of it taken away: stages of training for `ablations`, and for entries of
+config.yaml.
 
 full             the loss as it is
 no-tweedie       c = 1: kept rows are fitted noise and all

@@ -1,8 +1,8 @@
 """What the parts of the k-space loss are good for: one taken away at a time, several seeds, a small setting.
 
-The arms are those of `ablation_stages`; coil maps vary from scan to scan. The score is the one-step estimate at the noise level
-of the data, on people that were not trained on. A seed decides phases, maps, noise, masks, initial weights and batches of the
-training; the test scans are the same for all.
+The arms are those of `ablation_stages`; coil maps vary from scan to scan. The score is the one-step estimate
+at the noise level of the data, on people that were not trained on. A seed decides phases, maps, noise, masks,
+initial weights and batches of the training; the test scans are the same for all.
 """
 
 from __future__ import annotations
