@@ -1,8 +1,8 @@
-"""For the documentation's build: ``a, b: text`` in a docstring documents two parameters, here as in the library's source.
+"""For the documentation's build: ``a, b: text`` in a docstring documents two parameters.
 
-Griffe, which reads docstrings for mkdocstrings, takes ``a, b`` for the name of one parameter that does not exist, and a strict build
-stops. This extension hands it one entry for each name: the text under the first, "See `a`." under the others. A name that the signature
-lacks still stops the build.
+Griffe, which reads docstrings for mkdocstrings, takes ``a, b`` for the name of one parameter that does not
+exist, and a strict build stops. This extension hands it one entry for each name: the text under the first,
+"See `a`." under the others. A name that the signature lacks still stops the build.
 """
 
 from __future__ import annotations

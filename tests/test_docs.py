@@ -1,4 +1,4 @@
-"""The documentation builds strictly, quotes messages that exist, and names commands and options that exist."""
+"""The documentation builds strictly, and quotes messages, commands and options that exist."""
 
 from __future__ import annotations
 
@@ -75,11 +75,14 @@ def test_nothing_is_fetched_from_elsewhere_but_mathjax(site: Path) -> None:
 
 @needs_mkdocs
 def test_a_parameter_that_does_not_exist_is_noticed() -> None:
-    """``a, b: text`` documents two parameters; the names reach griffe one by one, so a wrong one still stops the build."""
+    """``a, b: text`` documents two parameters; griffe gets names one by one, so a wrong one stops the build."""
     separated = _joined_parameters().separated
-    text = "Say it.\n\nArgs:\n    low, high: ends of the\n        grid.\n    count: how many.\n\nReturns:\n    a, b: both."
-    expected = "Say it.\n\nArgs:\n    low: ends of the\n        grid.\n    high: See `low`.\n    count: how many.\n\nReturns:\n    a, b: both."
-    assert separated(text) == expected
+    before = "Say it.\n\nArgs:\n    low, high: ends of the\n        grid.\n    count: how many.\n"
+    after = (
+        "Say it.\n\nArgs:\n    low: ends of the\n        grid.\n    high: See `low`.\n    count: how many.\n"
+    )
+    returns = "\nReturns:\n    a, b: both."
+    assert separated(before + returns) == after + returns
     assert separated("Args:\n    a, b: both.") == "Args:\n    a: both.\n    b: See `a`."
 
 
@@ -140,6 +143,15 @@ def test_messages_that_are_explained_exist() -> None:
     for message in quoted:
         pattern = r".*?".join(re.escape(part.strip()) for part in message.split("..."))
         assert any(re.search(pattern, known, flags=re.DOTALL) for known in everything), message
+
+
+def test_the_figure_of_the_home_page_can_be_drawn_again(tmp_path: Path) -> None:
+    """Its script, with two samples and two noise levels: the picture, and the numbers of the caption."""
+    script, out = DOCS / "figures" / "hero.py", tmp_path / "hero.png"
+    options = ["--out", str(out), "--samples", "2", "--steps", "2"]
+    done = subprocess.run([sys.executable, str(script), *options], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert out.read_bytes()[:4] == b"\x89PNG" and done.stdout.count("std / error") == 3
 
 
 def test_figures_of_the_pages_exist() -> None:

@@ -1,4 +1,4 @@
-"""What the README promises runs: its Python example, every shell line, the quickstart in miniature, the benchmark script."""
+"""What the README promises runs: its Python, every shell line, the quickstart in miniature, a benchmark."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_home_page_shows_the_code_of_the_readme():
 
 
 def test_shell_lines_of_the_readme_run(tmp_path, monkeypatch):
-    """Every line: pip's are checked against the package's own description, commands run, on tiny pictures and with two steps."""
+    """Every line: pip's two are the known ones; commands run, on tiny pictures with two training steps."""
     monkeypatch.chdir(tmp_path)
     Path("pictures").mkdir()
     noise = np.random.default_rng(0).normal(120, 30, (6, 16, 16))

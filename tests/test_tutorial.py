@@ -1,4 +1,4 @@
-"""The tutorials run as they stand, in miniature: shell lines with shorter trainings and coarser sampling, Python with smaller settings."""
+"""The tutorials run as they stand, in miniature: shorter trainings, coarser sampling, tiny pictures."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_microscopy_from_pictures_to_grey_levels(tmp_path, monkeypatch, capsys) 
 
 
 def test_any_physics(monkeypatch, capsys) -> None:
-    """The page as it stands with three noise levels in place of fourteen: both posterior means beat what they start from."""
+    """As it stands, with three noise levels instead of fourteen: both means beat what they start from."""
     fewer = dataclasses.replace(POSTERIOR_SAMPLERS["mmps"], steps=3)
     monkeypatch.setitem(POSTERIOR_SAMPLERS, "mmps", fewer)
     names: dict = {}

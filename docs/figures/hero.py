@@ -2,9 +2,10 @@
 
     python docs/figures/hero.py
 
-Truth, zero-filled, total variation (weight chosen with the truth in hand, for each slice by itself), posterior mean, standard
-deviation, and |error| / standard deviation, which is flat where the error bars hold. Scans are those of
-``ambient-sci quickstart`` (R = 2.5, noise 0.05), simulated from real anatomy. Numbers of the caption go to standard output.
+Truth, zero-filled, total variation (weight chosen with the truth in hand, for each slice by itself),
+posterior mean, standard deviation, and |error| / standard deviation, which is flat where the error bars hold. Scans are
+those of ``ambient-sci quickstart`` (R = 2.5, noise 0.05), simulated from real anatomy.
+Numbers of the caption go to standard output.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def draw(columns: dict[str, Tensor], truth: Tensor, people: list[str], out: Path
     top, bottom, left, right = LESION
     for k in (0, len(grey) - 1, len(columns) - 1):
         axes[0, k].annotate(
-            "", ((left + right) / 2 + 3, (top + bottom) / 2 - 3), xytext=(18, -17), textcoords="offset points",
+            "", ((left + right) / 2 + 3, (top + bottom) / 2 - 3),
+            xytext=(18, -17), textcoords="offset points",
             arrowprops={"arrowstyle": "->", "color": "cyan", "linewidth": 1.2},
         )  # fmt: skip
     figure.savefig(out, dpi=150)
@@ -138,9 +140,8 @@ def main() -> None:
     inside = inside / upright(spread)[0, top : bottom + 1, left : right + 1].square().mean().sqrt()
     for person, e, s in zip(people, error, spread, strict=True):
         print(f"{person}: std / error {float((s.square().mean() / e.square().mean()).sqrt()):.2f}")
-    print(
-        f"lesion of {people[0]}: error / std {float(inside):.2f}, largest {float(ratio[0, top : bottom + 1, left : right + 1].max()):.1f}"
-    )
+    largest = ratio[0, top : bottom + 1, left : right + 1].max()
+    print(f"lesion of {people[0]}: error / std {float(inside):.2f}, largest {float(largest):.1f}")
     print(f"all pixels above 3: {100 * float((ratio > 3).float().mean()):.2f} %")
 
 

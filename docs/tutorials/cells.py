@@ -2,8 +2,9 @@
 
     python docs/tutorials/cells.py cells --num 300 --size 32 --noise 0.15
 
-writes ``cells/noisy`` and ``cells/clean`` (16-bit TIFF, one picture a file). A camera adds an offset and leaves headroom:
-brightness x is stored as 65535 (0.25 + 0.5 x), so nothing is clipped, and noise 0.15 of x is 0.075 of full scale.
+writes ``cells/noisy`` and ``cells/clean`` (16-bit TIFF, one picture a file). A camera adds an offset and
+leaves headroom: brightness x is stored as 65535 (0.25 + 0.5 x), so that noise of 0.15 is hardly ever clipped.
+It is 0.075 of full scale.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from PIL import Image
 
 
 def cells(num: int, size: int, generator: np.random.Generator) -> np.ndarray:
-    """Brightness in [0, 1], (num, size, size): two to five ellipses each, with soft edges and a brighter nucleus."""
+    """Brightness in [0, 1], (num, size, size): two to five soft ellipses each, with a brighter nucleus."""
     row, column = np.mgrid[:size, :size] / size
     images = np.zeros((num, size, size))
     for image in images:
