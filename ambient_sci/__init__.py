@@ -1,4 +1,5 @@
-"""ambient_sci: diffusion priors from noisy and incomplete measurements, and posterior samples with error bars that hold.
+"""ambient_sci: diffusion priors from noisy and incomplete measurements, and posterior samples with error bars
+that hold.
 
 Public names load on first use, so that importing the package (and ``ambient-sci --help``) costs nothing.
 """

@@ -1,8 +1,9 @@
 """The command line: ``ambient-sci COMMAND …``. Argument parsing and calls, nothing else.
 
-Exit status: 0; 2 with one line on standard error for input that is not what was expected; 130 and 143 where SIGINT or SIGTERM
-ended it. Results go to standard output, progress and errors to standard error. Launched as several processes (torchrun), those commands that
-share their work do so; of the others the main process does it all.
+Exit status: 0; 2 with one line on standard error for input that is not what was expected; 130 and 143 where
+SIGINT or SIGTERM ended it. Results go to standard output, progress and errors to standard error. Launched as
+several processes (torchrun), those commands that share their work do so; of the others the main process does
+it all.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ambient_sci import __version__
 from ambient_sci.errors import InputError
 
 PROG = "ambient-sci"
-DESCRIPTION = "Diffusion priors from noisy and incomplete measurements, and posterior samples with error bars that hold."
+DESCRIPTION = "Diffusion priors learned from noisy or incomplete measurements, and posterior samples with calibrated uncertainty."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _leave_launch() -> None:
-    """As one of several processes, give the connections to the others up in order; left to the end of Python they can abort it."""
+    """As one of several processes, give the connections to the others up in order; left to the end of Python
+    they can abort it."""
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
@@ -128,7 +130,8 @@ def _parse(kind: Any, prog: str, description: str | None, arguments: Sequence[st
 
 
 def _first_paragraph(box: str) -> str:
-    """What is wrong, in one line, out of the box that tyro draws around it, its hints and the options' help."""
+    """What is wrong, in one line, out of the box that tyro draws around it, its hints and the options'
+    help."""
     lines = [line.strip("╭╮╰╯│").rstrip(" ─") for line in box.splitlines()]
     title, *rest = [line for line in lines[:1] if line] + lines[1:] or ["unusable arguments"]
     end = next((k for k, line in enumerate(rest) if not line), len(rest))
@@ -159,7 +162,8 @@ def _termination_unwinds() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """Our own warnings as one line each; those of libraries below only where -W or PYTHONWARNINGS asks for them."""
+    """Our own warnings as one line each; those of libraries below only where -W or PYTHONWARNINGS asks for
+    them."""
     ours = str(Path(__file__).parent)
 
     def show(message: Any, category: Any, filename: str, *_: Any, **__: Any) -> None:

@@ -4,15 +4,18 @@ Inside the library every process is variance exploding (VE),
 
     x_t = x_0 + sigma_t z,        z ~ N(0, I),
 
-with sigma_t per real channel. A variance-preserving (VP) state x_t = alpha x_0 + sigma z, alpha = sqrt(1 - sigma^2), is the VE
-state x_t / alpha at level sigma / alpha, and the predictions of a VP network are linear in x_0:
+with sigma_t per real channel. A variance-preserving (VP) state x_t = alpha x_0 + sigma z, alpha = sqrt(1 -
+sigma^2), is the VE state x_t / alpha at level sigma / alpha, and the predictions of a VP network are linear
+in x_0:
 
     epsilon = (x_t - alpha x_0) / sigma,        v = alpha epsilon - sigma x_0.
 
-So one implementation of every loss and sampler serves all of them; the functions below translate at the border.
+So one implementation of every loss and sampler serves all of them; the functions below translate at the
+border.
 
-Sources: Song et al., "Score-Based Generative Modeling through SDEs" (2021); Karras et al., "Elucidating the Design Space of
-Diffusion-Based Generative Models" (2022); Salimans & Ho, "Progressive Distillation" (2022) for v.
+Sources: Song et al., "Score-Based Generative Modeling through SDEs" (2021); Karras et al., "Elucidating the
+Design Space of Diffusion-Based Generative Models" (2022); Salimans & Ho, "Progressive Distillation" (2022)
+for v.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ def expand(level: float | Tensor, like: Tensor) -> Tensor:
     """A noise level as a tensor that broadcasts over the (B, ...) tensor ``like``.
 
     Args:
-        level: one value, (B,) one per sample, or as many axes as ``like`` that broadcast to it: noise that differs from entry to entry.
+        level: one value, (B,) one per sample, or as many axes as ``like`` that broadcast to it: noise that
+            differs from entry to entry.
         like: gives shape, type and device.
 
     Raises:
@@ -52,18 +56,20 @@ def expand(level: float | Tensor, like: Tensor) -> Tensor:
     elif level.ndim < 2 and level.numel() in (1, like.shape[0]):
         return level.reshape(-1, *([1] * (like.ndim - 1)))
     raise InputError(
-        f"noise level: expected one value or one per sample ({like.shape[0]}), or one per entry {tuple(like.shape)}, "
+        f"noise level: expected one value or one per sample ({like.shape[0]}), or one per entry "
+        f"{tuple(like.shape)}, "
         f"got shape {tuple(level.shape)}"
     )
 
 
 class ChainNoise:
-    """One random stream for each chain of a batch, so that a chain's sample does not depend on what it is batched with.
+    """One random stream for each chain of a batch, so that a chain's sample does not depend on what it is
+    batched with.
 
     Args:
         seeds: one integer for each chain.
-        device: where the streams live: that of what they are added to, so that nothing waits for the host. A seed
-            means other numbers on another kind of device.
+        device: where the streams live: that of what they are added to, so that nothing waits for the host. A
+            seed means other numbers on another kind of device.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
@@ -81,7 +87,8 @@ Randomness = torch.Generator | ChainNoise | None
 
 
 def draw_noise(like: Tensor, generator: Randomness) -> Tensor:
-    """Standard normal noise of the shape, type and device of ``like``; a CPU generator serves tensors on any device."""
+    """Standard normal noise of the shape, type and device of ``like``; a CPU generator serves tensors on any
+    device."""
     if isinstance(generator, ChainNoise):
         return generator.draw(like)
     device = like.device if generator is None else generator.device
@@ -89,20 +96,22 @@ def draw_noise(like: Tensor, generator: Randomness) -> Tensor:
     return noise if device == like.device else noise.to(like.device)
 
 
-# -- processes and what networks predict -------------------------------------------------------------------------------------
+# -- processes and what networks predict ---------------------------------------------------------------------
 
 
 def vp_alpha(sigma: float | Tensor) -> Tensor:
     """Signal scale alpha = sqrt(1 - sigma^2) of a variance-preserving state with noise scale sigma in [0, 1].
 
-    As (1 - sigma) (1 + sigma): where sigma is near 1, the first factor is exact and 1 - sigma^2 is mostly rounding.
+    As (1 - sigma) (1 + sigma): where sigma is near 1, the first factor is exact and 1 - sigma^2 is mostly
+    rounding.
     """
     sigma = torch.as_tensor(sigma)
     return ((1 - sigma) * (1 + sigma)).clamp(min=0).sqrt()
 
 
 def vp_to_ve(x: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
-    """VP state (x, sigma) as the VE state (x / alpha, sigma / alpha). Exact: both have the same posterior of x_0.
+    """VP state (x, sigma) as the VE state (x / alpha, sigma / alpha). Exact: both have the same posterior of
+    x_0.
 
     Raises:
         InputError: sigma outside [0, 1); at 1 nothing of x_0 is left, and there is no VE state.
@@ -115,7 +124,8 @@ def vp_to_ve(x: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ve_to_vp(x: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
-    """VE state (x, sigma) as the VP state (alpha x, alpha sigma) with alpha = 1 / sqrt(1 + sigma^2); inverse of `vp_to_ve`."""
+    """VE state (x, sigma) as the VP state (alpha x, alpha sigma) with alpha = 1 / sqrt(1 + sigma^2); inverse
+    of `vp_to_ve`."""
     sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
     alpha = (1 + sigma**2).rsqrt()
     return x * expand(alpha, x), sigma * alpha
@@ -138,13 +148,15 @@ def sample_from_prediction(prediction: Tensor, x: Tensor, sigma: float | Tensor,
 
 
 def sample_from_ve_state(prediction: Tensor, x: Tensor, sigma: Tensor, kind: Prediction) -> Tensor:
-    """x_0 from what a VP network predicts, in terms of the VE state ``x`` = VP state / alpha at level ``sigma`` (broadcast over x).
+    """x_0 from what a VP network predicts, in terms of the VE state ``x`` = VP state / alpha at level
+    ``sigma`` (broadcast over x).
 
         epsilon    x_0 = x - sigma eps                        what rounds eps by r rounds x_0 by sigma r
         v          x_0 = (x - sqrt(1 + sigma^2) sigma v) / (1 + sigma^2)      ... by sigma / sqrt(1 + sigma^2) r, at most r
         sample     x_0 itself                                 ... by r
 
-    No power of a noise scale near 1 is subtracted from 1, so nothing is lost at high levels but what the network lost.
+    No power of a noise scale near 1 is subtracted from 1, so nothing is lost at high levels but what the
+    network lost.
     """
     if kind == "sample":
         return prediction
@@ -163,7 +175,8 @@ class VPSchedule:
         beta_k evenly spaced (in its square root for "scaled-linear"),   alpha_k^2 = prod_{j <= k} (1 - beta_j),
         sigma_k = sqrt(1 - alpha_k^2) / alpha_k                            the VE level of time k
 
-    Between two of them time is interpolated in log sigma, as is usual with Karras grids; beyond them it is that of the nearest.
+    Between two of them time is interpolated in log sigma, as is usual with Karras grids; beyond them it is
+    that of the nearest.
 
     Attributes:
         kind: "scaled-linear" (Stable Diffusion, SDXL) or "linear" (Ho et al. 2020).
@@ -203,7 +216,8 @@ class VPSchedule:
 
 
 def prediction_from_sample(x0: Tensor, x: Tensor, sigma: float | Tensor, kind: Prediction) -> Tensor:
-    """Inverse of `sample_from_prediction`: what a VP network of this kind should predict when the clean image is ``x0``."""
+    """Inverse of `sample_from_prediction`: what a VP network of this kind should predict when the clean image
+    is ``x0``."""
     scale = expand(sigma, x)
     alpha = vp_alpha(scale)
     if kind == "sample":
@@ -216,13 +230,14 @@ def prediction_from_sample(x0: Tensor, x: Tensor, sigma: float | Tensor, kind: P
     raise InputError(f"prediction: expected 'sample', 'epsilon' or 'v', got {kind!r}")
 
 
-# -- levels to train at ------------------------------------------------------------------------------------------------------
+# -- levels to train at --------------------------------------------------------------------------------------
 
 
 class LevelDistribution(Protocol):
     """A distribution of training noise levels.
 
-    ``minimum`` (float or (num,)) is the noise that the data already has; levels (num,) come in its type, float64 for a number.
+    ``minimum`` (float or (num,)) is the noise that the data already has; levels (num,) come in its type,
+    float64 for a number.
     """
 
     sigma_max: float
@@ -233,7 +248,8 @@ class LevelDistribution(Protocol):
 
 
 def _minimum(minimum: float | Tensor, num: int, floor: float, sigma_max: float) -> Tensor:
-    # In the type of ``minimum``: rounded to a shorter one, a level could come out below the noise of the data.
+    # In the type of ``minimum``: rounded to a shorter one, a level could come out below the noise of the
+    # data.
     low = torch.as_tensor(minimum, dtype=None if torch.is_tensor(minimum) else torch.float64)
     if low.ndim > 1 or (low.ndim == 1 and low.shape[0] not in (1, num)):
         raise InputError(
@@ -242,7 +258,8 @@ def _minimum(minimum: float | Tensor, num: int, floor: float, sigma_max: float) 
     low = low.expand(num).clamp(min=floor)
     if bool((low >= sigma_max).any()):
         raise InputError(
-            f"noise levels: expected sigma_max above the noise of the data ({float(low.max()):g}), got {sigma_max:g}"
+            f"noise levels: expected sigma_max above the noise of the data ({float(low.max()):g}), got "
+            f"{sigma_max:g}"
         )
     return low
 
@@ -263,9 +280,11 @@ class LogUniform:
 
 @dataclass(frozen=True)
 class LogNormal:
-    """log sigma ~ N(mean, std^2), the EDM distribution (Karras et al. 2022), *truncated* to the noise of the data and sigma_max.
+    """log sigma ~ N(mean, std^2), the EDM distribution (Karras et al. 2022), *truncated* to the noise of the
+    data and sigma_max.
 
-    Truncation is by inversion of the distribution function, so no mass piles up at the ends and each draw uses one uniform.
+    Truncation is by inversion of the distribution function, so no mass piles up at the ends and each draw
+    uses one uniform.
     """
 
     mean: float = -1.2
@@ -305,20 +324,23 @@ class Concentrated:
         return low * (self.sigma_max / low) ** (torch.rand(num, generator=generator) ** self.power)
 
 
-# -- levels to sample at -----------------------------------------------------------------------------------------------------
+# -- levels to sample at -------------------------------------------------------------------------------------
 
 
 def karras_grid(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
-    """``steps`` decreasing levels from sigma_max to sigma_min > 0, evenly spaced in sigma^(1/rho) (Karras et al. 2022, eq. 5).
+    """``steps`` decreasing levels from sigma_max to sigma_min > 0, evenly spaced in sigma^(1/rho) (Karras et
+    al. 2022, eq. 5).
 
-    float64. The grid ends at sigma_min: a sampler returns the denoised image there, the step to zero needs no level of its own.
+    float64. The grid ends at sigma_min: a sampler returns the denoised image there, the step to zero needs no
+    level of its own.
 
     Raises:
         InputError: fewer than two steps, or not 0 < sigma_min < sigma_max.
     """
     if steps < 2 or not 0 < sigma_min < sigma_max:
         raise InputError(
-            f"level grid: expected steps >= 2 and 0 < sigma_min < sigma_max, got {steps}, {sigma_min:g}, {sigma_max:g}"
+            f"level grid: expected steps >= 2 and 0 < sigma_min < sigma_max, got {steps}, {sigma_min:g}, "
+            f"{sigma_max:g}"
         )
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
@@ -343,8 +365,8 @@ def ancestral_step(
 
         x_s = D + (s^2 / t^2) (x_t - D) + s sqrt(1 - s^2 / t^2) z,
 
-    the exact conditional q(x_s | x_t, x_0) of the VE process with x_0 replaced by D = E[x_0 | x_t] (Ho et al. 2020 in VE
-    form). Give ``noise`` to fix z, else it is drawn from ``generator``.
+    the exact conditional q(x_s | x_t, x_0) of the VE process with x_0 replaced by D = E[x_0 | x_t] (Ho et al.
+    2020 in VE form). Give ``noise`` to fix z, else it is drawn from ``generator``.
     """
     if noise is None:
         noise = draw_noise(x, generator)

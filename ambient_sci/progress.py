@@ -1,4 +1,5 @@
-"""Progress on the terminal for anything over two seconds, on standard error; nothing when there is no terminal."""
+"""Progress on the terminal for anything over two seconds, on standard error; nothing when there is no
+terminal."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ def number(seed: int, *key: int) -> int:
 
 
 def seeded(seed: int, *key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator on ``device`` that is a function of (seed, key): the same on every machine, unrelated for different keys."""
+    """A generator on ``device`` that is a function of (seed, key): the same on every machine, unrelated for
+    different keys."""
     return torch.Generator(device).manual_seed(number(seed, *key))
 
 

@@ -1,12 +1,13 @@
 r"""Exact relations between the three conditional means of a noisy measurement: Tweedie's formula, twice.
 
-Data come with noise sigma_n already in them, x_tn = x_0 + sigma_n n, and are noised further to x_t. With the score of p_t
-eliminated between the two Tweedie formulas
+Data come with noise sigma_n already in them, x_tn = x_0 + sigma_n n, and are noised further to x_t. With the
+score of p_t eliminated between the two Tweedie formulas
 
     E[x_0  | x_t] = x_t + sigma_t^2               grad log p_t(x_t)
     E[x_tn | x_t] = x_t + (sigma_t^2 - sigma_n^2) grad log p_t(x_t)
 
-what can be *supervised* from noisy data (the mean of x_tn) and what is *wanted* (the mean of x_0) determine each other:
+what can be *supervised* from noisy data (the mean of x_tn) and what is *wanted* (the mean of x_0) determine
+each other:
 
     E[x_tn | x_t] = c E[x_0 | x_t] + (1 - c) x_t,        c = 1 - sigma_n^2 / sigma_t^2.                          (VE)
 
@@ -14,10 +15,11 @@ For the variance-preserving process, alpha = sqrt(1 - sigma^2),
 
     E[x_tn | x_t] = (s_t^2 - s_n^2)/(s_t^2 alpha_n) E[x_0 | x_t] + s_n^2 alpha_t/(s_t^2 alpha_n) x_t.            (VP)
 
-For rows of a linear operator the relation holds row by row on the rows that carry the extra noise, and rows held out need no
-correction at all (`measurement_mean`).
+For rows of a linear operator the relation holds row by row on the rows that carry the extra noise, and rows
+held out need no correction at all (`measurement_mean`).
 
-Sources: Daras et al., "Consistent Diffusion Meets Tweedie" (2024); the row-wise form generalises it to y = A x_0 + sigma_y n.
+Sources: Daras et al., "Consistent Diffusion Meets Tweedie" (2024); the row-wise form generalises it to y = A
+x_0 + sigma_y n.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ if TYPE_CHECKING:
 def contraction(sigma_t: float | Tensor, sigma_n: float | Tensor, like: Tensor) -> Tensor:
     """c = 1 - sigma_n^2 / sigma_t^2 in [0, 1], broadcast over ``like``; exactly 1 where sigma_n = 0.
 
-    Levels that are equal but for rounding (one part in a million: one of them may have come in a shorter type) count as equal, c = 0.
+    Levels that are equal but for rounding (one part in a million: one of them may have come in a shorter
+    type) count as equal, c = 0.
 
     Raises:
         InputError: a level sigma_t below sigma_n (or not positive), where no such mean exists.
@@ -74,7 +77,8 @@ def noisy_mean(
     sigma_n: float | Tensor,
     process: Process = "ve",
 ) -> Tensor:
-    """E[x_tn | x_t] from E[x_0 | x_t]: what a denoiser of clean images predicts for the noisy image in the data set.
+    """E[x_tn | x_t] from E[x_0 | x_t]: what a denoiser of clean images predicts for the noisy image in the
+    data set.
 
     Args:
         x0_mean: E[x_0 | x_t], (B, ...).
@@ -117,7 +121,8 @@ def measurement_mean(
     sigma_t: float | Tensor,
     sigma_y: float | Tensor,
 ) -> Tensor:
-    """E[y | y~, B] on all rows of A, for y = A x_0 + sigma_y n and y~ = y_B + sqrt(sigma_t^2 - sigma_y^2) n~ on kept rows B.
+    """E[y | y~, B] on all rows of A, for y = A x_0 + sigma_y n and y~ = y_B + sqrt(sigma_t^2 - sigma_y^2) n~
+    on kept rows B.
 
         kept rows:      c A_B h + (1 - c) y~        c = 1 - sigma_y^2 / sigma_t^2
         held-out rows:  A h                         (their noise is independent of y~)

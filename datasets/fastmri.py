@@ -1,23 +1,29 @@
-"""Training and test scans from the fastMRI files that you downloaded: selected, cropped, compressed, calibrated, split by person.
+"""Training and test scans from the fastMRI files that you downloaded: selected, cropped, compressed,
+calibrated, split by person.
 
     python datasets/fastmri.py DOWNLOAD --out data/fastmri                                    # T2 brains, 384 x 320, 4 virtual coils
-    python datasets/fastmri.py DOWNLOAD --out data/knees --contrasts CORPD_FBK --size 320 320 # knees, multi- or single-coil
+    python datasets/fastmri.py DOWNLOAD --out data/knees --contrasts CORPD_FBK --size 320 320 # knees, multi-
+    or single-coil
 
-fastMRI (Zbontar et al., 2018) is to be had from https://fastmri.med.nyu.edu under its own data use agreement; nothing is downloaded here. DOWNLOAD is a
-folder, searched with everything below it, or single .h5 files. Each volume is
+fastMRI (Zbontar et al., 2018) is to be had from https://fastmri.med.nyu.edu under its own data use agreement;
+nothing is downloaded here. DOWNLOAD is a folder, searched with everything below it, or single .h5 files. Each
+volume is
 
-1. selected: its ``acquisition`` is one of --contrasts, it is fully sampled, and its field of view and coils reach --size and --coils, no column
-   is zero padding; slices at both ends are left out (--drop-first, --drop-last: towards the ends of a head there is little of it);
-2. cropped to --size about the centre in the image domain, readout first. The transform is orthonormal, so noise stays white. With
-   --keep-padded, columns beyond those that were acquired stay unmeasured;
-3. whitened with the corners of k-space, its coils compressed to --coils, scaled, its coil maps estimated with ESPIRiT, as `ambient-sci import` does.
+1. selected: its ``acquisition`` is one of --contrasts, it is fully sampled, and its field of view and coils
+   reach --size and --coils, no column is zero padding; slices at both ends are left out (--drop-first,
+   --drop-last: towards the ends of a head there is little of it);
+2. cropped to --size about the centre in the image domain, readout first. The transform is orthonormal, so
+   noise stays white. With --keep-padded, columns beyond those that were acquired stay unmeasured;
+3. whitened with the corners of k-space, its coils compressed to --coils, scaled, its coil maps estimated with
+   ESPIRiT, as `ambient-sci import` does.
 
-Out come train.h5 and test.h5 (measurements, still fully sampled: masks are drawn later, by recipes/mri or `MeasurementFile`'s users), and
-train_reference.h5 and test_reference.h5 (coil-combined images of the same scans, with their noise). Volumes below a folder whose name ends in
-``_train`` or ``_val`` are split as published; others by --test-fraction, drawn with --seed. No person is in both.
+Out come train.h5 and test.h5 (measurements, still fully sampled: masks are drawn later, by recipes/mri or
+`MeasurementFile`'s users), and train_reference.h5 and test_reference.h5 (coil-combined images of the same
+scans, with their noise). Volumes below a folder whose name ends in ``_train`` or ``_val`` are split as
+published; others by --test-fraction, drawn with --seed. No person is in both.
 
-384 x 320, four virtual coils and ESPIRiT maps are the protocol of Aali et al. (Ambient Diffusion Posterior Sampling, 2024) for brains. The contrast and the
-number of slices left out are choices of ours.
+384 x 320, four virtual coils and ESPIRiT maps are the protocol of Aali et al. (Ambient Diffusion Posterior
+Sampling, 2024) for brains. The contrast and the number of slices left out are choices of ours.
 """
 
 from __future__ import annotations
@@ -81,7 +87,8 @@ def select(path: Path, wanted: Selection) -> Volume | str:
             kspace = file.get("kspace")
             if not isinstance(kspace, h5py.Dataset):
                 raise InputError(
-                    f"{path}: expected a fastMRI file with 'kspace', got {sorted(file)[:6] or 'an empty file'}"
+                    f"{path}: expected a fastMRI file with 'kspace', got "
+                    f"{sorted(file)[:6] or 'an empty file'}"
                 )
             shape, masked = kspace.shape, "mask" in file
             padded = len(shape) in (3, 4) and not kspace[shape[0] // 2].reshape(-1, shape[-1]).any(0).all()
@@ -146,7 +153,8 @@ def split(volumes: list[Volume], test_fraction: float, seed: int) -> dict[str, l
 
 
 def crop(scan: RawScan, wanted: Selection) -> RawScan:
-    """The chosen slices, cropped to the wanted size in the image domain; columns that were not acquired stay out.
+    """The chosen slices, cropped to the wanted size in the image domain; columns that were not acquired stay
+    out.
 
     Raises: InputError when lines are missing between those that were acquired.
     """
@@ -167,7 +175,8 @@ def crop(scan: RawScan, wanted: Selection) -> RawScan:
     scan.kspace = kspace * acquired
     scan.mask = np.broadcast_to(acquired, (1, height, width))
     scan.notes.append(
-        f"slices {wanted.drop_first} to {last - 1}, cropped to {height} x {width} of {int(acquired.sum())} acquired columns"
+        f"slices {wanted.drop_first} to {last - 1}, cropped to {height} x {width} of {int(acquired.sum())} "
+        "acquired columns"
     )
     num = len(kspace)
     scan.parts = [replace(part, numbers=np.arange(num), count=num) for part in scan.parts[:1]]
@@ -208,8 +217,8 @@ def main(
         coils: virtual coils of multi-coil scans.
         drop_first: slices left out at the beginning of a volume.
         drop_last: slices left out at its end.
-        keep_padded: also take volumes with columns that were never acquired. They stay unmeasured: good for reconstruction, but nothing could
-            supervise them in training, and recipes/mri refuses them.
+        keep_padded: also take volumes with columns that were never acquired. They stay unmeasured: good for
+            reconstruction, but nothing could supervise them in training, and recipes/mri refuses them.
         volumes: take at most so many volumes for training, and for testing.
         test_fraction: of the people, where the folders do not say who is who.
         seed: of that draw.

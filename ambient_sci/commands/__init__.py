@@ -1,4 +1,5 @@
-"""The commands of the command line: one dataclass each, whose fields are its options and whose ``run`` calls the rooms."""
+"""The commands of the command line: one dataclass each, whose fields are its options and whose ``run`` calls
+the rooms."""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ RunArgument = Annotated[
     Positional,
     arg(
         metavar="RUN",
-        help="Run folder (made by train), the folder of a saved prior, or pretrained:NAME for one that ships with the package.",
+        help="Run folder (made by train), the folder of a saved prior, or pretrained:NAME for one that "
+        "ships with the package.",
     ),
 ]
 SeedOption = Annotated[

@@ -49,7 +49,8 @@ class Simulate:
         Positional,
         arg(
             metavar="IMAGES",
-            help="Clean images: .npy, .npz, .nii, .nii.gz, a picture, a folder or zip of pictures, a folder of volumes, a "
+            help="Clean images: .npy, .npz, .nii, .nii.gz, a picture, a folder or zip of pictures, a "
+            "folder of volumes, a "
             "reference file .h5, or brains:train / brains:test (slices that ship with the package).",
         ),
     ]
@@ -61,7 +62,8 @@ class Simulate:
         float,
         arg(
             metavar="SIGMA",
-            help="Standard deviation of the noise, >= 0, per real channel, in the units of the images (pictures and volumes "
+            help="Standard deviation of the noise, >= 0, per real channel, in the units of the images "
+            "(pictures and volumes "
             "have peak 1); a complex value has sqrt(2) times that.",
         ),
     ]
@@ -104,7 +106,8 @@ class Simulate:
         str | None,
         arg(
             metavar="NAME",
-            help="How masks are drawn. Masking: bernoulli, bernoulli-entries (each channel by itself), box. MRI: lines-uniform, "
+            help="How masks are drawn. Masking: bernoulli, bernoulli-entries (each channel by itself), "
+            "box. MRI: lines-uniform, "
             "lines-variable, lines-bernoulli, equispaced, poisson, bernoulli.",
             help_behavior_hint="(default: bernoulli for masking, lines-uniform for MRI)",
         ),
@@ -187,7 +190,8 @@ class Import:
     noise_units: Annotated[
         Literal["scaled", "original"],
         arg(
-            help="Units of --noise-std: those of the stored, scaled data, or the original ones (grey levels, scanner units)."
+            help="Units of --noise-std: those of the stored, scaled data, or the original ones (grey "
+            "levels, scanner units)."
         ),
     ] = "scaled"
     subject: Annotated[

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 class Train:
     """A diffusion prior from measurements alone.
 
-    Complete data give an unconditional prior (for generate, and reconstruct with mmps); incomplete data a mask-conditional
-    one (reconstruct with one-step), or by expectation maximisation (settings with "em") an unconditional one. SIGINT
-    (Ctrl-C) and SIGTERM finish the step at hand, save, and exit; --resume goes on.
+    Complete data give an unconditional prior (for generate, and reconstruct with mmps); incomplete data a
+    mask-conditional one (reconstruct with one-step), or by expectation maximisation (settings with "em") an
+    unconditional one. SIGINT (Ctrl-C) and SIGTERM finish the step at hand, save, and exit; --resume goes on.
     """
 
     shared: ClassVar[bool] = True
@@ -51,7 +51,8 @@ class Train:
         Path | None,
         arg(
             metavar="FILE",
-            help="Settings as JSON or YAML, in the form of a run's config.json; what is left out takes its default.",
+            help="Settings as JSON or YAML, in the form of a run's config.json; what is left out takes "
+            "its default.",
             help_behavior_hint="(default: the defaults; with --resume, those of the run)",
         ),
     ] = None
@@ -67,7 +68,8 @@ class Train:
         float | None,
         arg(
             metavar="T",
-            help="Stop after this many minutes of training in all, > 0; with --max-steps, at whichever comes first.",
+            help="Stop after this many minutes of training in all, > 0; with --max-steps, at whichever "
+            "comes first.",
             help_behavior_hint="(default: the configuration's, else none)",
         ),
     ] = None
@@ -108,7 +110,8 @@ class Train:
         return (self.out / "config.json").exists()
 
     def _config(self) -> TrainConfig:
-        """The configuration's file (or that of the run to resume), with the options of the command line in front."""
+        """The configuration's file (or that of the run to resume), with the options of the command line in
+        front."""
         from ambient_sci.training import RunFolder, TrainConfig
 
         if self.config is not None:
@@ -143,14 +146,16 @@ class Generate:
         int,
         arg(
             metavar="K",
-            help="Noise levels of the sampler, >= 1; more is finer and slower. 1: one evaluation at the highest level, for one-step "
+            help="Noise levels of the sampler, >= 1; more is finer and slower. 1: one evaluation at the "
+            "highest level, for one-step "
             "generators.",
         ),
     ] = 40
     sampler: Annotated[
         Literal["multistep", "heun", "ancestral"],
         arg(
-            help="Probability flow, second order, with one (multistep) or two (heun) evaluations a level; or the reverse SDE, first order."
+            help="Probability flow, second order, with one (multistep) or two (heun) evaluations a "
+            "level; or the reverse SDE, first order."
         ),
     ] = "heun"
     sigma_min: SigmaMinOption = None
@@ -186,7 +191,8 @@ class Generate:
                 sampler=self.sampler,
                 sigma_min=self.sigma_min,
                 batch_size=self.batch_size,
-                history=f"generate {self.num} from {self.run_folder}: {self.sampler}, {self.steps} levels down to {low:.4g}, "
+                history=f"generate {self.num} from {self.run_folder}: {self.sampler}, {self.steps} levels "
+                f"down to {low:.4g}, "
                 f"seed {self.seed}",
                 overwrite=self.overwrite,
                 generator=generator(self.seed),
@@ -198,7 +204,8 @@ class Generate:
         print(f"images: {self.out}, contact sheet: {sheet}")
         if self.steps > 1 and prior.sigma_min > 0 and low >= prior.sigma_min:
             print(
-                f"note: sampling stopped at noise level {low:.3g}, the lowest the prior has learned; detail weaker than that "
+                f"note: sampling stopped at noise level {low:.3g}, the lowest the prior has learned; detail "
+                "weaker than that "
                 "is averaged out"
             )
 
@@ -223,7 +230,8 @@ class Reconstruct:
         str,
         arg(
             metavar="NAME",
-            help="For unconditional priors: mmps (moment matching), daps, smc (exact in the limit, a reference), pnp-dm, "
+            help="For unconditional priors: mmps (moment matching), daps, smc (exact in the limit, a "
+            "reference), pnp-dm, "
             "pigdm, dps. For mask-conditional ones: a-dps, one-step (a point estimate without error bars).",
         ),
     ] = "mmps"
@@ -264,7 +272,8 @@ class Reconstruct:
         Literal["multistep", "heun", "ancestral"] | None,
         arg(
             metavar="{multistep,heun,ancestral}",
-            help="mmps, pigdm, dps: probability flow with one or two evaluations a level; or the reverse SDE, first order.",
+            help="mmps, pigdm, dps: probability flow with one or two evaluations a level; or the "
+            "reverse SDE, first order.",
             help_behavior_hint="(default: mmps multistep, else ancestral)",
         ),
     ] = None
@@ -272,7 +281,8 @@ class Reconstruct:
         Literal["auto", "mean", "draw"] | None,
         arg(
             metavar="{auto,mean,draw}",
-            help="mmps: what to return at the lowest level: its mean, or a draw that restores the variance still open there; auto "
+            help="mmps: what to return at the lowest level: its mean, or a draw that restores the "
+            "variance still open there; auto "
             "draws where the levels stop early.",
             help_behavior_hint="(default: auto)",
         ),
@@ -367,7 +377,8 @@ class Reconstruct:
 
 
 def _check_same_data(run: Path, prior: Prior, file: MeasurementFile) -> None:
-    """Refuse images of another shape, and masks of another operator than a mask-conditional prior was trained on."""
+    """Refuse images of another shape, and masks of another operator than a mask-conditional prior was trained
+    on."""
     require(
         tuple(prior.shape) == tuple(file.image_shape),
         f"{run}",

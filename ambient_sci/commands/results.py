@@ -38,7 +38,8 @@ class Evaluate:
         Path | None,
         arg(
             metavar="REF.h5",
-            help="Clean images: of the same scans in the same order for a result, any of the same kind for generated ones.",
+            help="Clean images: of the same scans in the same order for a result, any of the same kind "
+            "for generated ones.",
             help_behavior_hint="(this or --calibration is needed)",
         ),
     ] = None
@@ -54,7 +55,8 @@ class Evaluate:
         Path | None,
         arg(
             metavar="RUN",
-            help="With --calibration: run that made the result. Scans are sampled again from a part of their rows, and the "
+            help="With --calibration: run that made the result. Scans are sampled again from a part of "
+            "their rows, and the "
             "others are predicted; without it only the rows that were used are tested.",
             help_behavior_hint="(default: none)",
         ),
@@ -160,7 +162,8 @@ class Export:
     what: Annotated[
         Literal["mean", "std", "samples"],
         arg(
-            help="Magnitude of the posterior mean; standard deviation of the magnitude over the samples; or all samples, along a "
+            help="Magnitude of the posterior mean; standard deviation of the magnitude over the "
+            "samples; or all samples, along a "
             "fourth axis."
         ),
     ] = "mean"

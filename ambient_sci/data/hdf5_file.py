@@ -294,8 +294,10 @@ class Hdf5File:
         except InputError as error:
             raise InputError(self._placed(str(error))) from None
         raise InputError(
-            f"{self.path}: {name}: sample {int(rows[0])} is not what was written (its checksum differs): the file is "
-            f"damaged, or was edited by hand (without its attribute {MARK!r} it is checked value by value instead)"
+            f"{self.path}: {name}: sample {int(rows[0])} is not what was written (its checksum differs): the "
+            "file is "
+            f"damaged, or was edited by hand (without its attribute {MARK!r} it is checked value by value "
+            "instead)"
         )
 
     def _explain(self, name: str, block: np.ndarray, rows: np.ndarray) -> None:

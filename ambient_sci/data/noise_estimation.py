@@ -123,7 +123,8 @@ def kspace_corners(kspace: Tensor, mask: Tensor | None = None) -> Tensor:
     values = kspace.movedim(1, 0)[:, chosen]
     if values.shape[1] < 64:
         raise InputError(
-            f"noise level: expected at least 64 measured samples in the k-space corners, got {values.shape[1]}; "
+            "noise level: expected at least 64 measured samples in the k-space corners, got "
+            f"{values.shape[1]}; "
             "give the noise level or a noise scan"
         )
     return values

@@ -59,7 +59,8 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """A function may share the name of its module (`neighbours`, `chi_squared`): the name stays the function's.
+    """A function may share the name of its module (`neighbours`, `chi_squared`): the name stays the
+    function's.
 
     Importing a module binds it in its package, where it would hide the function from then on.
     """

@@ -156,9 +156,11 @@ def hold_out(
 
 
 def std_over_error(result: Any, truth: Tensor, subjects: Sequence[str]) -> dict[str, Any]:
-    """Root mean square of the posterior standard deviation over that of the error, for tables that average over people.
+    """Root mean square of the posterior standard deviation over that of the error, for tables that average
+    over people.
 
-    The mean of S samples errs by the posterior's variance times (1 + 1/S), so that is what the spread is compared with.
+    The mean of S samples errs by the posterior's variance times (1 + 1/S), so that is what the spread is
+    compared with.
 
     Args:
         result: a `Reconstruction` of N images, 2 or more samples.
@@ -298,7 +300,8 @@ def _concluded(result: dict[str, Any], p_values: dict[str, float], level: float,
     result["verdict"] = _verdict(result, failed, level, what)
     if reachable > limit:
         result["verdict"] += (
-            f" (too few measurements and samples to reject anything at this level: no p-value below {reachable:.2g} is possible)"
+            " (too few measurements and samples to reject anything at this level: no p-value below "
+            f"{reachable:.2g} is possible)"
         )
     return result
 
@@ -323,7 +326,10 @@ def finding(result: dict[str, Any], failed: list[str]) -> str:
     wide, narrow = bool(gaps) and min(gaps) > 0, bool(gaps) and max(gaps) < 0
     if not {"std over error", "CRPS"} & set(failed):
         if wide or narrow:
-            return f"{'under' if wide else 'over'}-confident: intervals cover {'more' if wide else 'less'} than they say"
+            return (
+                f"{'under' if wide else 'over'}-confident: intervals cover {'more' if wide else 'less'} "
+                "than they say"
+            )
         return "calibrated in scale, but not in shape"
     if not 0 < ratio < math.inf:
         return "not calibrated"
@@ -346,7 +352,8 @@ def finding(result: dict[str, Any], failed: list[str]) -> str:
 def _check(samples: Tensor, truth: Tensor, level: float, coverage_levels: Sequence[float]) -> None:
     if samples.shape[1:] != truth.shape or samples.ndim < 3:
         raise InputError(
-            f"calibration: expected samples (S, N, ...) and truth (N, ...), got {tuple(samples.shape)} and {tuple(truth.shape)}"
+            f"calibration: expected samples (S, N, ...) and truth (N, ...), got {tuple(samples.shape)} and "
+            f"{tuple(truth.shape)}"
         )
     if len(samples) < 2:
         raise InputError("calibration: expected at least 2 samples of each measurement, got 1")

@@ -163,7 +163,10 @@ def _verdict(ratio: float, p: float, level: float, power: dict[str, Any]) -> str
     weak = all((v["estimated"] if v["estimated"] is not None else 1.0) < 0.5 for v in power.values())
     if p < level:
         side = "larger" if ratio > 1 else "smaller"
-        return f"residuals {side} than the noise by {max(ratio, 1 / ratio):.3g}x (p = {p:.2g}): rejected; {stated}"
+        return (
+            f"residuals {side} than the noise by {max(ratio, 1 / ratio):.3g}x (p = {p:.2g}): rejected; "
+            f"{stated}"
+        )
     if weak:
         return f"residuals like noise (p = {p:.2g}), but the test has little power here; {stated}"
     return f"residuals like noise (p = {p:.2g}); {stated}"
@@ -210,7 +213,8 @@ def noise_level(
             else f"{sigma.flatten()[:4].tolist()} ... of shape {tuple(sigma.shape)}"
         )
         raise InputError(
-            f"calibration: expected a {'positive ' if positive else ''}noise level, one a measurement ({len(y)}) or one an entry "
+            f"calibration: expected a {'positive ' if positive else ''}noise level, one a measurement "
+            f"({len(y)}) or one an entry "
             f"{tuple(y.shape)}, got {got}"
         )
     return sigma if by_entry else sigma.reshape(-1, *[1] * (y.ndim - 1))

@@ -19,8 +19,8 @@ lambda is the inverse of the error that the best scaling leaves (`Prior.loss_wei
 for all rows and most are missing, it does not grow as sigma falls, and nearly nothing teaches the network to
 denoise what it is shown. Where T is square and the same for every sample (masks, one coil without a map),
 rows can be weighed apart without moving the minimiser: kept rows by 1/sigma^2 + 1/d^2, held-out rows by
-1/d^2. This is done for networks whose preconditioning tells the two apart (``Prior.separates_rows``). With coil maps,
-which vary and which the network is not shown, it would not be exact, and lambda stays one number.
+1/d^2. This is done for networks whose preconditioning tells the two apart (``Prior.separates_rows``). With
+coil maps, which vary and which the network is not shown, it would not be exact, and lambda stays one number.
 
 Levels may differ from sample to sample, and from entry to entry of y: c, omega and lambda then do, inside the
 sum. A total level sigma that differs by entry needs T = I, since the network then sees noise of these very
@@ -104,18 +104,22 @@ def denoise_measurement(
     if prior.takes is KeptRows:
         if given is not None:
             raise ConditioningError(
-                f"expected a mask-conditional prior to be given its kept rows alone, got {type(given).__name__}"
+                "expected a mask-conditional prior to be given its kept rows alone, got "
+                f"{type(given).__name__}"
             )
         return prior(x, sigma, KeptRows(kept))
     if not kept.complete:
         raise ConditioningError(
-            "expected a mask-conditional prior for incomplete measurements (rows missing or held out), got an unconditional "
+            "expected a mask-conditional prior for incomplete measurements (rows missing or held out), got "
+            "an unconditional "
             "one: E[x0 | kept rows] depends on which rows were kept"
         )
     if not kept.isometry:
         raise ConditioningError(
-            f"expected an operator with A^H A = I for an unconditional prior, got a {kept.name} operator of another scale: "
-            "its combined image is not x0 plus white noise. Normalise the coil maps (normalise_maps) over the whole image"
+            f"expected an operator with A^H A = I for an unconditional prior, got a {kept.name} operator of "
+            "another scale: "
+            "its combined image is not x0 plus white noise. Normalise the coil maps (normalise_maps) over "
+            "the whole image"
         )
     return prior(x, sigma) if given is None else prior(x, sigma, given)
 

@@ -64,8 +64,9 @@ class Split:
     Attributes:
         operator: A, what was divided; one mask per sample where rows are held out.
         kept: B; A itself if nothing is held out.
-        weights: measurement space, broadcastable: 1 on kept rows, 1 / P(A_i = 1 | B) on held-out rows, 0 elsewhere: the
-            inverse-probability weights that make the split loss an unbiased squared error of the whole image. They are 1
+        weights: measurement space, broadcastable: 1 on kept rows, 1 / P(A_i = 1 | B) on held-out rows, 0
+            elsewhere: the inverse-probability weights that make the split loss an unbiased squared error of
+                the whole image. They are 1
             on held-out rows if the design of the mask is unknown.
     """
 
@@ -159,7 +160,8 @@ class RowMaskedOperator(LinearPhysics):
         )
         if not fits:
             raise InputError(
-                f"{self.name} mask: expected a shape that broadcasts to (1 or B, {', '.join(map(str, self.measurement_size))}), "
+                f"{self.name} mask: expected a shape that broadcasts to (1 or B, "
+                f"{', '.join(map(str, self.measurement_size))}), "
                 f"got {tuple(mask.shape)}"
             )
 
@@ -354,13 +356,13 @@ class RowMaskedOperator(LinearPhysics):
             keep: fraction of measured rows to keep, in (0, 1]; 1 keeps everything.
             generator: source of randomness, on the CPU.
             num: number of measurements; one mask for all of them is then divided anew for each.
-            keep_calibration: keep the rows that every mask of the design measures. Where estimates are made at the
-                noise level of the data, nothing then supervises those rows.
+            keep_calibration: keep the rows that every mask of the design measures. Where estimates are made
+                at the noise level of the data, nothing then supervises those rows.
             mask: `network_mask` on the CPU, if the caller has it there: saves waiting for an accelerator.
 
         Raises:
-            InputError: keep outside (0, 1], masks that this design cannot have drawn, or no rows that are always measured
-                where ``keep_calibration`` asks for some.
+            InputError: keep outside (0, 1], masks that this design cannot have drawn, or no rows that are
+                always measured where ``keep_calibration`` asks for some.
             IdentifiabilityError: the design has no probabilities (Poisson disc).
         """
         from ambient_sci.operators.make_design import unknown_design
@@ -420,7 +422,8 @@ class RowMaskedOperator(LinearPhysics):
     def _check_measurement(self, y: Tensor) -> None:
         if not self._fits(y, self.measurement_size):
             raise InputError(
-                f"{self.name}: expected measurements (B, {', '.join(map(str, self.measurement_size))}) with B = "
+                f"{self.name}: expected measurements (B, {', '.join(map(str, self.measurement_size))}) with "
+                "B = "
                 f"{self.mask.shape[0] if self.mask.shape[0] > 1 else 'any'}, got {tuple(y.shape)}"
             )
 
@@ -436,7 +439,8 @@ def _always_measured(design: MaskDesign) -> Tensor:
         always = design.p == 1
     if always is None or not bool(always.any()):
         raise InputError(
-            f"keep_calibration: expected a mask design with rows that are always measured, got {design.name!r}"
+            "keep_calibration: expected a mask design with rows that are always measured, got "
+            f"{design.name!r}"
         )
     return design.to_mask(always[None])
 

@@ -129,7 +129,8 @@ class MaskDesign(ABC):
             k = int(wrong.nonzero()[0, 0])
             sample = k if numbers is None else int(numbers[k])
             raise InputError(
-                f"mask design {self.name!r} ({self.status}): it cannot have drawn the mask of sample {sample} "
+                f"mask design {self.name!r} ({self.status}): it cannot have drawn the mask of sample "
+                f"{sample} "
                 f"({int(units[k].sum())} of {self.num_units} {self.layout} measured), so the weights of "
                 "held-out rows would be wrong; state the design that drew the masks, or none"
             )
@@ -145,8 +146,10 @@ class MaskDesign(ABC):
         never = self._unsupervised[keep]
         if never:
             raise IdentifiabilityError(
-                f"mask design {self.name!r} cannot be trained on: {len(never)} of {self.num_units} {self.layout} are never measured "
-                f"outside the kept ones (P(measured | kept) = 0): {_ranges(never)}. Use a randomised design, or EM on the measurements"
+                f"mask design {self.name!r} cannot be trained on: {len(never)} of {self.num_units} "
+                f"{self.layout} are never measured "
+                f"outside the kept ones (P(measured | kept) = 0): {_ranges(never)}. Use a randomised design, "
+                "or EM on the measurements"
             )
 
     @abstractmethod

@@ -50,7 +50,8 @@ class Unknown(Independent):
 
     def check_trainable(self, keep: float) -> None:
         raise IdentifiabilityError(
-            "the mask design is unknown, so the weights of held-out rows are too: state it, or estimate it from the masks of the "
+            "the mask design is unknown, so the weights of held-out rows are too: state it, or estimate it "
+            "from the masks of the "
             "whole data set (ambient_sci.operators.estimate_design)"
         )
 
@@ -165,7 +166,8 @@ def make_design(
     budget = round(lines / acceleration) - acs
     if budget < 1:
         raise InputError(
-            f"mask design {name!r}: expected room for lines besides the {acs} calibration lines; {lines} lines at R = {acceleration:g} "
+            f"mask design {name!r}: expected room for lines besides the {acs} calibration lines; {lines} "
+            f"lines at R = {acceleration:g} "
             f"leave {budget}"
         )
     if name == "equispaced":
@@ -188,7 +190,8 @@ def design_from_dict(description: dict[str, Any]) -> MaskDesign:
     kind = MaskDesign._registry.get(rest.pop("name", None))
     if kind is None:
         raise InputError(
-            f"mask design: expected one of {', '.join(sorted(MaskDesign._registry))}, got {description.get('name')!r}"
+            f"mask design: expected one of {', '.join(sorted(MaskDesign._registry))}, got "
+            f"{description.get('name')!r}"
         )
     try:
         return kind(**rest)

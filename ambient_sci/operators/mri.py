@@ -256,7 +256,8 @@ class MRI(RowMaskedOperator):
         batches = {maps.shape[0], mask.shape[0]} - {1}
         if not maps.is_complex() or maps.ndim != 4 or maps.shape[-2:] != mask.shape[-2:] or len(batches) > 1:
             raise InputError(
-                f"coil maps: expected complex (1 or B, coils, {mask.shape[-2]}, {mask.shape[-1]}) matching the mask "
+                f"coil maps: expected complex (1 or B, coils, {mask.shape[-2]}, {mask.shape[-1]}) matching "
+                "the mask "
                 f"{tuple(mask.shape)}, got {maps.dtype} {tuple(maps.shape)}"
             )
         if maps.requires_grad:

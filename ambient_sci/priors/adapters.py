@@ -1,4 +1,5 @@
-r"""Low-rank adapters on a frozen prior: fine-tuning that trains, averages and saves a small part of a network.
+r"""Low-rank adapters on a frozen prior: fine-tuning that trains, averages and saves a small part of a
+network.
 
     W -> W + (alpha / r) B A,        A (r, in) random, B (out, r) zero at first        [Hu et al. 2022]
 
@@ -32,19 +33,22 @@ def digest_of(tensors: Tensors) -> str:
 
 
 class LoraPrior(Prior):
-    """A frozen prior whose network is adapted in low rank; trained like any other, only the adapter's tensors move.
+    """A frozen prior whose network is adapted in low rank; trained like any other, only the adapter's tensors
+    move.
 
     Args:
-        base: the prior to adapt, with a module ``network``. It is taken over: its network is changed in place.
+        base: the prior to adapt, with a module ``network``. It is taken over: its network is changed in
+            place.
         rank: r, >= 1.
         alpha: see above; default: the rank.
         targets: layers to adapt, by the ends of their names ("to_q", ...); default: every ``nn.Linear``.
-        source: where `load_prior` finds the base, a path or "pretrained:NAME". With it the adapter is saved alone; without it the base
-            is saved as well.
+        source: where `load_prior` finds the base, a path or "pretrained:NAME". With it the adapter is saved
+            alone; without it the base is saved as well.
         generator: source of the initial A; default: a fixed seed.
 
     Raises:
-        InputError: peft is not installed, a base without a network, no layer of those names, or a rank below 1.
+        InputError: peft is not installed, a base without a network, no layer of those names, or a rank below
+            1.
     """
 
     kind = "lora"
@@ -62,7 +66,8 @@ class LoraPrior(Prior):
         network = getattr(base, "network", None)
         if not isinstance(network, nn.Module) or rank < 1:
             raise InputError(
-                f"adapter: expected a prior with a network and rank >= 1, got {type(base).__name__} and {rank}"
+                f"adapter: expected a prior with a network and rank >= 1, got {type(base).__name__} and "
+                f"{rank}"
             )
         self._base_description = description_of(base)  # what cannot be saved is refused before it is trained
         self._base_digest = digest_of(base.saved_tensors())
@@ -110,7 +115,8 @@ class LoraPrior(Prior):
             prior = load_prior(source)
         if digest_of(prior.saved_tensors()) != digest:
             raise InputError(
-                f"adapter: expected the base that it was trained on, got other weights at {source or 'its own file'}"
+                "adapter: expected the base that it was trained on, got other weights at "
+                f"{source or 'its own file'}"
             )
         settings = {key: description[key] for key in ("rank", "alpha", "targets")}
         new = cls(prior, source=source, **settings)

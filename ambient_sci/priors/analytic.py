@@ -1,4 +1,5 @@
-r"""Priors with closed forms: Gaussian, and mixture of isotropic Gaussians. The measuring sticks of everything else.
+r"""Priors with closed forms: Gaussian, and mixture of isotropic Gaussians. The measuring sticks of everything
+else.
 
 Gaussian N(mu, Sigma):   D(x, sigma) = mu + Sigma (Sigma + sigma^2 I)^-1 (x - mu)
 
@@ -7,8 +8,8 @@ Mixture sum_k w_k N(mu_k, s_k^2 I):
     D(x, sigma) = sum_k r_k(x) [mu_k + s_k^2 / (s_k^2 + sigma^2) (x - mu_k)],
     r_k proportional to w_k N(x; mu_k, (s_k^2 + sigma^2) I)
 
-Both have exact posteriors under y = A x + sigma_y n (`posterior`), and an exact E[x_0 | y~, B], which is what a
-mask-conditional network should learn (`ConditionalMean`).
+Both have exact posteriors under y = A x + sigma_y n (`posterior`), and an exact E[x_0 | y~, B], which is what
+a mask-conditional network should learn (`ConditionalMean`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from ambient_sci.priors.given import Given, KeptRows
 def operator_matrix(
     operator: RowMaskedOperator, shape: tuple[int, ...], dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """A as matrices (B, rows, columns) of a small linear operator, rows outside the mask zero; for tests and analytic priors."""
+    """A as matrices (B, rows, columns) of a small linear operator, rows outside the mask zero; for tests and
+    analytic priors."""
     size, batch = math.prod(shape), operator.batch_size
     basis = torch.eye(size, dtype=dtype, device=operator.mask.device).reshape(size, *shape)
     columns = [operator.A(e.expand(batch, *shape)).flatten(1) for e in basis]
@@ -41,7 +43,8 @@ class GaussianPrior(Prior):
 
     Args:
         mean: (C, H, W) or any shape of one image.
-        cov: (n, n) symmetric positive semi-definite, n the number of entries of ``mean``; or (n,) or mean's shape for a diagonal.
+        cov: (n, n) symmetric positive semi-definite, n the number of entries of ``mean``; or (n,) or mean's
+            shape for a diagonal.
 
     Raises:
         InputError: shapes that do not fit, or a covariance that is not symmetric positive semi-definite.
@@ -61,7 +64,8 @@ class GaussianPrior(Prior):
         values, vectors = torch.linalg.eigh(cov)
         if float(values[0]) < -1e-5 * float(values[-1]):
             raise InputError(
-                f"Gaussian prior: expected a positive semi-definite covariance, got eigenvalue {float(values[0]):g}"
+                "Gaussian prior: expected a positive semi-definite covariance, got eigenvalue "
+                f"{float(values[0]):g}"
             )
         self.shape = tuple(mean.shape)
         self.data_std = float((torch.trace(cov) / n).sqrt())
@@ -111,7 +115,8 @@ class GaussianPrior(Prior):
         a = a.expand(batch, -1, -1)
         cross = self.cov @ a.mT
         noise = torch.as_tensor(sigma_y, dtype=a.dtype, device=a.device).reshape(-1, 1, 1) ** 2
-        # Rows outside the mask are zero in A and in y; unit noise there keeps the system regular and changes nothing.
+        # Rows outside the mask are zero in A and in y; unit noise there keeps the system regular and changes
+        # nothing.
         measured = operator.mask.expand(batch, *y.shape[1:]).flatten(1).to(a.dtype)
         diagonal = torch.diag_embed(1 - measured) + noise * torch.diag_embed(measured)
         gain = torch.linalg.solve(a @ cross + diagonal, cross.mT).mT
@@ -194,7 +199,8 @@ class GaussianMixturePrior(Prior):
     def posterior(
         self, operator: RowMaskedOperator, y: Tensor, sigma_y: float | Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Exact posterior under y = A x + sigma_y n, again a mixture: weights (B, K), means (B, K, n), covariances (B, K, n, n)."""
+        """Exact posterior under y = A x + sigma_y n, again a mixture: weights (B, K), means (B, K, n),
+        covariances (B, K, n, n)."""
         parts = [
             GaussianPrior(m, s**2 * torch.ones_like(m)) for m, s in zip(self.means, self.std, strict=True)
         ]
@@ -215,19 +221,21 @@ class GaussianMixturePrior(Prior):
 
 
 class ConditionalMean(Prior):
-    r"""The exact mask-conditional h(A_B^H y~, sigma, B) = E[x_0 | y~, B] of an analytic prior, for any transform T.
+    r"""The exact mask-conditional h(A_B^H y~, sigma, B) = E[x_0 | y~, B] of an analytic prior, for any
+    transform T.
 
-    What a mask-conditional network converges to. With the maps of the coils known, z = A_B^H y~ is sufficient for x_0. It is
-    G x_0 + noise of covariance sigma^2 G, G = A_B^H A_B, and so for each Gaussian N(mu, Sigma)
+    What a mask-conditional network converges to. With the maps of the coils known, z = A_B^H y~ is sufficient
+    for x_0. It is G x_0 + noise of covariance sigma^2 G, G = A_B^H A_B, and so for each Gaussian N(mu, Sigma)
 
         E[x_0 | z] = mu + Sigma (G Sigma + sigma^2 I)^-1 (z - G mu),
 
-    a mixture weighting these by the evidence of its components. No square T is needed, and nothing is inverted that could be singular.
+    a mixture weighting these by the evidence of its components. No square T is needed, and nothing is
+    inverted that could be singular.
 
     Args:
         prior: Gaussian or mixture.
-        operator: any operator over the transform in question, with the coil maps of one scan or of each sample; its own mask does
-            not matter.
+        operator: any operator over the transform in question, with the coil maps of one scan or of each
+            sample; its own mask does not matter.
     """
 
     takes = KeptRows
@@ -261,7 +269,8 @@ class ConditionalMean(Prior):
     def _component(
         z: Tensor, normal: Tensor, variance: Tensor, mean: Tensor, cov: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Posterior mean (B, n) and log-evidence (B,) of one Gaussian, up to a constant that all components share."""
+        """Posterior mean (B, n) and log-evidence (B,) of one Gaussian, up to a constant that all components
+        share."""
         mean = mean.flatten()
         image = normal @ mean
         system = normal @ cov + variance * torch.eye(len(mean), dtype=z.dtype, device=z.device)

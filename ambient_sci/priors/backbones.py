@@ -11,8 +11,9 @@ r"""Backbones by name: the networks that a prior's preconditioning can surround.
 | diffusers-unet | diffusers ``UNet2DModel`` | diffusers' |
 | diffusers-conditional-unet | diffusers ``UNet2DConditionModel``, takes a `Prompt` | diffusers' |
 
-A network that is registered can be trained, averaged, saved, loaded and resumed by its name and its options; whoever loads it has
-to register it first. ``forward(x, level)`` is enough where nothing else is told; a module's attribute ``takes`` names a type of `Given`.
+A network that is registered can be trained, averaged, saved, loaded and resumed by its name and its options;
+whoever loads it has to register it first. ``forward(x, level)`` is enough where nothing else is told; a
+module's attribute ``takes`` names a type of `Given`.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def register(name: str, factory: Factory, *, replace: bool = False) -> None:
 
     Args:
         name: what `NetworkConfig.kind` says; stored with every prior of this backbone.
-        factory: (in_channels, out_channels, shape, **options) -> nn.Module; in_channels counts the mask's channels of a mask-conditional
-            prior, shape is (C, H, W), options are ``NetworkConfig.options``.
+        factory: (in_channels, out_channels, shape, **options) -> nn.Module; in_channels counts the mask's
+            channels of a mask-conditional prior, shape is (C, H, W), options are ``NetworkConfig.options``.
         replace: allow a name that is taken by another registration.
 
     Raises:
@@ -60,7 +61,8 @@ def build(
     extra_channels: int = 0,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
-    """The network of a configuration, with initial weights that ``generator`` decides (default: a fixed seed).
+    """The network of a configuration, with initial weights that ``generator`` decides (default: a fixed
+    seed).
 
     Args:
         config: name and options.
@@ -71,7 +73,8 @@ def build(
     """
     import torch
 
-    # Layers initialise from torch's global generator; fork it so that a seed decides and nobody else's stream moves.
+    # Layers initialise from torch's global generator; fork it so that a seed decides and nobody else's stream
+    # moves.
     with torch.random.fork_rng(devices=[]):
         if generator is None:
             seed = 0
@@ -101,7 +104,8 @@ def _make(config: NetworkConfig, shape: tuple[int, ...], extra: int) -> nn.Modul
     except Exception as error:  # whatever a foreign constructor raises is about its options
         what = " ".join(str(error).split())[:200]
         raise InputError(
-            f"network {config.kind}: expected options that it takes, got {config.options} ({type(error).__name__}: {what})"
+            f"network {config.kind}: expected options that it takes, got {config.options} "
+            f"({type(error).__name__}: {what})"
         ) from None
 
 

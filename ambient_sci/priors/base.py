@@ -1,9 +1,10 @@
 r"""What a prior is: a denoiser, D(x, sigma) = E[x_0 | x_0 + sigma z = x].
 
-An *unconditional* prior answers for fully observed noisy images; any posterior sampler can use it. Class labels or a prompt may narrow
-it (`Labels`, `Prompt`), and without them it is what it is. A *mask-conditional* one answers E[x_0 | y~, B] from the zero-filled image
-A_B^H y~ and the rows B (`KeptRows`), for masks like those it was trained with. It is **not** a prior in the sense of the first: asked for
-B = I it answers what it was never trained for, and measured in a posterior sampler it is worse than zero filling. So every prior says
+An *unconditional* prior answers for fully observed noisy images; any posterior sampler can use it. Class
+labels or a prompt may narrow it (`Labels`, `Prompt`), and without them it is what it is. A *mask-conditional*
+one answers E[x_0 | y~, B] from the zero-filled image A_B^H y~ and the rows B (`KeptRows`), for masks like
+those it was trained with. It is **not** a prior in the sense of the first: asked for B = I it answers what it
+was never trained for, and measured in a posterior sampler it is worse than zero filling. So every prior says
 what it takes, and whatever needs another kind refuses it with the reason.
 """
 
@@ -27,10 +28,12 @@ Tensors = dict[str, Tensor]
 
 
 class Prior(Denoiser):
-    """Base of all priors. A deepinv ``Denoiser``, so it plugs into deepinv's samplers and plug-and-play algorithms.
+    """Base of all priors. A deepinv ``Denoiser``, so it plugs into deepinv's samplers and plug-and-play
+    algorithms.
 
-    A subclass with a ``kind`` can be saved: `describe` says in JSON types what rebuilds it, `rebuild` does so from that description and
-    the tensors of its state. Subclasses of users take part in this like those of the library.
+    A subclass with a ``kind`` can be saved: `describe` says in JSON types what rebuilds it, `rebuild` does so
+    from that description and the tensors of its state. Subclasses of users take part in this like those of
+    the library.
 
     Attributes:
         shape: of one image, (C, H, W).
@@ -38,7 +41,8 @@ class Prior(Denoiser):
         takes: what it is told besides x and sigma, a type of `Given`; None: nothing.
         sigma_min: lowest noise level at which the denoiser is meaningful; 0 if all are.
         sigma_max: highest trained noise level, None if there is no limit.
-        separates_rows: its output scale tells kept rows from missing ones, so that losses may weigh them apart.
+        separates_rows: its output scale tells kept rows from missing ones, so that losses may weigh them
+            apart.
     """
 
     kind: ClassVar[str] = ""
@@ -58,7 +62,8 @@ class Prior(Denoiser):
 
     @property
     def conditioning(self) -> Conditioning:
-        """ "mask-conditional" if it takes `KeptRows`, else "unconditional" (labels and prompts may be left out)."""
+        """ "mask-conditional" if it takes `KeptRows`, else "unconditional" (labels and prompts may be left
+        out)."""
         return "mask-conditional" if self.takes is KeptRows else "unconditional"
 
     def forward(self, x: Tensor, sigma: float | Tensor, given: Given | None = None) -> Tensor:  # type: ignore[override]
@@ -83,10 +88,11 @@ class Prior(Denoiser):
             )
 
     def loss_weight(self, sigma: Tensor, fraction: float | Tensor = 1.0) -> Tensor:
-        r"""lambda(sigma) = (d^2 + sigma^2) / (d^2 (sigma^2 + (1 - f) d^2)), the inverse of the error a best linear denoiser leaves per entry.
+        r"""lambda(sigma) = (d^2 + sigma^2) / (d^2 (sigma^2 + (1 - f) d^2)), the inverse of the error a best
+        linear denoiser leaves per entry.
 
-        For complete data (f = 1) it is the EDM weight 1/sigma^2 + 1/d^2; with a fraction f of the rows kept, the missing rest
-        leaves an error of (1 - f) d^2 that no sigma makes small.
+        For complete data (f = 1) it is the EDM weight 1/sigma^2 + 1/d^2; with a fraction f of the rows kept,
+        the missing rest leaves an error of (1 - f) d^2 that no sigma makes small.
         """
         # Not as 1 - f d^2 / (d^2 + sigma^2): in float32 that cancels to zero long before sigma does.
         variance = self.data_std**2
@@ -101,7 +107,7 @@ class Prior(Denoiser):
         shape = " x ".join(map(str, self.shape)) if hasattr(self, "shape") else "no shape"
         return f"{type(self).__name__}({self.conditioning}, {shape}{told}{levels}{size})"
 
-    # -- files -------------------------------------------------------------------------------------------------------------------
+    # -- files -----------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
         """What rebuilds this prior besides its tensors, in JSON types, "kind" among it.
@@ -110,13 +116,15 @@ class Prior(Denoiser):
             InputError: a prior that cannot be saved; the message says why.
         """
         raise InputError(
-            f"saving a prior: expected one of kind {', '.join(sorted(Prior.kinds))}, got {type(self).__name__}, which does not "
+            f"saving a prior: expected one of kind {', '.join(sorted(Prior.kinds))}, got "
+            f"{type(self).__name__}, which does not "
             "describe itself"
         )
 
     @classmethod
     def rebuild(cls, description: dict[str, Any], tensors: Tensors) -> Prior:
-        """Inverse of `describe`, with exactly these tensors, in their own types: bit for bit what was saved."""
+        """Inverse of `describe`, with exactly these tensors, in their own types: bit for bit what was
+        saved."""
         raise TypeError(f"{cls.__name__} does not say how it is rebuilt")
 
     def saved_tensors(self) -> Tensors:
@@ -124,14 +132,16 @@ class Prior(Denoiser):
         return self.state_dict()
 
     def save(self, path: str | Path) -> None:
-        """Write to a folder (prior.json and weights.safetensors), whole or not at all; `load_prior` reads it back."""
+        """Write to a folder (prior.json and weights.safetensors), whole or not at all; `load_prior` reads it
+        back."""
         from ambient_sci.priors.storage import save_prior
 
         save_prior(self, path)
 
 
 def description_of(prior: Prior) -> dict[str, Any]:
-    """`Prior.describe`, checked to describe this very class: a subclass that only inherits it would come back as its parent.
+    """`Prior.describe`, checked to describe this very class: a subclass that only inherits it would come back
+    as its parent.
 
     Raises:
         InputError: a prior that cannot be saved.
@@ -140,7 +150,8 @@ def description_of(prior: Prior) -> dict[str, Any]:
     known = Prior.kinds.get(description["kind"])
     if known is not type(prior):
         raise InputError(
-            f"saving a prior: expected a class with a kind of its own, got {type(prior).__name__}, which would be loaded as "
+            f"saving a prior: expected a class with a kind of its own, got {type(prior).__name__}, which "
+            "would be loaded as "
             f"{known.__name__ if known else 'nothing'}"
         )
     return description
@@ -162,8 +173,8 @@ def rebuild_prior(description: dict[str, Any], tensors: Tensors) -> Prior:
 def filled(build: Callable[[], Prior], tensors: Tensors) -> Prior:
     """The prior that ``build`` makes, with exactly these tensors.
 
-    It is first made without memory (torch's meta device), so that a description can claim no more than the file holds; a prior with
-    tensors that are no part of its state is then made for good.
+    It is first made without memory (torch's meta device), so that a description can claim no more than the
+    file holds; a prior with tensors that are no part of its state is then made for good.
 
     Raises:
         InputError: tensors of other names or shapes than the prior has.
@@ -174,8 +185,10 @@ def filled(build: Callable[[], Prior], tensors: Tensors) -> Prior:
     wrong = [k for k, t in prior.state_dict().items() if k in tensors and t.shape != tensors[k].shape]
     if missing or surplus or wrong:
         raise InputError(
-            f"prior: expected the tensors that its description asks for, got {len(missing)} missing, {len(surplus)} surplus and "
-            f"{len(wrong)} of another shape, first {next(iter([*sorted(missing), *sorted(surplus), *wrong]))!r}"
+            f"prior: expected the tensors that its description asks for, got {len(missing)} missing, "
+            f"{len(surplus)} surplus and "
+            f"{len(wrong)} of another shape, first "
+            f"{next(iter([*sorted(missing), *sorted(surplus), *wrong]))!r}"
         )
     state = {id(t) for t in prior.state_dict(keep_vars=True).values()}
     if any(id(t) not in state for t in chain(prior.parameters(), prior.buffers())):
@@ -190,39 +203,46 @@ def below(tensors: Tensors, prefix: str) -> Tensors:
     return {name[len(start) :]: t for name, t in tensors.items() if name.startswith(start)}
 
 
-# -- what needs which kind -----------------------------------------------------------------------------------------------------
+# -- what needs which kind -----------------------------------------------------------------------------------
 
 
 def require_unconditional(prior: Prior, what: str) -> None:
-    """Raise ConditioningError, with the way out, if ``prior`` is mask-conditional and ``what`` needs E[x_0 | x_t]."""
+    """Raise ConditioningError, with the way out, if ``prior`` is mask-conditional and ``what`` needs
+    E[x_0 | x_t]."""
     if getattr(prior, "conditioning", "unconditional") != "unconditional":
         raise ConditioningError(
-            f"{what} needs an unconditional prior, got a mask-conditional one: it estimates E[x0 | kept rows], not E[x0 | x_t]. "
-            "Use the one-step estimate or A-DPS, or get an unconditional prior by EM or from fully sampled noisy scans"
+            f"{what} needs an unconditional prior, got a mask-conditional one: it estimates E[x0 | kept "
+            "rows], not E[x0 | x_t]. "
+            "Use the one-step estimate or A-DPS, or get an unconditional prior by EM or from fully sampled "
+            "noisy scans"
         )
 
 
 def require_mask_conditional(prior: Prior, what: str) -> None:
-    """Raise ConditioningError, with the way out, if ``prior`` is unconditional and ``what`` needs E[x_0 | y~, B]."""
+    """Raise ConditioningError, with the way out, if ``prior`` is unconditional and ``what`` needs
+    E[x_0 | y~, B]."""
     if getattr(prior, "conditioning", "unconditional") != "mask-conditional":
         raise ConditioningError(
-            f"{what} needs a mask-conditional prior (trained on incomplete measurements), got an unconditional one: "
+            f"{what} needs a mask-conditional prior (trained on incomplete measurements), got an "
+            "unconditional one: "
             "use MMPS or another posterior sampler with it"
         )
 
 
-# -- types and levels ----------------------------------------------------------------------------------------------------------
+# -- types and levels ----------------------------------------------------------------------------------------
 
 
 def match_dtype(prior: torch.nn.Module, x: Tensor) -> Tensor:
-    """``x`` in the floating type of the prior's tensors: closed forms compute in the type that their parameters have."""
+    """``x`` in the floating type of the prior's tensors: closed forms compute in the type that their
+    parameters have."""
     tensors = (t for t in chain(prior.parameters(), prior.buffers()) if t.is_floating_point())
     first = next(tensors, None)
     return x if first is None else x.to(first.dtype)
 
 
 def at_least_single(x: Tensor) -> Tensor:
-    """``x``, in float32 if it is of a shorter type: what surrounds a network is never computed in half precision."""
+    """``x``, in float32 if it is of a shorter type: what surrounds a network is never computed in half
+    precision."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -235,6 +255,7 @@ def per_sample(sigma: float | Tensor, x: Tensor) -> Tensor:
     level = expand(sigma, x)
     if level.numel() not in (1, x.shape[0]) or level.numel() != level.shape[0]:
         raise InputError(
-            f"noise level: expected one value or one per sample ({x.shape[0]}) for a denoiser, got {tuple(level.shape)}"
+            f"noise level: expected one value or one per sample ({x.shape[0]}) for a denoiser, got "
+            f"{tuple(level.shape)}"
         )
     return level.flatten().expand(x.shape[0])

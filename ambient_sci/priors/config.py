@@ -11,7 +11,8 @@ from ambient_sci.errors import InputError
 #: Names of the library's own backbones; see `ambient_sci.priors.backbones`.
 OWN = ("unet", "mlp")
 BUILT_IN = (*OWN, "ncsnpp", "adm", "diffusers-unet", "diffusers-conditional-unet")
-#: Bounds of what a description may ask for: far above any network in use, far below what would fill a machine before it is refused.
+#: Bounds of what a description may ask for: far above any network in use, far below what would fill a machine
+#: before it is refused.
 LARGEST = {"channels": 16_384, "levels": 16, "blocks": 64, "patch": 64, "embedding": 4_096}
 
 
@@ -20,12 +21,15 @@ class NetworkConfig:
     """A backbone by name, with its options.
 
     Attributes:
-        kind: "unet" (MONAI's ``DiffusionModelUNet``) for images, "mlp" for vectors and tiny images (every entry sees every other); or the
-            name of another backbone, see `ambient_sci.priors.backbones`, which the next fields do not concern.
+        kind: "unet" (MONAI's ``DiffusionModelUNet``) for images, "mlp" for vectors and tiny images (every
+            entry sees every other); or the name of another backbone, see `ambient_sci.priors.backbones`,
+            which the next fields do not concern.
         channels: width at each resolution (U-Net; each level halves the size) or of each hidden layer (MLP).
         blocks: residual blocks per resolution.
-        attention: self-attention at each resolution; the U-Net's bottleneck has it in any case. Default: nowhere else.
-        patch: the U-Net runs on patch x patch pixels folded into channels (pixel-unshuffle): about patch^2 times cheaper, less fine.
+        attention: self-attention at each resolution; the U-Net's bottleneck has it in any case. Default:
+            nowhere else.
+        patch: the U-Net runs on patch x patch pixels folded into channels (pixel-unshuffle): about patch^2
+            times cheaper, less fine.
         head_channels: channels of one attention head; must divide the width of every level with attention.
         norm_groups: group-norm groups; must divide every width.
         embedding: dimensions of the noise-level embedding (MLP).
@@ -65,7 +69,8 @@ class NetworkConfig:
         idle = [f.name for f in fields(self) if f.name not in ("kind", "options") and _changed(self, f)]
         if self.kind not in OWN and idle:
             raise InputError(
-                f"network: expected the settings of kind {self.kind} under options, got {', '.join(idle)} of unet and mlp"
+                f"network: expected the settings of kind {self.kind} under options, got {', '.join(idle)} of "
+                "unet and mlp"
             )
 
     def _check_ranges(self) -> None:
@@ -78,7 +83,8 @@ class NetworkConfig:
         for name, value in values.items():
             if small or not 1 <= value <= LARGEST[name]:
                 raise InputError(
-                    f"network: expected channels, norm_groups and head_channels of at least 1 and {name} from 1 to "
+                    f"network: expected channels, norm_groups and head_channels of at least 1 and {name} "
+                    "from 1 to "
                     f"{LARGEST[name]}, got channels {self.channels[:8]}, {name} {value}"
                 )
 
@@ -86,12 +92,14 @@ class NetworkConfig:
         wrong = [c for c in self.channels if c % self.norm_groups]
         if wrong or self.channels[-1] % self.head_channels:
             raise InputError(
-                f"network: expected channels divisible by norm_groups = {self.norm_groups} (and the last one by head_channels = "
+                f"network: expected channels divisible by norm_groups = {self.norm_groups} (and the last one "
+                "by head_channels = "
                 f"{self.head_channels}), got {self.channels}"
             )
         if self.attention is not None and len(self.attention) != len(self.channels):
             raise InputError(
-                f"network: expected attention for each of {len(self.channels)} levels, got {len(self.attention)} entries"
+                f"network: expected attention for each of {len(self.channels)} levels, got "
+                f"{len(self.attention)} entries"
             )
 
     @property
@@ -120,7 +128,8 @@ class PriorConfig:
 
     Attributes:
         shape: (C, H, W).
-        data_std: standard deviation of the clean data per entry, estimated from noisy data as sqrt(var - sigma^2).
+        data_std: standard deviation of the clean data per entry, estimated from noisy data as sqrt(var -
+            sigma^2).
         conditioning: "unconditional" or "mask-conditional".
         sigma_min: lowest noise level that was trained; samplers stop there.
         sigma_max: highest noise level that was trained.

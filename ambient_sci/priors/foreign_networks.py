@@ -47,7 +47,8 @@ class EDMNetwork(Backbone):
             handle.remove()
 
     def _apply(self, fn: Any, recurse: bool = True) -> EDMNetwork:
-        """Moves and casts, but the embedding of the level stays in float32: rounded, its high frequencies point anywhere.
+        """Moves and casts, but the embedding of the level stays in float32: rounded, its high frequencies
+        point anywhere.
 
         With it in bfloat16 an NCSN++ answered with errors of 5 to 17 %, with it in float32 of 1 to 2 %.
         """
@@ -87,9 +88,11 @@ def _edm(name: str) -> Callable[..., EDMNetwork]:
             )
         least = options.get("model_channels", 128) * min(options.get("channel_mult", (1,)))
         if name == "ncsnpp" and least < 64:
-            # Group norms have 32 groups: at 32 channels each channel is normalised by itself, and with it goes what the level added.
+            # Group norms have 32 groups: at 32 channels each channel is normalised by itself, and with it
+            # goes what the level added.
             raise InputError(
-                f"network ncsnpp: expected at least 64 channels at every resolution, got {least}: narrower, its normalisation removes "
+                f"network ncsnpp: expected at least 64 channels at every resolution, got {least}: narrower, "
+                "its normalisation removes "
                 "the noise level from what the network sees"
             )
         model = kind(in_channels=in_channels, out_channels=out_channels, **settings)
@@ -99,7 +102,8 @@ def _edm(name: str) -> Callable[..., EDMNetwork]:
 
 
 class DiffusersUNet(Backbone):
-    """diffusers' ``UNet2DModel``; ``num_class_embeds`` counts one more than there are classes: the last one means no label."""
+    """diffusers' ``UNet2DModel``; ``num_class_embeds`` counts one more than there are classes: the last one
+    means no label."""
 
     takes = Labels
 
@@ -118,7 +122,8 @@ class DiffusersUNet(Backbone):
 
 
 class DiffusersConditionalUNet(Backbone):
-    """diffusers' ``UNet2DConditionModel``, told a `Prompt`; without one it is told zeros, SDXL's empty prompt."""
+    """diffusers' ``UNet2DConditionModel``, told a `Prompt`; without one it is told zeros, SDXL's empty
+    prompt."""
 
     takes = Prompt
 

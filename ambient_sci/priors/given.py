@@ -2,8 +2,9 @@ r"""What a denoiser is told besides the state x and its noise level: kept rows, 
 
     D(x, sigma, given)        given: one row a sample
 
-Everything that handles batches handles ``given`` with them: a loss indexes it with its samples, consistency repeats it for its draws,
-guidance drops it, a staged prior cuts it where it cuts the batch. `Prior.takes` says which kind a prior wants.
+Everything that handles batches handles ``given`` with them: a loss indexes it with its samples, consistency
+repeats it for its draws, guidance drops it, a staged prior cuts it where it cuts the batch. `Prior.takes`
+says which kind a prior wants.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ class Labels(_Tensors):
 
     Attributes:
         index: (B,) integers; -1 means no label.
-        augment: augmentation labels (B, k) as in Karras et al. (2022), for networks that take them; None: not augmented.
+        augment: augmentation labels (B, k) as in Karras et al. (2022), for networks that take them; None: not
+            augmented.
     """
 
     index: Tensor

@@ -3,14 +3,15 @@ r"""The learned prior: a network in EDM preconditioning.
     D(x, sigma) = c_skip x + c_out F(c_in x, sigma)
     c_skip = d^2 / (d^2 + sigma^2),     c_in = 1 / sqrt(d^2 + sigma^2),     c_out = d sigma / sqrt(d^2 + sigma^2)
 
-with d the standard deviation of the clean data [Karras et al. 2022]. A mask-conditional prior is shown x = A_B^H y~ and the mask. What is
-left to learn after the best scaling has standard deviation c_out on kept rows and d on missing ones, which nothing was seen of; with
-G = A_B^H A_B, the projection on kept rows (masks, one coil) or nearly one (several coils),
+with d the standard deviation of the clean data [Karras et al. 2022]. A mask-conditional prior is shown x =
+A_B^H y~ and the mask. What is left to learn after the best scaling has standard deviation c_out on kept rows
+and d on missing ones, which nothing was seen of; with G = A_B^H A_B, the projection on kept rows (masks, one
+coil) or nearly one (several coils),
 
     h(x, sigma, B) = c_skip x + d u + (c_out - d) G u,     u = F(c_in x / sqrt(f), sigma, B),
 
-f the fraction of rows kept, to which the power of x is proportional. For B = I it is the same as above. As sigma -> 0 the estimate agrees
-with what was measured whatever the network says, where G is a projection.
+f the fraction of rows kept, to which the power of x is proportional. For B = I it is the same as above. As
+sigma -> 0 the estimate agrees with what was measured whatever the network says, where G is a projection.
 
 F alone runs in the type of its weights: everything around it is computed in the type of x, float32 at least.
 """
@@ -37,8 +38,8 @@ def call_network(
 ) -> Tensor:
     """network(x, level[, given]) in the type of its first floating parameter, answered in the type of ``x``.
 
-    This is the one door through which numbers enter half precision and leave it. Levels stay in float32 at least. ``at``: the level is a
-    time in the units of a backbone's embedding.
+    This is the one door through which numbers enter half precision and leave it. Levels stay in float32 at
+    least. ``at``: the level is a time in the units of a backbone's embedding.
     """
     parameters = network.parameters() if isinstance(network, nn.Module) else ()
     own = next((p.dtype for p in parameters if p.is_floating_point()), x.dtype)
@@ -75,7 +76,8 @@ class NetworkPrior(Prior):
         generator: source of the initial weights; default: a fixed seed.
 
     Raises:
-        InputError: a size the network cannot divide, options it does not take, a wrong conditioning, a data_std that is not positive.
+        InputError: a size the network cannot divide, options it does not take, a wrong conditioning, a
+            data_std that is not positive.
     """
 
     kind = "network"
@@ -135,7 +137,8 @@ class NetworkPrior(Prior):
         """The equations above, in the type of ``x``; ``given`` = `KeptRows` for mask-conditional priors.
 
         Raises:
-            ConditioningError: rows, labels or a prompt that this prior does not take, or rows missing that it needs.
+            ConditioningError: rows, labels or a prompt that this prior does not take, or rows missing that it
+                needs.
         """
         self.check_given(given)
         z = at_least_single(x)
@@ -161,6 +164,7 @@ class NetworkPrior(Prior):
     def _expanded_mask(self, mask: Tensor, x: Tensor) -> Tensor:
         if mask.ndim != x.ndim or mask.shape[1] != self.config.mask_channels:
             raise InputError(
-                f"mask-conditional prior: expected a mask (1 or B, {self.config.mask_channels}, H, W), got {tuple(mask.shape)}"
+                f"mask-conditional prior: expected a mask (1 or B, {self.config.mask_channels}, H, W), got "
+                f"{tuple(mask.shape)}"
             )
         return mask.to(x).expand(x.shape[0], -1, *x.shape[2:])

@@ -1,4 +1,5 @@
-"""The library's own backbones: MONAI's U-Net with folded patches, and a multilayer perceptron for vectors and tiny images."""
+"""The library's own backbones: MONAI's U-Net with folded patches, and a multilayer perceptron for vectors and
+tiny images."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from ambient_sci.priors.given import Given
 class Backbone(nn.Module):
     """F(x, level, given): what a prior's preconditioning surrounds.
 
-    A subclass answers `at` a time in the units of its embedding, and says how a noise level is told there (`clock`). Inputs come in the
-    type of the first parameter, levels in float32 or better.
+    A subclass answers `at` a time in the units of its embedding, and says how a noise level is told there
+    (`clock`). Inputs come in the type of the first parameter, levels in float32 or better.
 
     Attributes:
         takes: what it is told besides x and the level, a type of `Given`; None: nothing.
@@ -25,7 +26,8 @@ class Backbone(nn.Module):
     takes: type[Given] | None = None
 
     def clock(self, level: Tensor) -> Tensor:
-        """Time of the noise levels (B,). Sinusoids resolve steps of order one: log sigma spans about ten, stretched here to hundreds."""
+        """Time of the noise levels (B,). Sinusoids resolve steps of order one: log sigma spans about ten,
+        stretched here to hundreds."""
         return 250 * level.log()
 
     def at(self, x: Tensor, time: Tensor, given: Any = None) -> Tensor:
@@ -66,7 +68,8 @@ class UNet(Backbone):
 
 
 class MLP(Backbone):
-    """Fully connected network on flattened inputs with a Fourier embedding of log sigma: for vectors and tiny images."""
+    """Fully connected network on flattened inputs with a Fourier embedding of log sigma: for vectors and tiny
+    images."""
 
     def __init__(self, config: NetworkConfig, in_size: int, out_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -79,7 +82,8 @@ class MLP(Backbone):
         layers: list[nn.Module] = []
         for a, b in zip(widths[:-1], widths[1:], strict=True):
             layer = nn.Linear(a, b)
-            # torch's default shrinks the signal at every layer: what is not linear in x then stays too weak to be learned from.
+            # torch's default shrinks the signal at every layer: what is not linear in x then stays too weak
+            # to be learned from.
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
             layers += [layer, nn.SiLU()]

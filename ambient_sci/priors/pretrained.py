@@ -1,4 +1,5 @@
-"""Priors that ship with the library, each with a card (``assets/NAME.md``) that says whose data it learned from and how it was judged."""
+"""Priors that ship with the library, each with a card (``assets/NAME.md``) that says whose data it learned
+from and how it was judged."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ def pretrained_folder(name: str) -> Path:
     """
     if name not in pretrained_names():
         raise InputError(
-            f"pretrained prior: expected one of {', '.join(pretrained_names()) or '(none here)'}, got {name!r}"
+            f"pretrained prior: expected one of {', '.join(pretrained_names()) or '(none here)'}, got "
+            f"{name!r}"
         )
     return _FOLDER / name

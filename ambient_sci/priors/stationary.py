@@ -1,8 +1,10 @@
-r"""A Gaussian prior for images too large for a covariance matrix: stationary about its mean, so that Fourier modes are independent.
+r"""A Gaussian prior for images too large for a covariance matrix: stationary about its mean, so that Fourier
+modes are independent.
 
     x_0 = mu + F^H sqrt(S) F z          D(x, sigma) = mu + F^H [S / (S + sigma^2)] F (x - mu)
 
-F is the orthonormal Fourier transform of each channel, S >= 0 the spectrum. The mean image is free, and carries what is not stationary.
+F is the orthonormal Fourier transform of each channel, S >= 0 the spectrum. The mean image is free, and
+carries what is not stationary.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ class StationaryGaussianPrior(Prior):
 
     Args:
         mean: (C, H, W).
-        spectrum: variances of the Fourier modes, (C, H, W) >= 0, S(k) = S(-k), as `torch.fft.fft2` orders them.
+        spectrum: variances of the Fourier modes, (C, H, W) >= 0, S(k) = S(-k), as `torch.fft.fft2` orders
+            them.
 
     Raises:
         InputError: shapes that differ, or a spectrum that is negative or zero everywhere.
@@ -35,7 +38,8 @@ class StationaryGaussianPrior(Prior):
         super().__init__()
         if mean.ndim != 3 or mean.shape != spectrum.shape:
             raise InputError(
-                f"stationary prior: expected mean and spectrum (C, H, W), got {tuple(mean.shape)} and {tuple(spectrum.shape)}"
+                f"stationary prior: expected mean and spectrum (C, H, W), got {tuple(mean.shape)} and "
+                f"{tuple(spectrum.shape)}"
             )
         if not bool((spectrum >= 0).all()) or not bool((spectrum > 0).any()):
             raise InputError("stationary prior: expected a spectrum >= 0, somewhere positive")

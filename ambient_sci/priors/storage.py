@@ -1,4 +1,5 @@
-r"""Priors on disk: a folder with prior.json (what it is) and weights.safetensors (its tensors). Nothing is ever unpickled."""
+r"""Priors on disk: a folder with prior.json (what it is) and weights.safetensors (its tensors). Nothing is
+ever unpickled."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ FILES = {"prior.json", "weights.safetensors"}
 
 
 def save_prior(prior: Prior, path: str | Path) -> None:
-    """Write ``prior`` to the folder ``path``. A prior there is replaced in one step once the new one is complete on disk.
+    """Write ``prior`` to the folder ``path``. A prior there is replaced in one step once the new one is
+    complete on disk.
 
     Raises:
         InputError: ``path`` is a file, or a folder that holds anything but a prior (it would be lost).
@@ -42,10 +44,12 @@ def save_prior(prior: Prior, path: str | Path) -> None:
 
 
 def load_prior(path: str | Path, device: str | torch.device = "cpu") -> Prior:
-    """Read a prior written by `Prior.save`, the prior of a training run's folder, or one that ships with the library.
+    """Read a prior written by `Prior.save`, the prior of a training run's folder, or one that ships with the
+    library.
 
     Args:
-        path: the folder of a prior (prior.json) or of a run (prior/prior.json); or "pretrained:NAME" (`pretrained_names`).
+        path: the folder of a prior (prior.json) or of a run (prior/prior.json); or "pretrained:NAME"
+            (`pretrained_names`).
         device: where to put it.
 
     Returns:
@@ -72,6 +76,7 @@ def load_prior(path: str | Path, device: str | torch.device = "cpu") -> Prior:
         raise
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(
-            f"{path}: expected a readable prior, got {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            f"{path}: expected a readable prior, got {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}"
         ) from None
     return prior.to(device).eval()

@@ -1,4 +1,5 @@
-r"""Priors made of other models: deepinv denoisers, VP networks (epsilon, v or x_0 prediction), two priors by level, guidance."""
+r"""Priors made of other models: deepinv denoisers, VP networks (epsilon, v or x_0 prediction), two priors by
+level, guidance."""
 
 from __future__ import annotations
 
@@ -66,16 +67,18 @@ class VPPrior(Prior):
                       x / (1 + sigma^2) - sigma / sqrt(1 + sigma^2) F              F predicts v
                       F                                                            F predicts x_0
 
-    F alone runs in the type of its weights. An error r of its output is one of sigma r in D for epsilon, and of at most r for v and x_0: an
-    epsilon network in bfloat16 (r = 0.002) is worth 3 % at SDXL's highest level, 14.6, and nothing is left of it at 500.
+    F alone runs in the type of its weights. An error r of its output is one of sigma r in D for epsilon, and
+    of at most r for v and x_0: an epsilon network in bfloat16 (r = 0.002) is worth 3 % at SDXL's highest
+    level, 14.6, and nothing is left of it at 500.
 
     Args:
-        network: F(state, t[, given]) with t as ``time`` says, or the configuration of a backbone, which can be saved and trained.
+        network: F(state, t[, given]) with t as ``time`` says, or the configuration of a backbone, which can
+            be saved and trained.
         shape: (C, H, W) of one image.
         data_std: standard deviation of the data per entry.
         prediction: what F predicts: "epsilon", "v" or "sample".
-        time: a `VPSchedule`, whose time is interpolated in log sigma; or a function of the VP noise scale (B,); default: the noise
-            scale itself.
+        time: a `VPSchedule`, whose time is interpolated in log sigma; or a function of the VP noise scale
+            (B,); default: the noise scale itself.
         sigma_min: lowest VE level it was trained for.
         sigma_max: highest VE level it was trained for.
         generator: source of a backbone's initial weights.
@@ -123,7 +126,8 @@ class VPPrior(Prior):
         """Network, prediction, times and range."""
         if self.config is None or not (self.time is None or isinstance(self.time, VPSchedule)):
             raise InputError(
-                "saving a VP prior: expected a backbone by name (NetworkConfig) and time = VPSchedule or None, got a network or a time "
+                "saving a VP prior: expected a backbone by name (NetworkConfig) and time = VPSchedule or "
+                "None, got a network or a time "
                 "that only Python knows; register the network (priors.backbones.register)"
             )
         return {
@@ -149,7 +153,8 @@ class VPPrior(Prior):
 class StagedPrior(Prior):
     """Two denoisers by noise level: ``anchor`` answers sigma >= sigma_n, ``below`` answers under it.
 
-    Staged consistency trains ``anchor`` on the noisy data and then, with it frozen, ``below``: what the data cannot supervise.
+    Staged consistency trains ``anchor`` on the noisy data and then, with it frozen, ``below``: what the data
+    cannot supervise.
 
     Args:
         anchor: prior for sigma >= sigma_n.
@@ -167,7 +172,8 @@ class StagedPrior(Prior):
         for what in ("shape", "conditioning", "takes"):
             if getattr(anchor, what) != getattr(below, what):
                 raise InputError(
-                    f"staged prior: expected two priors of one {what}, got {getattr(anchor, what)} and {getattr(below, what)}"
+                    f"staged prior: expected two priors of one {what}, got {getattr(anchor, what)} and "
+                    f"{getattr(below, what)}"
                 )
         self.takes = anchor.takes
         self.anchor, self.below, self.sigma_n = anchor, below, float(sigma_n)
@@ -178,7 +184,8 @@ class StagedPrior(Prior):
     def forward(self, x: Tensor, sigma: float | Tensor, given: Given | None = None) -> Tensor:  # type: ignore[override]
         """Each sample by the prior of its noise level.
 
-        A level that is a Python number decides without looking at a tensor. A batch on both sides of sigma_n is cut in two.
+        A level that is a Python number decides without looking at a tensor. A batch on both sides of sigma_n
+        is cut in two.
         """
         self.check_given(given)
         least = self.sigma_n * (1 - 1e-6)

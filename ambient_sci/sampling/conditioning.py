@@ -120,7 +120,8 @@ class Likelihood:
         return measured(self.operator, self.y - self.operator.A(x))
 
     def whiten(self, residual: Tensor, r: float | Tensor) -> Tensor:
-        """(sigma_y^2 I + r^2 A A^H)^-1 residual, for a residual that is zero on rows that were not measured."""
+        """(sigma_y^2 I + r^2 A A^H)^-1 residual, for a residual that is zero on rows that were not
+        measured."""
         noise, spread = self.sigma_y**2, number_or_levels(r, residual) ** 2
         if self.closed_form:
             return residual / (noise + spread)

@@ -105,7 +105,8 @@ def require_own_operator(problem: Problem, what: str) -> RowMaskedOperator:
     require_mask_conditional(problem.prior, what)
     if not isinstance(problem.operator, RowMaskedOperator):
         raise InputError(
-            f"{what}: expected an operator of ambient_sci, whose mask the prior is shown, got {type(problem.operator).__name__}"
+            f"{what}: expected an operator of ambient_sci, whose mask the prior is shown, got "
+            f"{type(problem.operator).__name__}"
         )
     return problem.operator
 
@@ -117,7 +118,8 @@ def sample_one_step(problem: Problem) -> Tensor:
     operator = require_own_operator(problem, "the one-step estimate")
     if problem.sigma_y.ndim > 1:
         raise InputError(
-            "the one-step estimate: expected one noise level for each image, which is what a mask-conditional prior is told, "
+            "the one-step estimate: expected one noise level for each image, which is what a "
+            "mask-conditional prior is told, "
             "got levels that differ by entry"
         )
     problem.report.update(network_evaluations=1)

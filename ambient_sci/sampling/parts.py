@@ -159,7 +159,8 @@ def fingerprint(prior: Prior, plan: Any) -> str:
 
 
 def process_share(device: torch.device) -> tuple[int, int]:
-    """(rank, number) of the processes of this launch: (0, 1) unless one of torchrun or `accelerate launch`."""
+    """(rank, number) of the processes of this launch: (0, 1) unless one of torchrun or
+    `accelerate launch`."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
     state = _processes(device)

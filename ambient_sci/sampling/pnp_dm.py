@@ -9,8 +9,8 @@ conditionals are
 rho decreases from sigma_max to its final value and stays there for the second half of the iterations.
 
 Known deviation: x has the posterior for measurement noise sigma_y^2 + rho^2 in place of sigma_y^2 (A A^H =
-I). In one dimension with prior variance 0.25 and sigma_y^2 = 0.04, rho = 0.1 gives 1.21 times the variance and
-0.97 times the gain; with 4 and 1 it is 1.01 and 1.00. A small rho costs iterations: a mode of posterior
+I). In one dimension with prior variance 0.25 and sigma_y^2 = 0.04, rho = 0.1 gives 1.21 times the variance
+and 0.97 times the gain; with 4 and 1 it is 1.01 and 1.00. A small rho costs iterations: a mode of posterior
 variance v needs about v / rho^2 of them to move.
 
 Source: Wu et al., "Principled Probabilistic Imaging using Diffusion Models as Plug-and-Play Priors" (2024).
@@ -57,7 +57,8 @@ def sample_pnp_dm(
     rho_min = max(0.1 * problem.prior.data_std, low) if coupling is None else coupling
     if not low <= rho_min < high or inner_steps < 1:
         raise InputError(
-            f"pnp-dm: expected {low:g} <= coupling < {high:g} and inner_steps >= 1, got {rho_min:g} and {inner_steps}"
+            f"pnp-dm: expected {low:g} <= coupling < {high:g} and inner_steps >= 1, got {rho_min:g} and "
+            f"{inner_steps}"
         )
     likelihood = Likelihood(
         problem.operator, problem.y, problem.sigma_y, tolerance=tolerance, max_iterations=max_iterations

@@ -145,8 +145,9 @@ class PiGDM:
     network passes a call.
 
     Known deviation: exact only where the prior's covariance is d^2 I. On 1-D Gaussian priors of another
-    variance s^2 than the assumed one, in the reverse SDE: d = 1, s^2 = 0.25, sigma_y^2 = 0.04 gives 1.11 times
-    the variance and 0.92 times the gain; d = 1, s^2 = 4, sigma_y^2 = 1 gives 0.83 and 1.14. In the probability
+    variance s^2 than the assumed one, in the reverse SDE: d = 1, s^2 = 0.25, sigma_y^2 = 0.04 gives 1.11
+    times the variance and 0.92 times the gain; d = 1, s^2 = 4, sigma_y^2 = 1 gives 0.83 and 1.14. In the
+    probability
     flow the errors are several times larger: use "ancestral".
 
     Args:
@@ -189,9 +190,9 @@ class DPS:
     residual, the step at most meets the measurements. It vanishes as the steps get fine. Each entry of y has
     the kappa of its own noise.
 
-    Known deviation, in the reverse SDE on 1-D Gaussian priors: s^2 = 0.25, sigma_y^2 = 0.04 gives 0.58 times the
-    variance and 1.16 times the gain; s^2 = 4, sigma_y^2 = 1 gives 0.62 and 1.23. Over-confident: spread from
-    DPS is not an error bar.
+    Known deviation, in the reverse SDE on 1-D Gaussian priors: s^2 = 0.25, sigma_y^2 = 0.04 gives 0.58 times
+    the variance and 1.16 times the gain; s^2 = 4, sigma_y^2 = 1 gives 0.62 and 1.23. Over-confident: spread
+    from DPS is not an error bar.
 
     Args:
         prior, operator, y, sigma_y, precision: as for `MMPS`.

@@ -59,9 +59,11 @@ def reconstruct(
         sigma_y: their noise level per real channel, >= 0: float, (B,), or of the shape of ``y`` where noise
             differs by entry.
         samples: number S of posterior samples for each image.
-        sampler: a name in `POSTERIOR_SAMPLERS`: for unconditional priors "mmps" (moment matching, the default), "daps",
-            "smc" (exact in the limit), "pnp-dm", "pigdm", "dps"; for mask-conditional ones "a-dps" and "one-step" (a point estimate).
-            Or a classic reconstruction, a point estimate without a prior: a name in `ambient_sci.baselines.BASELINES`, see `reconstruct_classically`.
+        sampler: a name in `POSTERIOR_SAMPLERS`: for unconditional priors "mmps" (moment matching, the
+            default), "daps", "smc" (exact in the limit), "pnp-dm", "pigdm", "dps"; for mask-conditional ones
+            "a-dps" and "one-step" (a point estimate).
+            Or a classic reconstruction, a point estimate without a prior: a name in
+                `ambient_sci.baselines.BASELINES`, see `reconstruct_classically`.
         steps: noise levels; default: the sampler's.
         sigma_min, sigma_max: ends of the grid; by default what the prior has learned (see `level_range`).
         rho: bend of the grid, see `level_grid`; default: the sampler's.
@@ -253,7 +255,8 @@ def notes(prior: Prior, low: float, totals: dict[str, Any]) -> dict[str, Any]:
         found.append(f"sampling stopped at sigma = {low:g}{learned}: {meaning}")
     if totals.get("solves_above_tolerance"):
         found.append(
-            f"{totals['solves_above_tolerance']} of {totals['solves']} solves ended above the tolerance; worst relative residual "
+            f"{totals['solves_above_tolerance']} of {totals['solves']} solves ended above the tolerance; "
+            "worst relative residual "
             f"{totals['worst_relative_residual']:.2g}"
         )
     return {"notes": found} if found else {}
@@ -271,7 +274,8 @@ def check_sampler(
     """The sampler of this name, if the numbers make sense and it has these options."""
     if name not in POSTERIOR_SAMPLERS:
         raise InputError(
-            f"sampler: expected one of {', '.join(POSTERIOR_SAMPLERS)}, got {name!r}; a classic reconstruction: {', '.join(BASELINES)}"
+            f"sampler: expected one of {', '.join(POSTERIOR_SAMPLERS)}, got {name!r}; a classic "
+            f"reconstruction: {', '.join(BASELINES)}"
         )
     if samples < 1 or (batch_size is not None and batch_size < 1):
         raise InputError(
@@ -308,7 +312,8 @@ def sampler_options(name: str) -> list[str]:
 def check_measurements(
     prior: Prior | None, operator: Any, y: Any, sigma_y: Any, name: str
 ) -> tuple[Tensor, Tensor]:
-    """Measurements, in float32 or better, and their noise levels, if measurements, operator and prior fit each other."""
+    """Measurements, in float32 or better, and their noise levels, if measurements, operator and prior fit
+    each other."""
     if not isinstance(operator, LinearPhysics):
         raise InputError(
             f"{name}: expected a linear operator (deepinv LinearPhysics), got {type(operator).__name__}: "
@@ -328,7 +333,8 @@ def check_measurements(
         raise
     except (RuntimeError, ValueError, IndexError) as error:
         raise InputError(
-            f"measurements {tuple(y.shape)} do not fit the operator {type(operator).__name__}: {str(error).splitlines()[0]}"
+            f"measurements {tuple(y.shape)} do not fit the operator {type(operator).__name__}: "
+            f"{str(error).splitlines()[0]}"
         ) from None
     if not isinstance(operator, RowMaskedOperator):
         check_linear(operator, y, shape)
@@ -344,7 +350,8 @@ def check_linear(operator: LinearPhysics, y: Tensor, shape: tuple[int, ...]) -> 
 
         A(2 u - v) = 2 A u - A v,        <A u, w> = <u, A^H w>
 
-    Every sampler here relies on both; with an adjoint that is only nearly one, posteriors come out wrong and no residual shows it.
+    Every sampler here relies on both; with an adjoint that is only nearly one, posteriors come out wrong and
+    no residual shows it.
 
     Raises:
         InputError: either does not hold to a thousandth.
@@ -358,7 +365,8 @@ def check_linear(operator: LinearPhysics, y: Tensor, shape: tuple[int, ...]) -> 
         back = operator.A_adjoint(w)
     if image.shape != y.shape:
         raise InputError(
-            f"operator {name}: expected A of images {shape} to have the shape of the measurements {tuple(y.shape)}, "
+            f"operator {name}: expected A of images {shape} to have the shape of the measurements "
+            f"{tuple(y.shape)}, "
             f"got {tuple(image.shape)}"
         )
     size = float(image.norm() + other.norm()) or 1.0
@@ -371,7 +379,8 @@ def check_linear(operator: LinearPhysics, y: Tensor, shape: tuple[int, ...]) -> 
     # Inner products of random vectors are some 1 / sqrt(n) of the product of their norms.
     if not abs(ahead - behind) < 1e-3 * scale / max(y.numel(), u.numel()) ** 0.5:
         raise InputError(
-            f"operator {name}: expected A_adjoint to be the adjoint of A, got <A u, w> = {ahead:.5g} and <u, A_adjoint w> = {behind:.5g}"
+            f"operator {name}: expected A_adjoint to be the adjoint of A, got <A u, w> = {ahead:.5g} and <u, "
+            f"A_adjoint w> = {behind:.5g}"
         )
 
 
@@ -387,8 +396,10 @@ def check_noise(sigma_y: Any, y: Tensor) -> Tensor:
     fits = levels.shape == y.shape or levels.numel() in (1, len(y))
     if levels.is_complex() or not fits or not bool((torch.isfinite(levels) & (levels >= 0)).all()):
         raise InputError(
-            f"sigma_y: expected real values >= 0, one, one per image ({len(y)}) or one per entry {tuple(y.shape)}, got "
-            f"{levels.flatten()[:4].tolist()}{' ...' if levels.numel() > 4 else ''} of shape {tuple(levels.shape)}"
+            f"sigma_y: expected real values >= 0, one, one per image ({len(y)}) or one per entry "
+            f"{tuple(y.shape)}, got "
+            f"{levels.flatten()[:4].tolist()}{' ...' if levels.numel() > 4 else ''} of shape "
+            f"{tuple(levels.shape)}"
         )
     levels = levels.to(y)
     return levels.flatten().expand(len(y)).contiguous() if levels.numel() in (1, len(y)) else levels
@@ -400,11 +411,13 @@ def check_numbers(x: Tensor, report: dict[str, Any], name: str) -> None:
     """
     if not bool(torch.isfinite(x).all()):
         raise InputError(
-            f"{name}: expected finite samples, got NaN or infinity: the prior's weights are damaged or diverged, "
+            f"{name}: expected finite samples, got NaN or infinity: the prior's weights are damaged or "
+            "diverged, "
             "or the levels overflow"
         )
     if report.get("worst_relative_residual") == math.inf:
         raise InputError(
-            f"{name}: expected measurements and a denoiser whose squares are finite in {x.dtype}, got a solve that "
+            f"{name}: expected measurements and a denoiser whose squares are finite in {x.dtype}, got a "
+            "solve that "
             "overflowed; scale the data"
         )

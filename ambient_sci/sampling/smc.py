@@ -59,7 +59,8 @@ def sample_smc(
     require_unconditional(problem.prior, "SMC")
     if particles < problem.samples or not 0 < resample_below <= 1:
         raise InputError(
-            f"smc: expected particles >= samples ({problem.samples}) and resample_below in (0, 1], got {particles} and {resample_below}"
+            f"smc: expected particles >= samples ({problem.samples}) and resample_below in (0, 1], got "
+            f"{particles} and {resample_below}"
         )
     population = problem.with_samples(particles)
     spread = problem.prior.data_std if data_std is None else data_std

@@ -1,4 +1,5 @@
-"""Training: configuration, the loop, checkpoints and resume. Names load on first use; `TrainConfig` needs no torch."""
+"""Training: configuration, the loop, checkpoints and resume. Names load on first use; `TrainConfig` needs no
+torch."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ LOWEST_GAIN = 0.4
 
 
 def reflect(t: Tensor, axis: int, about_centre: bool) -> Tensor:
-    """Mirror image along ``axis``: j -> n - 1 - j, or j -> (2 (n // 2) - j) mod n about the centre of a centred transform."""
+    """Mirror image along ``axis``: j -> n - 1 - j, or j -> (2 (n // 2) - j) mod n about the centre of a
+    centred transform."""
     flipped = t.flip(axis)
     return flipped.roll(1, axis) if about_centre and t.shape[axis] % 2 == 0 else flipped
 
@@ -50,7 +51,8 @@ def reflect(t: Tensor, axis: int, about_centre: bool) -> Tensor:
 def check_augmentations(
     names: Sequence[str], image_shape: tuple[int, ...], operator_name: str, design: MaskDesign | None
 ) -> None:
-    """Raise InputError unless every augmentation is exact for these data; ``design`` is None for complete data."""
+    """Raise InputError unless every augmentation is exact for these data; ``design`` is None for complete
+    data."""
     for name in names:
         if name == "gain":
             continue  # exact for every linear operator
@@ -61,7 +63,8 @@ def check_augmentations(
                 )
             if design is not None and design.unit_shape[0] != 1:
                 raise InputError(
-                    "augmentation phase: expected masks shared by real and imaginary part, got one for each channel"
+                    "augmentation phase: expected masks shared by real and imaginary part, got one for each "
+                    "channel"
                 )
         elif name == "transpose":
             if design is not None:
@@ -72,7 +75,8 @@ def check_augmentations(
                 )
         elif design is not None and not _invariant(design, _AXES[name], operator_name == "mri"):
             raise InputError(
-                f"augmentation {name}: expected a mask design that is the same when mirrored, got {design!r}; "
+                f"augmentation {name}: expected a mask design that is the same when mirrored, got "
+                f"{design!r}; "
                 "its weights would be wrong"
             )
 
@@ -191,7 +195,8 @@ def rotate_phase(y: Tensor, angle: Tensor) -> Tensor:
 
 
 def flip(operator: RowMaskedOperator, y: Tensor, axis: int) -> tuple[RowMaskedOperator, Tensor]:
-    """The measurement that the mirrored anatomy would have given: operator with mirrored mask and maps, and mirrored y."""
+    """The measurement that the mirrored anatomy would have given: operator with mirrored mask and maps, and
+    mirrored y."""
     if isinstance(operator, Identity):
         return operator, reflect(y, axis, False)
     if isinstance(operator, Masking):

@@ -106,7 +106,8 @@ class Batches:
         self._first = accelerator.process_index * config.micro_batches
         if config.batch_size % self.shares:
             raise InputError(
-                f"batch_size: expected a multiple of the {self.shares} shares ({accelerator.num_processes} processes x "
+                f"batch_size: expected a multiple of the {self.shares} shares ({accelerator.num_processes} "
+                "processes x "
                 f"{config.micro_batches} micro_batches), got {config.batch_size}"
             )
         design = source.design
@@ -117,7 +118,8 @@ class Batches:
         self.levels = level_distribution(config.levels, source.data_std)
         if not float(self.noise_std.max()) < self.levels.sigma_max:
             raise InputError(
-                f"levels.sigma_max: expected a level above the noise of the data ({float(self.noise_std.max()):g}), "
+                "levels.sigma_max: expected a level above the noise of the data "
+                f"({float(self.noise_std.max()):g}), "
                 f"got {self.levels.sigma_max:g}"
             )
         self.keep = config.loss.keep or default_keep(source.complete)
@@ -164,7 +166,8 @@ class Batches:
         return Drawn(split, y, scaled.to(**there), sigma.to(**there), noise, scaled, sigma)
 
     def split(self, operator: RowMaskedOperator, num: int, generator: torch.Generator, mask: Tensor) -> Split:
-        """Divide the rows of ``num`` measurements; ``mask`` is the operator's, on the CPU. The place to do it otherwise."""
+        """Divide the rows of ``num`` measurements; ``mask`` is the operator's, on the CPU. The place to do it
+        otherwise."""
         return operator.split(keep=self.keep, generator=generator, num=num, mask=mask)
 
     def close(self) -> None:

@@ -363,7 +363,8 @@ class JointStage(AmbientStage):
     def reason(self) -> str:
         """What this stage does, in words."""
         return (
-            f"{self.source.reason}; with consistency below noise level {self.sigma_n:.4g} on the same network, "
+            f"{self.source.reason}; with consistency below noise level {self.sigma_n:.4g} on the same "
+            "network, "
             f"from step {self.settings.kick_in}"
         )
 
@@ -435,14 +436,18 @@ def staged_levels(batches: Batches, settings: StagedConfig) -> tuple[float, floa
     """
     if settings.replay and not batches.source.complete:
         raise InputError(
-            "consistency.replay: expected complete data (chains of kept rows need their masks), got incomplete"
+            "consistency.replay: expected complete data (chains of kept rows need their masks), got "
+            "incomplete"
         )
     return consistency_levels(batches, settings, settings.margin)
 
 
 def staged_reason(sigma_n: float) -> str:
     """What stage 2 does, in words."""
-    return f"then consistency below noise level {sigma_n:.4g}, with what was learned above it frozen: a staged prior"
+    return (
+        f"then consistency below noise level {sigma_n:.4g}, with what was learned above it frozen: a "
+        "staged prior"
+    )
 
 
 def second_stage_config(config: TrainConfig) -> TrainConfig:

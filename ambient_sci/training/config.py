@@ -171,7 +171,8 @@ class TrainConfig:
             require(
                 name in AUGMENTATIONS,
                 "augmentations",
-                f"names among {', '.join(AUGMENTATIONS)} (other rotations and changes of size interpolate, which colours the noise)",
+                f"names among {', '.join(AUGMENTATIONS)} (other rotations and changes of size interpolate, "
+                "which colours the noise)",
                 name,
             )
 
@@ -184,7 +185,7 @@ class TrainConfig:
                 self.loss == LossConfig(), "em", "no loss settings beside it (its M-steps denoise)", self.loss
             )
 
-    # -- what a step is told ---------------------------------------------------------------------------------------------------
+    # -- what a step is told ---------------------------------------------------------------------------------
 
     @property
     def step_limit(self) -> int | None:
@@ -211,7 +212,7 @@ class TrainConfig:
             decay = 0.5 ** (self.batch_size / self.ema_half_life_images)
         return min(decay, (1 + step) / (10 + step))
 
-    # -- files -----------------------------------------------------------------------------------------------------------------
+    # -- files -----------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, ready for JSON."""

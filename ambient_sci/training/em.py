@@ -88,7 +88,8 @@ def run_em(
     data = open_measurements(measurements)
     fraction, _ = survey_masks(data)
     reason = (
-        f"{len(data)} samples, operator {data.operator_name}, {100 * fraction:.0f} % of rows measured: expectation maximisation, an "
+        f"{len(data)} samples, operator {data.operator_name}, {100 * fraction:.0f} % of rows measured: "
+        "expectation maximisation, an "
         "unconditional prior"
     )
     source = Source(data, complete=fraction == 1, design=data.design, reason=reason)
@@ -180,7 +181,7 @@ class Laps:
     def _prior(self, lap: int) -> Prior:
         return load_prior(self._path(lap) / "prior", self.accelerator.device)
 
-    # -- lap 0 -----------------------------------------------------------------------------------------------------------------
+    # -- lap 0 -----------------------------------------------------------------------------------------------
 
     def initial(self) -> tuple[Prior, dict[str, Any]]:
         """What the first draws come from."""
@@ -216,7 +217,7 @@ class Laps:
         }
         return prior, details
 
-    # -- later laps ------------------------------------------------------------------------------------------------------------
+    # -- later laps ------------------------------------------------------------------------------------------
 
     def lap(self, lap: int, prior: Prior) -> tuple[Prior, dict[str, Any]]:
         """The prior of lap ``lap`` from that of the lap before, and what to report of it."""
@@ -299,7 +300,7 @@ class Laps:
         options: Any = {"folder": folder, "resume": True, "reporter": self.reporter}
         return run_stage(stage, config, accelerator=self.accelerator, **options).eval()
 
-    # -- the score -------------------------------------------------------------------------------------------------------------
+    # -- the score -------------------------------------------------------------------------------------------
 
     def held_out_score(self, prior: Prior) -> float:
         """Mean CRPS of held-out rows, the same rows and noise in every lap."""
@@ -328,7 +329,8 @@ class Laps:
         score = float((crps(predicted, y) * mask).sum() / mask.sum())
         if not math.isfinite(score):
             raise InputError(
-                f"EM: expected a finite score of held-out rows, got {score}: a prior that has diverged, or data of a size "
+                f"EM: expected a finite score of held-out rows, got {score}: a prior that has diverged, or "
+                "data of a size "
                 "whose squares overflow"
             )
         return score
@@ -358,7 +360,8 @@ def _gaussian_of(images: Tensor) -> Prior:
 
 
 def _source_of_start(data: Measurements, config: TrainConfig) -> Source:
-    """The measurements as the Ambient loss takes them; IdentifiabilityError names the way out if it cannot."""
+    """The measurements as the Ambient loss takes them; IdentifiabilityError names the way out if it
+    cannot."""
     try:
         return judge(data, config)
     except IdentifiabilityError as error:

@@ -1,4 +1,5 @@
-"""How a training run can end early. Free of torch, so that the command line can catch these without loading it."""
+"""How a training run can end early. Free of torch, so that the command line can catch these without loading
+it."""
 
 from __future__ import annotations
 
@@ -43,6 +44,7 @@ class ProcessLost(InputError):
 
     def __init__(self, rank: int, count: int, reason: str) -> None:
         super().__init__(
-            f"process {rank} of {count}: another process of this run has ended or does not answer ({reason}); "
+            f"process {rank} of {count}: another process of this run has ended or does not answer "
+            f"({reason}); "
             "the run continues from its last checkpoint with resume"
         )

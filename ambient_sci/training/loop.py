@@ -152,10 +152,11 @@ class _Loop:
         return self.stage.prior({name: player.averaged() for name, player in self.players.items()})
 
     def trainable_prior(self) -> Prior:
-        """The prior, its parameters as open to training as those of the modules, as they are when it is loaded.
+        """The prior, its parameters as open to training as those of the modules, as they are when it is
+        loaded.
 
-        Kernels choose their path by this flag even where no gradient is taken: a prior in memory answers with the bits of the
-        one in the file only if they agree.
+        Kernels choose their path by this flag even where no gradient is taken: a prior in memory answers with
+        the bits of the one in the file only if they agree.
         """
         modules = [player.module for player in self.players.values()]
         frozen = {id(p) for module in modules for p in module.parameters() if not p.requires_grad}
@@ -164,7 +165,7 @@ class _Loop:
             p.requires_grad_(id(p) not in frozen)
         return prior
 
-    # -- the loop ------------------------------------------------------------------------------------------------------------
+    # -- the loop --------------------------------------------------------------------------------------------
 
     def run(self, reporter: Reporter) -> None:
         if self.config.progress(self.step, self.seconds) >= 1:
@@ -279,7 +280,7 @@ class _Loop:
                 bad,
             )
 
-    # -- log, save, restore ----------------------------------------------------------------------------------------------------
+    # -- log, save, restore ----------------------------------------------------------------------------------
 
     def _log(self) -> float:
         """A line of the log: of the first module, and of each where there are several. Returns the loss of
@@ -331,8 +332,10 @@ class _Loop:
         tensors, shares = saved[0], self.processes.count * self.parts
         if values["shares"] != shares:
             reporter.say(
-                f"{self.stage.name}: resumed with batches in {shares} shares (processes x micro_batches) instead of "
-                f"{values['shares']}: what is drawn from here on is not what the uninterrupted run would have drawn"
+                f"{self.stage.name}: resumed with batches in {shares} shares (processes x micro_batches) "
+                "instead of "
+                f"{values['shares']}: what is drawn from here on is not what the uninterrupted run would "
+                "have drawn"
             )
         self.step, self.seconds = values["step"], values["seconds"]
         for name, player in self.players.items():

@@ -112,7 +112,7 @@ class Player:
         # Sums since the last line of the log: loss, gradient norm, number of turns. On the device.
         self.trace = torch.zeros(3, dtype=torch.float64, device=device)
 
-    # -- a turn ------------------------------------------------------------------------------------------------------------
+    # -- a turn ----------------------------------------------------------------------------------------------
 
     def clip(self) -> Tensor:
         """Shorten the gradient to `gradient_clip`; the norm that it had."""
@@ -146,7 +146,7 @@ class Player:
                     shown.copy_(mean)
         return self.average
 
-    # -- the checkpoint ----------------------------------------------------------------------------------------------------
+    # -- the checkpoint --------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
         """All that continues this player: weights, averages, moments, buffers that move, sums for the log."""

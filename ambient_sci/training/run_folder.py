@@ -43,7 +43,7 @@ class RunFolder:
         self.prior = self.path / "prior"
         self.log = self.path / "log.jsonl"
 
-    # -- opening -------------------------------------------------------------------------------------------------------------
+    # -- opening ---------------------------------------------------------------------------------------------
 
     def check_free(self, overwrite: bool) -> None:
         """Raise unless a new run may be written here.
@@ -58,11 +58,13 @@ class RunFolder:
             return
         if not overwrite:
             raise InputError(
-                f"run folder {self.path}: expected a new or empty folder, got one with content (overwrite it, or resume the run)"
+                f"run folder {self.path}: expected a new or empty folder, got one with content (overwrite "
+                "it, or resume the run)"
             )
         if not (self.path / "config.json").exists():
             raise InputError(
-                f"run folder {self.path}: expected a training run to overwrite, got a folder without config.json"
+                f"run folder {self.path}: expected a training run to overwrite, got a folder without "
+                "config.json"
             )
 
     def create(self, config: TrainConfig, description: dict[str, Any]) -> None:
@@ -100,7 +102,8 @@ class RunFolder:
         ]
         if limits and (self.path / "checkpoint" / "consistency.safetensors").exists():
             raise InputError(
-                f"resume {self.path}: expected {limits[0]} as it was, since the next stage has begun (consistency.{limits[0]} is free)"
+                f"resume {self.path}: expected {limits[0]} as it was, since the next stage has begun "
+                f"(consistency.{limits[0]} is free)"
             )
         data = self.read_json("run.json").get("data", {})
         now = description["data"]
@@ -108,14 +111,15 @@ class RunFolder:
             value = now.get(key)
             if data.get(key) != value:
                 raise InputError(
-                    f"resume {self.path}: the run was trained on other data: {key} was {data.get(key)!r}, is {value!r}"
+                    f"resume {self.path}: the run was trained on other data: {key} was {data.get(key)!r}, is "
+                    f"{value!r}"
                 )
         recover(self.prior)
         for folder in [self.path, *(p for p in self.path.rglob("*") if p.is_dir())]:
             sweep(folder)
         config.save(self.path / "config.json")
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------------------
+    # -- checkpoints -----------------------------------------------------------------------------------------
 
     def save_checkpoint(self, stage: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Replace the checkpoint of ``stage``; ``values`` are JSON types (floats keep every bit)."""
@@ -141,7 +145,7 @@ class RunFolder:
                 f"checkpoint {path}: expected a training checkpoint, got a damaged file ({error})"
             ) from None
 
-    # -- log -----------------------------------------------------------------------------------------------------------------
+    # -- log -------------------------------------------------------------------------------------------------
 
     def append_log(self, line: dict[str, Any]) -> None:
         """Append one line to ``log.jsonl``."""
@@ -160,7 +164,7 @@ class RunFolder:
                 kept.append(text + "\n")
         write_text(self.path / "log.jsonl", "".join(kept))
 
-    # -- whole files -----------------------------------------------------------------------------------------------------------
+    # -- whole files -----------------------------------------------------------------------------------------
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         write_json(self.path / name, value)

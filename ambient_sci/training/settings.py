@@ -1,4 +1,5 @@
-"""Values from outside (JSON, YAML, a person) into dataclasses: exact types, one line that names the setting where one is wrong."""
+"""Values from outside (JSON, YAML, a person) into dataclasses: exact types, one line that names the setting
+where one is wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ def require(condition: bool, key: str, expected: str, got: Any) -> None:
 
 
 def check_types(config: Any, prefix: str) -> None:
-    """Every field as its annotation says, or an InputError that names it (lists become tuples, integers floats)."""
+    """Every field as its annotation says, or an InputError that names it (lists become tuples, integers
+    floats)."""
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -27,7 +29,8 @@ def check_types(config: Any, prefix: str) -> None:
 
 
 def parse_dataclass(kind: type, values: Any, where: str) -> Any:
-    """A dataclass of type ``kind`` from a table of settings, or an InputError that names what does not belong."""
+    """A dataclass of type ``kind`` from a table of settings, or an InputError that names what does not
+    belong."""
     if not isinstance(values, dict):
         raise InputError(
             f"configuration: {where or 'top level'}: expected a table of settings, got {values!r}"
@@ -49,7 +52,8 @@ ANY = object()
 
 
 def _without_retired(kind: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """``values`` without settings that older files of this kind have; ``kind.RETIRED`` names their only value, and why."""
+    """``values`` without settings that older files of this kind have; ``kind.RETIRED`` names their only
+    value, and why."""
     retired: dict[str, tuple[Any, str]] = getattr(kind, "RETIRED", {})
     for key, (value, why) in retired.items():
         if key in values and value is not ANY:
@@ -68,7 +72,8 @@ def _member(kinds: list[Any], value: Any, where: str) -> Any:
 
 
 def _parse(kind: Any, value: Any, where: str) -> Any:
-    """``value`` as what the annotation ``kind`` asks for; exact types, except that an integer serves as a float."""
+    """``value`` as what the annotation ``kind`` asks for; exact types, except that an integer serves as a
+    float."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return parse_dataclass(kind, value, where)

@@ -178,7 +178,8 @@ def _reason(data: Measurements, fraction: float, design: MaskDesign | None) -> s
     if fraction < 1:
         status = "" if design is None else f" (mask design {design.name}, {design.status})"
         return (
-            f"{head}, {100 * fraction:.0f} % of rows measured{status}: operator-aware Ambient loss with held-out rows, "
+            f"{head}, {100 * fraction:.0f} % of rows measured{status}: operator-aware Ambient loss with "
+            "held-out rows, "
             "a mask-conditional prior. Samplers that need an unconditional one refuse it"
         )
     scan = (
@@ -188,4 +189,7 @@ def _reason(data: Measurements, fraction: float, design: MaskDesign | None) -> s
     )
     if high == 0:
         return f"{head}, {scan}: denoising loss, an unconditional prior"
-    return f"{head}, {scan}: Ambient loss, an unconditional prior; levels below the noise of the data are not learned"
+    return (
+        f"{head}, {scan}: Ambient loss, an unconditional prior; levels below the noise of the data are "
+        "not learned"
+    )

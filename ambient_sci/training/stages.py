@@ -52,16 +52,18 @@ def _lowest_level(batches: Batches) -> float:
 
 
 def started_from(initial: Prior, source: Source, saved: bool) -> Prior:
-    """A copy of ``initial`` to be trained on ``source``: what is frozen in it is shared, what is trained is not.
+    """A copy of ``initial`` to be trained on ``source``: what is frozen in it is shared, what is trained is
+    not.
 
     Args:
-        initial: any prior that can answer for these data. Its levels stay what they are: below the noise of the data it goes
-            on answering as what it had learned before, moved by what it learns above.
+        initial: any prior that can answer for these data. Its levels stay what they are: below the noise of
+            the data it goes on answering as what it had learned before, moved by what it learns above.
         source: the data.
         saved: whether the run is written to a folder.
 
     Raises:
-        InputError: another shape or kind than the data need, nothing to train, or a prior that cannot be saved.
+        InputError: another shape or kind than the data need, nothing to train, or a prior that cannot be
+            saved.
     """
     if tuple(initial.shape) != source.image_shape:
         raise InputError(

@@ -64,8 +64,8 @@ def fit(
             may be changed; nothing else.
         overwrite: replace an earlier run in ``out``.
         progress: show a progress bar, or lines where standard error is no terminal.
-        initial: a prior to go on from instead of random weights: any that was trained or registered, a `LoraPrior` of one to
-            train an adapter alone. It is copied; ``config.network`` is not used.
+        initial: a prior to go on from instead of random weights: any that was trained or registered, a
+            `LoraPrior` of one to train an adapter alone. It is copied; ``config.network`` is not used.
 
     Returns:
         the prior with averaged weights, in evaluation mode, on the training device.

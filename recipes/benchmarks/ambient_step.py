@@ -2,9 +2,9 @@
 
     python -m recipes.benchmarks.ambient_step [--size 64] [--batch 8] [--repeats 15] [--out FILE.json]
 
-Same network, same run: both kinds of step are timed alternately and the median of the ratios of neighbours is reported, so that a
-machine that slows down or is shared slows both. The plain step sees clean images at the same levels; for
-mask-conditional networks, with a mask of ones.
+Same network, same run: both kinds of step are timed alternately and the median of the ratios of neighbours is
+reported, so that a machine that slows down or is shared slows both. The plain step sees clean images at the
+same levels; for mask-conditional networks, with a mask of ones.
 """
 
 from __future__ import annotations

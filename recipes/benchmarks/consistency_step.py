@@ -1,7 +1,8 @@
 """What a step of staged consistency costs, walk included, against a denoising step of the same network; all
 in one run.
 
-    python -m recipes.benchmarks.consistency_step [--size 64] [--batch 4] [--repeats 20] [--device cpu|cuda] [--out costs.json]
+    python -m recipes.benchmarks.consistency_step [--size 64] [--batch 4] [--repeats 20] [--device cpu|cuda]
+    [--out costs.json]
 
 Steps are whole training steps (loss, backward pass, clipping, optimiser, weight average). The kinds of step
 take turns, so that a busy machine slows all of them alike; a ratio is that of the medians. The walk draws k
@@ -135,7 +136,8 @@ def report(seconds: dict[str, list[float]], arguments: argparse.Namespace) -> No
     base = centre(seconds["denoising"])
     result = {name: {"seconds": centre(v), "ratio": centre(v) / base} for name, v in seconds.items()}
     print(
-        f"{arguments.network} {tuple(arguments.channels)}, {arguments.size} px, batch {arguments.batch}, {arguments.device}"
+        f"{arguments.network} {tuple(arguments.channels)}, {arguments.size} px, batch {arguments.batch}, "
+        f"{arguments.device}"
     )
     for name, row in result.items():
         print(f"{name:32s} {1e3 * row['seconds']:9.1f} ms   {row['ratio']:5.2f} x")

@@ -156,7 +156,8 @@ def peaks(folder: Path) -> None:
         path = images_file(folder / "train.h5", 64, num, "float32")
         start, found[name] = in_own_process(_TRAIN, path)
         print(
-            f"memory: file of {path.stat().st_size / 1e6:.0f} MB: peak {found[name]:.0f} MB ({start:.0f} at its start)"
+            f"memory: file of {path.stat().st_size / 1e6:.0f} MB: peak {found[name]:.0f} MB ({start:.0f} at "
+            "its start)"
         )
         path.unlink()
     print(f"memory: 4 GB over 100 MB: {found['4 GB'] - found['100 MB']:+.0f} MB")
@@ -199,7 +200,8 @@ def checksums(folder: Path) -> None:
         for kind in ("checksums", "values"):
             ratios = [r[kind] / r["neither"] for r in rounds]
             print(
-                f"checksums: {size} px {dtype}: {kind} {np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+                f"checksums: {size} px {dtype}: {kind} {np.median(ratios):.2f} ({min(ratios):.2f} to "
+                f"{max(ratios):.2f})"
             )
         path.unlink()
 

@@ -1,6 +1,7 @@
 """Multi-coil MRI, forward and adjoint: ours, deepinv's and sigpy's against the bare FFTs, in one run.
 
-    python -m recipes.benchmarks.mri_operator [--sizes 128 256 320] [--batches 1 4 16] [--coils 8] [--threads 1] [--out FOLDER]
+    python -m recipes.benchmarks.mri_operator [--sizes 128 256 320] [--batches 1 4 16] [--coils 8]
+    [--threads 1] [--out FOLDER]
 
 One call is y = A x and then A^H y for the whole batch: float32 images, one mask of lines an image, coil maps
 shared. sigpy's `Sense` takes one image at a time, so it is called once an image, on numpy arrays of the same

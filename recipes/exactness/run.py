@@ -1,6 +1,7 @@
 """Is the clean distribution recovered from noisy data alone? One command, one table.
 
-    python -m recipes.exactness.run --part ring [--profile two-core|gpu] [--seeds 0 1 2] [--levels 0.1] [--runs clean staged …] [--out runs/exactness]
+    python -m recipes.exactness.run --part ring [--profile two-core|gpu] [--seeds 0 1 2] [--levels 0.1]
+    [--runs clean staged …] [--out runs/exactness]
 
 Every cell (part, run, noise, size, seed) is written to its own JSON file when it is done; a cell that is
 there is not run again, and one that was interrupted continues from its checkpoint. The table at the end is

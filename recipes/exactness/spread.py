@@ -1,6 +1,7 @@
 """How much of a difference between two rows of the digits' table is the luck of the draw?
 
-    python -m recipes.exactness.spread [--rows "ambient truncated" staged staged@0.04] [--repeats 3] [--out runs/exactness]
+    python -m recipes.exactness.spread [--rows "ambient truncated" staged staged@0.04] [--repeats 3]
+    [--out runs/exactness]
 
 Draws further sets of samples from the priors of the staged cells that are there and scores each: mean and
 standard deviation over sets for each row, and of the difference between every row and the first one, whose

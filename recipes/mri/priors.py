@@ -191,7 +191,8 @@ def _trained(
 def run_in_folder(
     stage: Any, config: TrainConfig, accelerator: Any, path: Path, data: dict[str, Any]
 ) -> Prior:
-    """A stage of this recipe in a run folder, from its checkpoint if there is one; ``data`` must then be the same."""
+    """A stage of this recipe in a run folder, from its checkpoint if there is one; ``data`` must then be the
+    same."""
     run, description = RunFolder(path), {"data": data}
     run.reopen(config, description) if (path / "config.json").exists() else run.create(config, description)
     options: Any = {"folder": run, "resume": True, "reporter": Reporter()}

@@ -62,7 +62,10 @@ def table(cells: list[dict[str, Any]], profile: dict[str, Any]) -> str:
     text = markdown(sorted(cells, key=lambda c: order[c["prior"], c["method"]]), rows, columns)
     people = cells[0]["slices"]
     counted = ", ".join(f"{p} ({n})" for p, n in people.items())
-    return f"{text}\n\n± standard error over {len(people)} people (slices: {counted}); PSNR and SSIM of magnitudes."
+    return (
+        f"{text}\n\n± standard error over {len(people)} people (slices: {counted}); PSNR and SSIM of "
+        "magnitudes."
+    )
 
 
 def _rows(cells: list[dict[str, Any]], profile: dict[str, Any]) -> list[tuple[str | None, str]]:
@@ -148,7 +151,7 @@ def _spread(values: list[float], digits: int) -> str:
     return mean_std(values, f".{digits}f", f".{digits}f")
 
 
-# -- figures -----------------------------------------------------------------------------------------------------------------
+# -- figures -------------------------------------------------------------------------------------------------
 
 
 def psnr_figure(path: Path, cells: list[dict[str, Any]], profile: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """The Ambient MRI study: priors from noisy and undersampled scans, reconstruction at several accelerations.
 One command, one table.
 
-    python -m recipes.mri.run --profile two-core [--out runs/mri] [--train em-R4 noisy ...] [--test 4] [--cells 'em-*'] [--table-only]
+    python -m recipes.mri.run --profile two-core [--out runs/mri] [--train em-R4 noisy ...] [--test 4]
+    [--cells 'em-*'] [--table-only]
 
 Every prior is a run folder, every cell a JSON file; what is there is not made again, and what was interrupted
 continues. Started twice, the command shares the work: each process takes the next prior (with its cells) that

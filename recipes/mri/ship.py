@@ -1,6 +1,7 @@
 """Pack a trained prior of this recipe, with its card, as one that ships with the library.
 
-    python -m recipes.mri.ship --prior noisy --name brain64 [--profile two-core] [--runs runs/mri] [--out ambient_sci/priors/assets]
+    python -m recipes.mri.ship --prior noisy --name brain64 [--profile two-core] [--runs runs/mri]
+    [--out ambient_sci/priors/assets]
 
 The card's numbers are read from the cells of the table; the prior and these cells must be there.
 """
@@ -40,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         entry, out = profile["priors"][options.prior], options.out / options.name
         if entry["kind"] not in ("noisy", "em"):
             raise InputError(
-                f"--prior: expected an unconditional prior from measurements alone, got one of kind {entry['kind']}"
+                "--prior: expected an unconditional prior from measurements alone, got one of kind "
+                f"{entry['kind']}"
             )
         folder = options.runs / options.profile
         prior = packed(load_prior(folder / "priors" / options.prior), entry, profile)
@@ -115,7 +117,8 @@ def facts(
         found = {k: json.loads(p.read_text()) for k, p in cells.items()}
         own = found["this prior"]
         rows.append(
-            f"| {r:g} | {with_error(own['scores']['psnr'], 2)} | {with_error(found['total variation']['scores']['psnr'], 2)} "
+            f"| {r:g} | {with_error(own['scores']['psnr'], 2)} | "
+            f"{with_error(found['total variation']['scores']['psnr'], 2)} "
             f"| {with_error(own['scores']['ssim'], 3)} | {own['std_over_error']['mean']:.2f} "
             f"| {100 * own['held_out']['coverage']['80']['observed']:.0f} |"
         )
@@ -142,7 +145,8 @@ def facts(
 
 CARD = """# {name}: a prior of 64 x 64 px brain slices
 
-An unconditional diffusion prior, `load_prior("pretrained:{name}")`, {parameters} parameters. It never saw a clean image.
+An unconditional diffusion prior, `load_prior("pretrained:{name}")`, {parameters} parameters. It never saw a
+clean image.
 
 | | |
 |---|---|
@@ -152,14 +156,16 @@ An unconditional diffusion prior, `load_prior("pretrained:{name}")`, {parameters
 | noise levels | from {lowest:.3g} up: what is weaker was never seen; samplers stop there |
 | licence | Apache-2.0. The images: `ambient_sci/data/assets/README.md` |
 
-Judged on {tested} slices of **three other people**, two of them after contrast agent, {samples} posterior samples (MMPS) of {coils}-coil scans with the same noise; mean and standard error over people:
+Judged on {tested} slices of **three other people**, two of them after contrast agent, {samples} posterior
+samples (MMPS) of {coils}-coil scans with the same noise; mean and standard error over people:
 
 | R | PSNR / dB | total variation, weight chosen with the truth | SSIM | std / error | 80 % intervals cover held-out rows, % |
 |---|---|---|---|---|---|
 {rows}
 
-Limits. One person, one contrast, 64 px, simulated noise: a prior for trying things out, for tests and for teaching. It is not for diagnosis, not for other contrasts or resolutions, and
-where anatomy differs from Colin27's (lesions, contrast agent) its error bars are too narrow, by the factor in the column std / error.
+Limits. One person, one contrast, 64 px, simulated noise: a prior for trying things out, for tests and for
+teaching. It is not for diagnosis, not for other contrasts or resolutions, and where anatomy differs from
+Colin27's (lesions, contrast agent) its error bars are too narrow, by the factor in the column std / error.
 """
 
 

@@ -2,7 +2,8 @@ r"""SSDU and robust SSDU, by deepinv's losses, on the network that the mask-cond
 
     SSDU      y = y_1 + y_2 by a random pixel mask, 2-D Gaussian density;      loss ||A_2 f(y_1) - y_2||^2 / |mask_2|
     robust    y~ = M_1 (y + alpha sigma_y n), M_1 random lines;                 loss ||(1 - K)^(-1/2) (y_2 - A_2 f(y~))||^2
-                                                                                     + ||(1 + 1/alpha^2) M_1 M (A f(y~) - y)||^2
+                                                                                     + ||(1 + 1/alpha^2) M_1 M
+                                                                                     (A f(y~) - y)||^2
 
 f is shown the zero-filled image and the mask of what it is given, at the noise level of the data; applied, it
 is given all rows. So it is a `NetworkPrior` whose one-step estimate is its reconstruction, and what it has in
@@ -163,7 +164,8 @@ class SplittingStage(OneModule):
         source = open_source(path, config)
         if source.design is None:
             raise InputError(f"{path}: SSDU: expected undersampled scans, got fully sampled ones")
-        # Batches, symmetries, network and initial weights are those of the Ambient stage; only the loss is another.
+        # Batches, symmetries, network and initial weights are those of the Ambient stage; only the loss is
+        # another.
         self.batches = Batches(source, config, accelerator)
         self.module: nn.Module = initial_prior(self.batches)
         self.seed, self.alpha = config.seed, alpha

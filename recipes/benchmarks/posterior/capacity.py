@@ -1,6 +1,7 @@
 """Does a learned prior's sampler hold out: 16 samples of 16 slices timed, and 10,000 solves without NaN.
 
-    python -m recipes.benchmarks.posterior.capacity runs/quickstart/run --out runs/benchmark-posterior/capacity
+    python -m recipes.benchmarks.posterior.capacity runs/quickstart/run --out
+    runs/benchmark-posterior/capacity
 
 RUN is a prior trained by the quickstart. The slices are those of the quickstart's other people (16 of them,
 evenly spaced), measured anew for every problem: the first one is the quickstart's (R = 2.5, sigma_y = .05)
