@@ -42,7 +42,8 @@ from torch import Tensor
 
 from ambient_sci.errors import ConditioningError, InputError
 from ambient_sci.noise import draw_noise, expand
-from ambient_sci.operators.base import RowMaskedOperator, Split
+from ambient_sci.operators.base import RowMaskedOperator
+from ambient_sci.operators.split import Split
 from ambient_sci.priors.base import Prior, require_unconditional
 from ambient_sci.priors.given import KeptRows
 from ambient_sci.tweedie import contraction

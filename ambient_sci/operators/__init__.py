@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ambient_sci.errors import InputError
-from ambient_sci.operators.base import RowMaskedOperator, Split
+from ambient_sci.operators.base import RowMaskedOperator
 from ambient_sci.operators.coils import birdcage_maps, normalise_maps
 from ambient_sci.operators.designs import FixedBudget, Independent, MaskDesign
 from ambient_sci.operators.elementary import Identity, Masking
@@ -18,6 +18,7 @@ from ambient_sci.operators.make_design import (
     make_design,
 )
 from ambient_sci.operators.mri import MRI
+from ambient_sci.operators.split import Split
 from ambient_sci.operators.structured_designs import Enumerated, PoissonDisc, RandomBox
 
 __all__ = [

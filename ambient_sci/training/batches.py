@@ -21,7 +21,7 @@ from ambient_sci.data import MeasurementLoader
 from ambient_sci.errors import InputError
 from ambient_sci.noise import Concentrated, LogNormal, LogUniform
 from ambient_sci.operators import RowMaskedOperator
-from ambient_sci.operators.base import Split
+from ambient_sci.operators.split import Split
 from ambient_sci.randomness import seeded
 from ambient_sci.training.augment import apply_symmetries, check_augmentations, draw_symmetries, mirrored
 from ambient_sci.training.config import LevelConfig, TrainConfig

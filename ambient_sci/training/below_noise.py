@@ -39,9 +39,7 @@ anchor) is computed in evaluation mode: dropout is for what is trained.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -62,116 +60,10 @@ from ambient_sci.training.players import copy_sharing, trainable_names
 from ambient_sci.training.source import Source
 from ambient_sci.training.stage_configs import JointConfig, StagedConfig
 from ambient_sci.training.stages import AmbientStage, ambient_of
+from ambient_sci.training.walks import descend, evaluate, evaluating, moved, shrunk, walk
 
 # Streams of randomness, beside those of the batches.
 _DEPTH, _GAPS, _CHAINS = 10, 11, 12
-
-#: (states, levels (B,) on the CPU) to D of them.
-Answer = Callable[[Tensor, Tensor], Tensor]
-
-
-def evaluate(
-    prior: Prior, kept: RowMaskedOperator | None, x: Tensor, sigma: Tensor, given: Any = None
-) -> Tensor:
-    """D(x, sigma), or h = E[x_0 | y~, B] where ``x`` is y~ on the rows of ``kept``; ``sigma`` (B,) on any
-    device.
-    """
-    level = sigma.to(x.device, x.dtype, non_blocking=True)
-    if kept is not None:
-        return losses.denoise_measurement(prior, kept, x, level, given)
-    return prior(x, level) if given is None else prior(x, level, given)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """``module`` in evaluation mode inside; after it each of its parts is in the mode it was."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
-def reverse_step(
-    answer: Answer,
-    kept: RowMaskedOperator | None,
-    x: Tensor,
-    t: Tensor,
-    s: Tensor,
-    generator: torch.Generator,
-) -> Tensor:
-    """One step of the reverse process from level t to s, of images or of the kept rows."""
-    denoised = answer(x, t)
-    centre = denoised if kept is None else kept.A(denoised)
-    return ancestral_step(x, centre, _there(t, x), _there(s, x), generator=generator)
-
-
-@torch.no_grad()
-def walk(
-    answer: Answer,
-    kept: RowMaskedOperator | None,
-    x: Tensor,
-    t: Tensor,
-    *,
-    steps: int,
-    stride: float,
-    sigma_min: float,
-    uniform: torch.Generator,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """``steps`` reverse steps t -> max(t exp(-stride u), sigma_min), u uniform for each sample.
-
-    Args:
-        answer: D of states and levels.
-        kept: kept rows; None: images.
-        x, t: states, and their levels on the CPU, at least ``sigma_min``.
-        steps, stride, sigma_min: of the walk.
-        uniform: source of u, on the CPU.
-        generator: source of noise.
-
-    Returns:
-        state and level (on the CPU) where they end.
-    """
-    for _ in range(steps):
-        s = _shrunk(t, stride, uniform).clamp(min=sigma_min)
-        x, t = reverse_step(answer, kept, x, t, s, generator), s
-    return x, t
-
-
-@torch.no_grad()
-def descend(
-    answer: Answer,
-    kept: RowMaskedOperator | None,
-    x: Tensor,
-    t: Tensor,
-    goal: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """States at levels t >= goal (on the CPU), walked down to ``goal`` by reverse steps of a factor e^(-1/4)
-    at most.
-
-    None where t = goal.
-    """
-    ratio = float((t / goal).max())
-    steps = math.ceil(4 * math.log(ratio)) if ratio > 1 + 1e-6 else 0
-    for left in range(steps, 0, -1):
-        s = t * (goal / t) ** (1 / left)
-        x, t = reverse_step(answer, kept, x, t, s, generator), s
-    return x
-
-
-def _there(level: Tensor, x: Tensor) -> Tensor:
-    """A level of the host where ``x`` is, without waiting."""
-    return level.to(x.device, x.dtype, non_blocking=True)
-
-
-def _shrunk(t: Tensor, stride: float, uniform: torch.Generator) -> Tensor:
-    """t exp(-stride u), u in (0, 1] drawn on the CPU; less than t, whatever u rounds to."""
-    u = 1 - torch.rand(len(t), generator=uniform)
-    return t * torch.exp(-stride * u).clamp(max=1 - 1e-6).to(t)
 
 
 class ConsistencyStage(OneModule):
@@ -239,9 +131,9 @@ class ConsistencyStage(OneModule):
                 x, t = walk(
                     answer, kept, x, t, **steps, sigma_min=self.sigma_min, uniform=uniform, generator=noise
                 )  # type: ignore[arg-type]
-        s = _shrunk(t, settings.gap, uniform)
+        s = shrunk(t, settings.gap, uniform)
         denoised = self._hybrid(kept, drawn.given, x, t)
-        there = _there(t, x), _there(s, x)
+        there = moved(t, x), moved(s, x)
         options: Any = {"draws": settings.draws, "operator": kept, "given": drawn.given, "generator": noise}
         loss = losses.consistency_step(self.module, x, *there, denoised, **options)  # type: ignore[arg-type]
         if settings.replay:
@@ -271,7 +163,7 @@ class ConsistencyStage(OneModule):
         goal = torch.full_like(level, self.sigma_n)
         missing = (goal**2 - level**2).clamp(min=0).sqrt()
         if bool((missing > 0).any()):
-            y = y + expand(_there(missing, y), y) * draw_noise(y, noise)
+            y = y + expand(moved(missing, y), y) * draw_noise(y, noise)
         answer = partial(evaluate, self.anchor, kept, given=drawn.given)
         return kept, descend(answer, kept, y, torch.maximum(level, goal), self.sigma_n, noise), goal
 
@@ -289,7 +181,7 @@ class ConsistencyStage(OneModule):
         """
         with torch.no_grad():
             estimates = evaluate(self.anchor, kept, x, t, drawn.given)
-        sigma = _there(t * (self.sigma_min / t) ** torch.rand(len(t), generator=uniform).to(t), x)
+        sigma = moved(t * (self.sigma_min / t) ** torch.rand(len(t), generator=uniform).to(t), x)
         clean = estimates if kept is None else kept.A(estimates)
         noisy = clean + expand(sigma, clean) * draw_noise(clean, noise)
         below: Prior = self.module  # type: ignore[assignment]
@@ -317,7 +209,7 @@ class ConsistencyStage(OneModule):
         some = drawn if len(quiet) == len(drawn.y) else drawn.rows(quiet)
         low = some.sigma_y_host.clamp(min=self.batches.levels.floor)
         level = low * (self.sigma_n / low) ** torch.rand(len(low), generator=uniform).to(low)
-        direct = ambient_of(self.module, some, self.config.loss, _there(level, drawn.y)).loss  # type: ignore[arg-type]
+        direct = ambient_of(self.module, some, self.config.loss, moved(level, drawn.y)).loss  # type: ignore[arg-type]
         there = quiet.to(loss.device, non_blocking=True)
         return (self.settings.weight * loss).index_add(0, there, direct.to(loss))
 
@@ -393,9 +285,9 @@ class JointStage(AmbientStage):
             with evaluating(self.module):
                 x, t = walk(answer, kept, drawn.y, start, **steps, uniform=uniform, generator=noise)
             denoised = answer(x, t)
-        s = _shrunk(t, settings.gap, uniform)
+        s = shrunk(t, settings.gap, uniform)
         options: Any = {"draws": settings.draws, "operator": kept, "given": drawn.given, "generator": noise}
-        pairs = losses.consistency_step(prior, x, _there(t, x), _there(s, x), denoised, **options)
+        pairs = losses.consistency_step(prior, x, moved(t, x), moved(s, x), denoised, **options)
         return ambient.loss + weight * pairs
 
 

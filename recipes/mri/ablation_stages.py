@@ -18,7 +18,7 @@ from torch import Tensor
 from ambient_sci import losses
 from ambient_sci.noise import expand
 from ambient_sci.operators import RowMaskedOperator
-from ambient_sci.operators.base import Split
+from ambient_sci.operators.split import Split
 from ambient_sci.training import AmbientStage, Batches
 from ambient_sci.training.stages import ambient_of
 
