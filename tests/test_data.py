@@ -912,7 +912,7 @@ def same_batch(a, b) -> bool:
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("kind", ["file", "files", "arrays"])
 def test_who_reads_changes_no_bit(tmp_path, monkeypatch, kind: str, workers: int):
-    """Kept in memory, read by a thread or by any number of processes, in order or not: batches are a function
+    """Kept in memory, read by any number of threads, in order or not: batches are a function
     of the step.
     """
     path = write_mri(tmp_path / "m.h5", num=7, noise_std=np.arange(7) / 10, labels=np.arange(7))
@@ -931,7 +931,7 @@ def test_who_reads_changes_no_bit(tmp_path, monkeypatch, kind: str, workers: int
     lazy.close()
 
 
-def test_damage_that_a_worker_finds_is_one_line(tmp_path, monkeypatch):
+def test_damage_that_a_reader_finds_is_one_line(tmp_path, monkeypatch):
     path = write_mri(tmp_path / "m.h5", num=4)
     monkeypatch.setattr(loader, "CACHE_BYTES", 0)
     monkeypatch.setattr(hdf5_file, "FULL_CHECK_BYTES", 0)

@@ -10,14 +10,14 @@ virtual rank v = r m + k of V = P m:
 so that m GPUs with one part and one GPU with m parts read the same samples.
 
 Data stay where they are read: small ones (`CACHE_BYTES`) are kept, and moved to the device as a whole; larger
-ones stay on disk or in host memory, and batches are read ahead, by a thread or by worker processes, and moved
-without waiting. Who reads a batch changes no bit of it.
+ones stay on disk or in host memory, and batches are read ahead by threads and moved without waiting. Who reads
+a batch changes no bit of it. (Threads and not processes: handing a batch of float32 to another process costs
+more than reading it.)
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -25,10 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from ambient_sci.data.files import MeasurementFile
-from ambient_sci.data.hdf5_file import one_line
 from ambient_sci.data.layout import check_noise_map, check_noise_std
 from ambient_sci.data.many_files import MeasurementFiles
 from ambient_sci.errors import InputError
@@ -167,8 +165,8 @@ def _permutation(seed: int, epoch: int, num: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num)
 
 
-class _Batches(Dataset):
-    """The stream of batches by number, key = step m + part; a worker process holds a copy of it."""
+class _Batches:
+    """The stream of batches by number, key = step m + part."""
 
     def __init__(
         self,
@@ -198,26 +196,6 @@ class _Batches(Dataset):
         data = self.data
         return Batch(data.operator(rows), data.measurements(rows), data.sigma(rows), rows, data.labels(rows))
 
-    def __getitem__(self, key: int) -> Batch | InputError:
-        try:  # a worker hands the error over as it is: what DataLoader makes of one has many lines
-            return self.load(key)
-        except InputError as error:
-            return error
-
-
-class _From:
-    """All numbers from ``first`` on."""
-
-    def __init__(self, first: int):
-        self.first = first
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.first)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
 
 class MeasurementLoader:
     """Batches by step number.
@@ -232,8 +210,8 @@ class MeasurementLoader:
         num_processes: processes that share each step's ``batch_size * num_processes * parts`` samples.
         device: where batches go.
         parts: batches of a step of this process (micro-batches); see the equation of the module.
-        workers: processes that read data too large to be kept; batch k is read by worker k mod workers. With
-            0 a thread of this process reads one batch ahead.
+        workers: threads that read ahead, one batch each, data too large to be kept; 0 reads a batch when it
+            is asked for.
 
     Raises:
         InputError: a batch size, number of parts or of workers that is none, or no sample.
@@ -249,7 +227,7 @@ class MeasurementLoader:
         num_processes: int = 1,
         device: torch.device | str = "cpu",
         parts: int = 1,
-        workers: int = 0,
+        workers: int = 1,
     ):
         if batch_size < 1:
             raise InputError(f"batch size: expected at least 1, got {batch_size}")
@@ -270,11 +248,8 @@ class MeasurementLoader:
         self.data = data
         self._batches = _Batches(data, self.samples, batch_size, seed, rank, num_processes, parts)
         self._pinned = self.device.type == "cuda"
-        self._last = -2  # key that was asked for last
-        self._expected: int | None = None  # key that the workers or the thread deliver next
-        self._stream: Iterator[Any] | None = None
-        self._ahead: Future[Batch] | None = None
-        self._reader: ThreadPoolExecutor | None = None
+        self._readers: ThreadPoolExecutor | None = None
+        self._ahead: dict[int, Future[Batch]] = {}  # batches that are being read
 
     def indices(self, step: int, part: int = 0) -> Tensor:
         """Sample numbers (B,) of a part of a step, a pure function of (seed, step, part)."""
@@ -297,54 +272,27 @@ class MeasurementLoader:
         key = self._key(step, part)
         if self._resident:
             return self._batches.load(key)
-        batch = self._from_workers(key) if self.workers else self._from_thread(key)
-        self._last = key
-        return self._moved(batch)
+        return self._moved(self._read_ahead(key) if self.workers else self._load_here(key))
 
-    def _from_thread(self, key: int) -> Batch:
-        self._reader = self._reader or ThreadPoolExecutor(1, thread_name_prefix="measurement-loader")
-        ready = self._ahead is not None and self._expected == key
-        batch = self._ahead.result() if ready and self._ahead is not None else self._load_here(key)
-        self._expected, self._ahead = key + 1, self._reader.submit(self._load_here, key + 1)
-        return batch
+    def _read_ahead(self, key: int) -> Batch:
+        """A batch, whose reading has begun if batches are asked for in order; that of the next ones begins."""
+        self._readers = self._readers or ThreadPoolExecutor(
+            self.workers, thread_name_prefix="measurement-loader"
+        )
+        ready = self._ahead.pop(key, None)
+        following = range(key + 1, key + 1 + self.workers)
+        for stale in self._ahead.keys() - set(following):
+            self._ahead.pop(stale).cancel()
+        for other in following:
+            if other not in self._ahead:
+                self._ahead[other] = self._readers.submit(self._load_here, other)
+        return self._load_here(key) if ready is None else ready.result()
 
     def _load_here(self, key: int) -> Batch:
         batch = self._batches.load(key)
         if not self._pinned:
             return batch
         return Batch(*(t if t is None else t.pin_memory() for t in batch))
-
-    def _from_workers(self, key: int) -> Batch:
-        if self._stream is None or (key != self._expected and key == self._last + 1):
-            self._start(key)
-        if key != self._expected:  # out of order: the workers go on with what they are at
-            return self._batches.load(key)
-        assert self._stream is not None
-        self._expected = key + 1
-        try:
-            batch = next(self._stream)
-        except RuntimeError as error:
-            raise InputError(f"loader: a worker process ended ({one_line(error)})") from None
-        if isinstance(batch, InputError):
-            raise batch
-        return batch
-
-    def _start(self, key: int) -> None:
-        """Worker processes that read from batch ``key`` on, round and round."""
-        if not isinstance(self.data, MeasurementArrays):
-            self.data.close()  # a process opens its own handle, and inherits none
-        self._stream = iter(
-            DataLoader(
-                self._batches,
-                sampler=_From(key),  # pyright: ignore[reportArgumentType] - endless, so without a length
-                batch_size=None,
-                num_workers=self.workers,
-                collate_fn=_as_it_is,
-                pin_memory=self._pinned,
-                generator=torch.Generator(),  # or the global one would move
-            )
-        )
-        self._expected = key
 
     def _moved(self, batch: Batch) -> Batch:
         if self.device.type == "cpu":
@@ -358,7 +306,7 @@ class MeasurementLoader:
 
     def close(self) -> None:
         """Stop reading ahead."""
-        self._stream = self._expected = None
-        if self._reader is not None:
-            self._reader.shutdown(wait=True, cancel_futures=True)
-            self._reader = self._ahead = None
+        if self._readers is not None:
+            self._readers.shutdown(wait=True, cancel_futures=True)
+        self._readers = None
+        self._ahead.clear()

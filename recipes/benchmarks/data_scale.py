@@ -169,7 +169,7 @@ def speeds(folder: Path) -> None:
         path = images_file(folder / "images.h5", size, num, "uint8")
         for workers in (0, 1, 2):
             loader = MeasurementLoader(MeasurementFile(path), batch_size, seed=0, workers=workers)
-            for step in range(8):  # the workers start, and the disk's cache fills
+            for step in range(8):  # the readers start, and the disk's cache fills
                 loader.batch(step)
             steps, start = 200 if size == 64 else 100, time.perf_counter()
             for step in range(8, 8 + steps):
