@@ -16,6 +16,7 @@ from ambient_sci.errors import ConditioningError, InputError
 from ambient_sci.operators import Identity, Masking
 from ambient_sci.priors import (
     GaussianPrior,
+    Labels,
     LoraPrior,
     NetworkConfig,
     NetworkPrior,
@@ -25,7 +26,15 @@ from ambient_sci.priors import (
     backbones,
     load_prior,
 )
-from ambient_sci.training import LevelConfig, StagedConfig, TrainConfig, fit
+from ambient_sci.training import (
+    Batches,
+    LevelConfig,
+    StagedConfig,
+    TrainConfig,
+    fit,
+    make_accelerator,
+    open_source,
+)
 
 SHAPE = (2, 8, 8)
 
@@ -231,3 +240,63 @@ def test_another_initial_prior_is_other_data_to_a_resumed_run(tmp_path):
             fit(data, config(max_steps=9), out=tmp_path / "run", resume=True, progress=False, initial=other)
     with pytest.raises(InputError, match="initial was"):
         fit(data, config(max_steps=9), out=tmp_path / "run", resume=True, progress=False)
+
+
+# -- labels and noise that differs by entry --------------------------------------------------------------------------------
+
+
+def labelled(tmp_path, num=24):
+    labels = torch.arange(num) % 3
+    y = torch.randn(num, *SHAPE, generator=seeded(0)) + labels.reshape(-1, 1, 1, 1)
+    return write_measurements(
+        tmp_path / "labelled.h5",
+        measurements=y,
+        mask=None,
+        noise_std=0.2,
+        operator="identity",
+        image_shape=SHAPE,
+        labels=labels.numpy(),
+    )
+
+
+def test_labels_of_a_file_reach_the_network_and_are_dropped_at_times(tmp_path):
+    """Drawn from (seed, step, share); a network that takes none trains on the same file."""
+    network = NetworkConfig(kind="ncsnpp", options={**EDM, "label_dim": 3, "dropout": 0.0})
+    settings = config(network=network, batch_size=8, drop_labels=0.5)
+    batches = Batches(open_source(labelled(tmp_path), settings), settings, make_accelerator("cpu"))
+    drawn = [batches.draw(step) for step in range(40)]
+    index = torch.cat([d.given.index for d in drawn])
+    truth = torch.cat([torch.tensor(batches.indices(step)) % 3 for step in range(40)])
+    assert torch.equal(index[index >= 0], truth[index >= 0])
+    assert abs(float((index < 0).float().mean()) - 0.5) < 4.5 * 0.5 / 320**0.5
+    assert torch.equal(batches.draw(7).given.index, drawn[7].given.index)
+    prior = fit(tmp_path / "labelled.h5", settings, progress=False)
+    x = torch.randn(2, *SHAPE, generator=seeded(3))
+    with torch.no_grad():
+        told = [prior(x, 0.5, Labels(torch.full((2,), k))) for k in (0, 2)]
+    assert not torch.equal(*told)
+    fit(tmp_path / "labelled.h5", config(network=UNET), progress=False)
+
+
+def test_noise_by_entry_moves_with_the_image_in_training(tmp_path):
+    """Levels of the shape of y are flipped, transposed and scaled as the image is; the loss gets them, not one number."""
+    level = 0.1 + 0.4 * torch.rand(24, *SHAPE, generator=seeded(5))
+    y = (Identity(SHAPE), torch.randn(24, *SHAPE, generator=seeded(0)), level)
+    settings = config(augmentations=("flip-horizontal", "flip-vertical", "transpose", "gain"), network=UNET)
+    batches = Batches(open_source(y, settings), settings, make_accelerator("cpu"))
+    for step in range(12):
+        drawn = batches.draw(step)
+        rows = batches.indices(step)
+        assert drawn.sigma_y.shape == drawn.y.shape
+        ratio = drawn.sigma_y.flatten(1).amax(1) / level[rows].flatten(1).amax(1)
+        # The image scaled back and the level scaled back are the same pairs of numbers in some order: moved together.
+        back = torch.stack([drawn.y.flatten(1), drawn.sigma_y.flatten(1)], -1) / ratio.reshape(-1, 1, 1)
+        pairs = torch.stack([y[1][rows].flatten(1), level[rows].flatten(1)], -1)
+        for mine, theirs in zip(back, pairs, strict=True):
+            assert torch.allclose(mine[mine[:, 1].argsort()], theirs[theirs[:, 1].argsort()], atol=1e-5)
+        assert bool((drawn.sigma.reshape(-1, 1, 1, 1) >= drawn.sigma_y).all())
+        assert torch.allclose(drawn.sigma_y_host, drawn.sigma_y.flatten(1).amax(1))
+    assert fit(y, settings, progress=False).sigma_min >= 0.1
+    for refused in (config(augmentations=("phase",)), config(consistency=StagedConfig(max_steps=2))):
+        with pytest.raises(InputError, match="one for each entry"):
+            fit(y, refused, progress=False)

@@ -137,6 +137,11 @@ class MeasurementArrays:
         """y (B, ...)."""
         return self._y[self._rows(indices)]
 
+    @property
+    def noise_by_entry(self) -> bool:
+        """Whether noise differs by entry."""
+        return self._levels.ndim > 1
+
     def sigma(self, indices: Any = None) -> Tensor:
         """Noise level per real channel: (B,), or of the shape of y where it differs by entry."""
         if self._levels.ndim == 1:

@@ -169,7 +169,7 @@ def simulate(
     history = (
         f"simulate {operator} from {images.origin}: noise_std {_range(levels)}, phase {phase}, "
         f"design {plan.name if plan else None}, coils {coils}{varying}, seed {seed}"
-    )
+    ) + "".join(f"; {note}" for note in images.notes)
     common = {"history": history, "geometry": images.geometry, "overwrite": overwrite}
     with (
         MeasurementWriter(

@@ -62,7 +62,12 @@ def export_nifti(
             rows = rows_of(volume)
             planes = QUANTITIES[what](file, rows)  # (n, H, W) or (n, H, W, S)
             factor = scales[rows].reshape(-1, *[1] * (planes.ndim - 1))
-            save_nifti(path, fill_volume(planes.numpy() * factor, volume), volume["affine"])
+            save_nifti(
+                path,
+                fill_volume(planes.numpy() * factor, volume),
+                volume["affine"],
+                positioned=volume.get("positioned", True),
+            )
     return paths
 
 

@@ -164,6 +164,19 @@ def apply_symmetries(
     return operator, y.contiguous() if symmetries else y, sigma_y
 
 
+def transformed_levels(symmetries: Symmetries, operator: RowMaskedOperator, levels: Tensor) -> Tensor:
+    """Noise levels of the shape of y (or one that broadcasts to it), moved and scaled as `apply_symmetries` does y."""
+    for name, value in symmetries:
+        if name == "gain":
+            assert value is not None
+            levels = levels * value.to(levels, non_blocking=True).reshape(-1, *([1] * (levels.ndim - 1)))
+        elif name == "transpose":
+            levels = levels.transpose(-1, -2)
+        elif name in _AXES:
+            levels = reflect(levels, _AXES[name], isinstance(operator, MRI))
+    return levels
+
+
 def mirrored(symmetries: Symmetries, operator: RowMaskedOperator, mask: Tensor) -> Tensor:
     """The mask (1|B, m, H, W) of the transformed measurements of ``operator``, from the one before."""
     for name, _ in symmetries:

@@ -22,8 +22,15 @@ from ambient_sci.errors import InputError
 from ambient_sci.noise import Concentrated, LogNormal, LogUniform
 from ambient_sci.operators import RowMaskedOperator
 from ambient_sci.operators.split import Split
+from ambient_sci.priors.given import Labels
 from ambient_sci.randomness import seeded
-from ambient_sci.training.augment import apply_symmetries, check_augmentations, draw_symmetries, mirrored
+from ambient_sci.training.augment import (
+    apply_symmetries,
+    check_augmentations,
+    draw_symmetries,
+    mirrored,
+    transformed_levels,
+)
 from ambient_sci.training.config import LevelConfig, TrainConfig
 from ambient_sci.training.source import Source, default_keep
 
@@ -48,9 +55,11 @@ class Drawn(NamedTuple):
     Attributes:
         split: which rows a network is shown and which it is scored on; ``split.operator`` is A.
         y: measurements, on the device; the noisy images where the data are complete.
-        sigma_y, sigma: noise of the measurements and level to train at, (B,), on the device.
+        sigma_y: noise of the measurements, (B,), or of their shape where it differs by entry; on the device.
+        sigma: level to train at, (B,), on the device.
         generator: source of the noise of the loss, on the device.
-        sigma_y_host, sigma_host: the levels on the CPU, to look at.
+        sigma_y_host: the largest noise of each sample, (B,), on the CPU, to look at.
+        sigma_host: the level to train at, on the CPU.
         given: what a denoiser is told besides, one row a sample; None: nothing.
     """
 
@@ -115,6 +124,11 @@ class Batches:
             config.augmentations, source.image_shape, source.measurements.operator_name, design
         )
         self.noise_std = source.noise_std
+        if source.measurements.noise_by_entry and "phase" in config.augmentations:
+            raise InputError(
+                "augmentation phase: expected one noise level for each sample, got one for each entry: noise that "
+                "differs between real and imaginary part does not stay white when they are mixed"
+            )
         self.levels = level_distribution(config.levels, source.data_std)
         if not float(self.noise_std.max()) < self.levels.sigma_max:
             raise InputError(
@@ -151,19 +165,31 @@ class Batches:
         config, key = self.config, (step, self.share(part))
         raw = self._loaders[part].batch(step)
         draw = seeded(config.seed, LEVELS, *key)
-        sigma_y = self.noise_std[raw.indices]
-        sigma = self.levels.sample(len(sigma_y), minimum=sigma_y, generator=draw)
+        largest = self.noise_std[raw.indices]
+        sigma = self.levels.sample(len(largest), minimum=largest, generator=draw)
         operator, y, _ = self.source.ready(raw.operator, raw.y, raw.sigma_y, draw)
         mask = operator.network_mask
         operator, y = operator.to(self.device), y.to(self.device, non_blocking=True)
         symmetries = draw_symmetries(config.augmentations, len(y), draw)
-        operator, y, scaled = apply_symmetries(symmetries, operator, y, sigma_y)
+        operator, y, scaled = apply_symmetries(symmetries, operator, y, largest)
+        own = scaled
+        if raw.sigma_y.ndim > 1:  # noise that differs by entry moves with the image
+            own = transformed_levels(symmetries, operator, raw.sigma_y.to(self.device, non_blocking=True))
         split = self.split(
             operator, len(y), seeded(config.seed, SPLIT, *key), mirrored(symmetries, operator, mask)
         )
         noise = seeded(config.seed, NOISE, *key, device=self.device)
         there = {"device": self.device, "non_blocking": True}
-        return Drawn(split, y, scaled.to(**there), sigma.to(**there), noise, scaled, sigma)
+        given = self._given(raw.labels, draw)
+        return Drawn(split, y, own.to(**there), sigma.to(**there), noise, scaled, sigma, given)
+
+    def _given(self, labels: Tensor | None, generator: torch.Generator) -> Labels | None:
+        """The labels of a part, some of them dropped, so that a network learns to do without; None: no labels."""
+        if labels is None:
+            return None
+        labels = labels.cpu().long()
+        dropped = torch.rand(len(labels), generator=generator) < self.config.drop_labels
+        return Labels(labels).dropped(dropped).to(self.device)
 
     def split(self, operator: RowMaskedOperator, num: int, generator: torch.Generator, mask: Tensor) -> Split:
         """Divide the rows of ``num`` measurements; ``mask`` is the operator's, on the CPU. The place to do it

@@ -306,6 +306,11 @@ def consistency_levels(
         InputError: there is no noise in some of the data and no level is given, or nothing is left between
             the two.
     """
+    if batches.source.measurements.noise_by_entry:
+        raise InputError(
+            "consistency: expected one noise level for each sample, got one for each entry: there is no one level "
+            "below which nothing is known"
+        )
     unit = batches.source.data_std if batches.config.levels.relative else 1.0
     lowest = float(batches.noise_std.min())
     if settings.sigma_n is None and lowest == 0:

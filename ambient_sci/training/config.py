@@ -118,6 +118,8 @@ class TrainConfig:
         augmentations: drawn per batch ("phase" per sample) from those that keep white noise white and move
             the mask along; see ambient_sci.training.augment. They state symmetries that the anatomy must
             have.
+        drop_labels: probability that a sample's class label is withheld from a network that takes labels, so that
+            it also learns the images of all classes together, which guidance needs.
         checkpoint_minutes: time between checkpoints; 0 writes one every step.
         log_interval: steps between lines of log.jsonl.
         device: "auto" is CUDA where there is one.
@@ -144,6 +146,7 @@ class TrainConfig:
     gradient_clip: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     augmentations: tuple[str, ...] = ()
+    drop_labels: float = 0.1
     checkpoint_minutes: float = 2.0
     log_interval: int = 20
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -163,6 +166,7 @@ class TrainConfig:
             require(getattr(self, key) > 0, key, "a value > 0", getattr(self, key))
         for key in ("warmup_steps", "weight_decay", "checkpoint_minutes"):
             require(getattr(self, key) >= 0, key, "a value >= 0", getattr(self, key))
+        require(0 <= self.drop_labels <= 1, "drop_labels", "a value in [0, 1]", self.drop_labels)
         require(0 <= self.final_ratio <= 1, "final_ratio", "a value in [0, 1]", self.final_ratio)
         require(all(0 <= beta < 1 for beta in self.betas), "betas", "two values in [0, 1)", self.betas)
         require(0 <= self.ema_decay < 1, "ema_decay", "a value in [0, 1)", self.ema_decay)

@@ -92,7 +92,7 @@ def ambient_of(
         drawn.y,
         drawn.sigma_y,
         drawn.sigma if sigma is None else sigma,
-        given=drawn.given,
+        given=drawn.given if prior.takes is type(drawn.given) else None,
         generator=drawn.generator,
         weighting=settings.weighting,
         c_min=settings.c_min,
