@@ -110,12 +110,14 @@ def test_commands_on_the_pages_exist_with_their_options(page: str, line: str) ->
 
 
 def test_options_in_running_text_exist() -> None:
-    """Options between backquotes are those of some command."""
+    """Options between backquotes are those of some command or data script."""
     from ambient_sci.commands import COMMANDS
 
     known = {"--version", "--help"}
     for kind in COMMANDS.values():
         known |= {"--" + name.replace("_", "-") for name in kind.__dataclass_fields__}
+    for script in (ROOT / "datasets").glob("*.py"):
+        known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', script.read_text()))
     for page in PAGES:
         text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
         quoted = [q for q in re.findall(r"`([^`\n]*--[^`\n]*)`", text) if "tyro" not in q]

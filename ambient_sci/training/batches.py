@@ -169,7 +169,7 @@ class Batches:
         sigma = self.levels.sample(len(largest), minimum=largest, generator=draw)
         operator, y, _ = self.source.ready(raw.operator, raw.y, raw.sigma_y, draw)
         mask = operator.network_mask
-        operator, y = operator.to(self.device), y.to(self.device, non_blocking=True)
+        operator, y = operator.on_device(self.device), y.to(self.device, non_blocking=True)
         symmetries = draw_symmetries(config.augmentations, len(y), draw)
         operator, y, scaled = apply_symmetries(symmetries, operator, y, largest)
         own = scaled

@@ -313,7 +313,7 @@ class Laps:
         )
         split = each.split(keep=settings.held_out_keep, generator=generator)
         seen = (y * split.kept.mask).to(device)
-        kept = split.kept.to(device)  # moves it in place, so last
+        kept = split.kept.on_device(device)
         samples = self.drawn(prior, kept, seen, sigma, settings.held_out_draws, generator).samples.cpu()
         if len(samples) == 1:  # an estimate stands for all draws; only their noise differs
             samples = samples.expand(settings.held_out_draws, *samples.shape[1:])

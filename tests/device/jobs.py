@@ -1,4 +1,4 @@
-"""What samplers, the E-step and calibration make a pretended accelerator wait for, as JSON: run by
+"""What training, samplers, the E-step and calibration make a pretended accelerator wait for, as JSON: run by
 `test_waits` in a process of its own.
 """
 
@@ -20,7 +20,7 @@ from ambient_sci.evaluation.chi_squared import chi_squared
 from ambient_sci.operators import MRI, Identity, Masking, RowMaskedOperator, normalise_maps
 from ambient_sci.priors import NetworkConfig, NetworkPrior
 from ambient_sci.sampling import POSTERIOR_SAMPLERS, generate, reconstruct
-from ambient_sci.training import EMConfig, TrainConfig
+from ambient_sci.training import EMConfig, JointConfig, StagedConfig, TrainConfig, fit, trainer
 from ambient_sci.training.em import Laps
 from ambient_sci.training.run_folder import RunFolder
 
@@ -107,10 +107,52 @@ def other(folder: Path) -> dict[str, Callable[[], Any]]:
     }
 
 
-if __name__ == "__main__":
-    with virtual_device():
-        print(
-            json.dumps(
-                {name: counted(job) for name, job in {**sampling(), **other(Path(sys.argv[1]))}.items()}
-            )
+def training() -> dict[str, Callable[[], Any]]:
+    """Every stage, with few and many steps and no line of the log in between."""
+    network = NetworkConfig(channels=(8, 8), norm_groups=4, head_channels=8)
+    settings: dict[str, Any] = {"batch_size": 4, "log_interval": 10**6, "network": network}
+    x = 3 * torch.nn.functional.avg_pool2d(torch.randn(24, 2, 12, 12, generator=rng(5)), 5, 1)
+    noisy = x + 0.2 * torch.randn(x.shape, generator=rng(6))
+    mask = (torch.rand(24, 1, 8, 8, generator=rng(7)) < 0.6).float()
+    mri = MRI(mask, operators()["coils"].coil_maps)  # type: ignore[attr-defined]
+    by_entry = torch.full(x.shape, 0.2)
+    data: dict[str, Any] = {
+        "identity": (Identity(SHAPE), noisy, 0.2),
+        "by entry": (Identity(SHAPE), noisy, by_entry),
+        "masking": (Masking(mask, SHAPE), x * mask, 0.0),
+        "k-space": (mri, mri.A(x), 0.0),
+    }
+    symmetries = ("flip-horizontal", "flip-vertical", "gain")
+    options: dict[str, dict[str, Any]] = {name: {} for name in data}
+    options |= {"identity, symmetries": {"augmentations": (*symmetries, "transpose", "phase")}}
+    options |= {"k-space, symmetries": {"augmentations": ("phase", "gain")}}
+    jobs: dict[str, Callable[[], Any]] = {}
+    for steps in (4, 24):
+        for name, own in options.items():
+            config = TrainConfig(max_steps=steps, **settings, **own)
+            measured = data[name.split(",")[0]]
+            jobs[f"train {name} {steps}"] = lambda d=measured, c=config: fit(d, c, progress=False)
+        for name, stage in {
+            "staged": StagedConfig(max_steps=steps),
+            "staged, replay": StagedConfig(max_steps=steps, replay=True),
+            "staged, margin": StagedConfig(max_steps=steps, margin=1.2, shrinkage=0.3, warm_start=1),
+        }.items():
+            config = TrainConfig(max_steps=3, consistency=stage, **settings)
+            jobs[f"train {name} {steps}"] = lambda c=config: fit(data["identity"], c, progress=False)
+        config = TrainConfig(max_steps=3, consistency=StagedConfig(max_steps=steps), **settings)
+        jobs[f"train staged k-space {steps}"] = lambda c=config: fit(
+            (mri, mri.A(x) + 0.1 * mri.mask, 0.1), c, progress=False
         )
+        config = TrainConfig(max_steps=steps, consistency=JointConfig(), **settings)
+        jobs[f"train joint {steps}"] = lambda c=config: fit(data["identity"], c, progress=False)
+    return jobs
+
+
+if __name__ == "__main__":
+    place = SimpleNamespace(
+        device=DEVICE, is_main_process=True, num_processes=1, process_index=0, wait_for_everyone=lambda: None
+    )
+    trainer.make_accelerator = lambda _: place  # type: ignore[assignment, return-value]
+    with virtual_device():
+        everything = {**training(), **sampling(), **other(Path(sys.argv[1]))}
+        print(json.dumps({name: counted(job) for name, job in everything.items()}))

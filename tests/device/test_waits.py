@@ -82,3 +82,16 @@ def test_em_on_a_device(found):
 def test_calibration_on_a_device(found, name):
     """Three measurements: what waits does so for a measurement, not for an entry or a sample."""
     assert total(found[name]) <= 60, found[name]["waits"]
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        *("identity", "identity, symmetries", "by entry", "masking", "k-space", "k-space, symmetries"),
+        *("staged", "staged, replay", "staged, margin", "staged k-space", "joint"),
+    ],
+)
+def test_training_waits_for_nothing_between_lines_of_the_log(found, stage):
+    """Twenty steps more cost no wait at all: levels, masks and symmetries are looked at where they are drawn, on the host."""
+    few, many = (found[f"train {stage} {steps}"] for steps in (4, 24))
+    assert total(many) - total(few) <= {"staged, replay": 10}.get(stage, 0), (many["waits"], few["waits"])
