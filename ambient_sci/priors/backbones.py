@@ -23,14 +23,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ambient_sci.errors import InputError
-from ambient_sci.priors.config import BUILT_IN, NetworkConfig
+from ambient_sci.priors.config import NetworkConfig
+from ambient_sci.priors.registry import BUILT_IN, REGISTERED, names
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 Factory = Callable[..., "nn.Module"]
-_FACTORIES: dict[str, Factory] = {}
+
+__all__ = ["Factory", "build", "names", "register"]
 
 
 def register(name: str, factory: Factory, *, replace: bool = False) -> None:
@@ -45,14 +47,9 @@ def register(name: str, factory: Factory, *, replace: bool = False) -> None:
     Raises:
         InputError: a name of the library's own, or one that is taken.
     """
-    if name in BUILT_IN or (name in _FACTORIES and not replace):
+    if name in BUILT_IN or (name in REGISTERED and not replace):
         raise InputError(f"backbone: expected a new name, got {name!r}, which is taken")
-    _FACTORIES[name] = factory
-
-
-def names() -> tuple[str, ...]:
-    """All names that `NetworkConfig.kind` may have."""
-    return (*BUILT_IN, *sorted(_FACTORIES))
+    REGISTERED[name] = factory
 
 
 def build(
@@ -96,7 +93,7 @@ def _make(config: NetworkConfig, shape: tuple[int, ...], extra: int) -> nn.Modul
 
         config.check_size(*shape[1:])
         return UNet(config, shape[0] + extra, shape[0])
-    factory = _FACTORIES.get(config.kind) or _foreign(config.kind)
+    factory = REGISTERED.get(config.kind) or _foreign(config.kind)
     try:
         return factory(shape[0] + extra, shape[0], shape, **config.options)
     except InputError:

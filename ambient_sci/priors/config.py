@@ -7,10 +7,8 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from ambient_sci.errors import InputError
+from ambient_sci.priors.registry import OWN, names
 
-#: Names of the library's own backbones; see `ambient_sci.priors.backbones`.
-OWN = ("unet", "mlp")
-BUILT_IN = (*OWN, "ncsnpp", "adm", "diffusers-unet", "diffusers-conditional-unet")
 #: Bounds of what a description may ask for: far above any network in use, far below what would fill a machine
 #: before it is refused.
 LARGEST = {"channels": 16_384, "levels": 16, "blocks": 64, "patch": 64, "embedding": 4_096}
@@ -56,8 +54,6 @@ class NetworkConfig:
             self._check_unet()
 
     def _check_fields_in_use(self) -> None:
-        from ambient_sci.priors.backbones import names
-
         if self.kind not in names():
             raise InputError(f"network: expected kind {', '.join(names())}, got {self.kind!r}")
         if not isinstance(self.options, dict):
