@@ -152,7 +152,8 @@ def sample_from_ve_state(prediction: Tensor, x: Tensor, sigma: Tensor, kind: Pre
     ``sigma`` (broadcast over x).
 
         epsilon    x_0 = x - sigma eps                        what rounds eps by r rounds x_0 by sigma r
-        v          x_0 = (x - sqrt(1 + sigma^2) sigma v) / (1 + sigma^2)      ... by sigma / sqrt(1 + sigma^2) r, at most r
+        v          x_0 = (x - sqrt(1 + sigma^2) sigma v) / (1 + sigma^2)
+                                                              ... by sigma / sqrt(1 + sigma^2) r, at most r
         sample     x_0 itself                                 ... by r
 
     No power of a noise scale near 1 is subtracted from 1, so nothing is lost at high levels but what the
@@ -172,7 +173,8 @@ def sample_from_ve_state(prediction: Tensor, x: Tensor, sigma: Tensor, kind: Pre
 class VPSchedule:
     """The discrete times of a VP network trained on ``steps`` noise scales, as a function of the VE level.
 
-        beta_k evenly spaced (in its square root for "scaled-linear"),   alpha_k^2 = prod_{j <= k} (1 - beta_j),
+        beta_k evenly spaced (in its square root for "scaled-linear"),
+        alpha_k^2 = prod_{j <= k} (1 - beta_j),
         sigma_k = sqrt(1 - alpha_k^2) / alpha_k                            the VE level of time k
 
     Between two of them time is interpolated in log sigma, as is usual with Karras grids; beyond them it is

@@ -9,11 +9,11 @@ score of p_t eliminated between the two Tweedie formulas
 what can be *supervised* from noisy data (the mean of x_tn) and what is *wanted* (the mean of x_0) determine
 each other:
 
-    E[x_tn | x_t] = c E[x_0 | x_t] + (1 - c) x_t,        c = 1 - sigma_n^2 / sigma_t^2.                          (VE)
+    E[x_tn | x_t] = c E[x_0 | x_t] + (1 - c) x_t,        c = 1 - sigma_n^2 / sigma_t^2.           (VE)
 
 For the variance-preserving process, alpha = sqrt(1 - sigma^2),
 
-    E[x_tn | x_t] = (s_t^2 - s_n^2)/(s_t^2 alpha_n) E[x_0 | x_t] + s_n^2 alpha_t/(s_t^2 alpha_n) x_t.            (VP)
+    E[x_tn | x_t] = (s_t^2 - s_n^2)/(s_t^2 alpha_n) E[x_0 | x_t] + s_n^2 alpha_t/(s_t^2 alpha_n) x_t.   (VP)
 
 For rows of a linear operator the relation holds row by row on the rows that carry the extra noise, and rows
 held out need no correction at all (`measurement_mean`).

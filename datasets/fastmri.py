@@ -1,7 +1,8 @@
 """Training and test scans from the fastMRI files that you downloaded: selected, cropped, compressed,
 calibrated, split by person.
 
-    python datasets/fastmri.py DOWNLOAD --out data/fastmri                                    # T2 brains, 384 x 320, 4 virtual coils
+    python datasets/fastmri.py DOWNLOAD --out data/fastmri
+    # T2 brains, 384 x 320, 4 virtual coils
     python datasets/fastmri.py DOWNLOAD --out data/knees --contrasts CORPD_FBK --size 320 320 # knees, multi-
     or single-coil
 

@@ -10,9 +10,9 @@ virtual rank v = r m + k of V = P m:
 so that m GPUs with one part and one GPU with m parts read the same samples.
 
 Data stay where they are read: small ones (`CACHE_BYTES`) are kept, and moved to the device as a whole; larger
-ones stay on disk or in host memory, and batches are read ahead by threads and moved without waiting. Who reads
-a batch changes no bit of it. (Threads and not processes: handing a batch of float32 to another process costs
-more than reading it.)
+ones stay on disk or in host memory, and batches are read ahead by threads and moved without waiting. Who
+reads a batch changes no bit of it. (Threads and not processes: handing a batch of float32 to another process
+costs more than reading it.)
 """
 
 from __future__ import annotations
@@ -280,7 +280,8 @@ class MeasurementLoader:
         return self._moved(self._read_ahead(key) if self.workers else self._load_here(key))
 
     def _read_ahead(self, key: int) -> Batch:
-        """A batch, whose reading has begun if batches are asked for in order; that of the next ones begins."""
+        """A batch, whose reading has begun if batches are asked for in order; that of the next ones
+        begins."""
         self._readers = self._readers or ThreadPoolExecutor(
             self.workers, thread_name_prefix="measurement-loader"
         )

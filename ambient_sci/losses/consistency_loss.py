@@ -2,7 +2,8 @@ r"""Consistency: what noisy data cannot supervise, the denoiser must agree with 
 
 An exact denoiser is a martingale under its own reverse process,
 
-    D(x_t, t) = E[D(x_s, s) | x_t],     x_s = D + (s^2/t^2)(x_t - D) + s sqrt(1 - s^2/t^2) z,     D = D(x_t, t),     s < t.
+    D(x_t, t) = E[D(x_s, s) | x_t],     x_s = D + (s^2/t^2)(x_t - D) + s sqrt(1 - s^2/t^2) z,
+    D = D(x_t, t),     s < t.
 
 A smooth denoiser that is exact at sigma_n and satisfies this for all s < t <= sigma_n is exact below sigma_n
 as well. With m >= 2 independent draws of x_s and D_s^j = D(x_s^j, s), the squared violation has the unbiased

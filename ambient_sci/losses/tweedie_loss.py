@@ -2,11 +2,11 @@ r"""The operator-aware Tweedie loss: supervise E[x_0 | y~, B] with nothing but a
 y.
 
     y  = A x_0 + sigma_y n                   what was measured
-    y~ = y_B + sqrt(sigma^2 - sigma_y^2) z   what the network sees: kept rows B with noise added, level sigma >= sigma_y
+    y~ = y_B + sqrt(sigma^2 - sigma_y^2) z   what the network sees: kept rows B, noise added, sigma >= sigma_y
     h  = D(A_B^H y~, sigma, B)
 
     kept rows:       E[y_B | y~]  = c A_B h + (1 - c) y~,    c = 1 - sigma_y^2 / sigma^2     (Tweedie, twice)
-    held-out rows:   E[y_H | y~]  = A_H h                                                    (their noise is independent)
+    held-out rows:   E[y_H | y~]  = A_H h                                     (their noise is independent)
 
     loss = lambda(sigma) / n  [ omega(c) ||c A_B h + (1 - c) y~ - y_B||^2  +  sum_H w_i (A_H h - y_H)_i^2 ]
 

@@ -7,11 +7,15 @@ P(A_i = 1 | B): the more surely a unit outside B was measured at all, the less e
 design here knows that probability exactly, or refuses to be trained on and names the rows:
 
     Independent     units drawn independently (Bernoulli):  P = p (1 - q) / (1 - p q), kept with probability q
-    FixedBudget     exactly m units, probability of a set proportional to the product of its weights (conditional Poisson sampling;
+    FixedBudget     exactly m units, probability of a set proportional to the product of its weights
+                    (conditional Poisson sampling;
                     weights 1: the uniform design).  Closed form by elementary symmetric polynomials.
-    RandomBox       one missing box; B misses a second, disjoint one.  By Bayes' rule over "which box is the real one".
-    Enumerated      finitely many masks, e.g. equispaced lines by their offset.  By Bayes' rule over the masks that contain B.
-    PoissonDisc     sampled points keep each other at a distance, so B excludes its own neighbourhoods: refused.
+    RandomBox       one missing box; B misses a second, disjoint one. By Bayes'
+                    rule over "which box is the real one".
+    Enumerated      finitely many masks, e.g. equispaced lines by their offset. By Bayes'
+                    rule over the masks that contain B.
+    PoissonDisc     sampled points keep each other at a distance, so B excludes its own neighbourhoods:
+                    refused.
 
 Sources: Millard & Chiew (2023) for independent rows; Chen, Dempster & Liu (1994) for conditional Poisson
 sampling.
@@ -229,7 +233,8 @@ class MaskDesign(ABC):
         }
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={_short(v)}' for k, v in self.to_dict().items() if k != 'name')})"
+        shown = (f"{k}={_short(v)}" for k, v in self.to_dict().items() if k != "name")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 def _short(value: Any) -> str:

@@ -40,7 +40,8 @@ class IdentifiabilityReport:
             direction.
         never_measured: number of units (pixels, lines) that no mask measures.
         never_together: fraction of pairs of units that no mask measures together.
-        units: number of units.   masks: number of different masks.   coils: receiver coils.   text: the verdict in words.
+        units: number of units.   masks: number of different masks.   coils: receiver coils.
+        text: the verdict in words.
         necessary: whether the criterion is necessary as well as sufficient; if not, ``identified`` = False
             means "not shown to be".
     """

@@ -1,7 +1,7 @@
 r"""Inclusion probabilities of conditional Poisson sampling, by elementary symmetric polynomials.
 
-A set of r units is drawn with a probability in proportion to the product of its weights. With e_r the elementary
-symmetric polynomials,
+A set of r units is drawn with a probability in proportion to the product of its weights. With e_r the
+elementary symmetric polynomials,
 
     P(i in the set) = w_i e_{r-1}(w without i) / e_r(w).
 

@@ -10,7 +10,8 @@ Centred transforms usually cost two shifts, each a copy of the whole array. A sh
 multiplication by a phase in the other, and there are multiplications on both sides already (maps and mask),
 so the shifts are folded into them:
 
-    (F x)[k] = u[k] w  sum_j (u[j] x[j]) exp(-2 pi i k j / n) / sqrt(n),     u[j] = exp(2 pi i c j / n),  w = exp(-2 pi i c^2 / n),  c = n // 2
+    (F x)[k] = u[k] w  sum_j (u[j] x[j]) exp(-2 pi i k j / n) / sqrt(n),     u[j] = exp(2 pi i c j / n),
+    w = exp(-2 pi i c^2 / n),  c = n // 2
 
 For even n, u is +1, -1, +1, ... and no complex product is added. F is symmetric, so the adjoint needs the
 same factors, not their conjugates:

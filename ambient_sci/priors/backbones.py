@@ -1,6 +1,7 @@
 r"""Backbones by name: the networks that a prior's preconditioning can surround.
 
-    register(name, factory)        factory(in_channels, out_channels, shape, **options) -> nn.Module with forward(x, level[, given])
+    register(name, factory)        factory(in_channels, out_channels, shape, **options) -> nn.Module with
+                                   forward(x, level[, given])
 
 | name | network | options |
 |---|---|---|

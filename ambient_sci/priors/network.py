@@ -1,7 +1,8 @@
 r"""The learned prior: a network in EDM preconditioning.
 
     D(x, sigma) = c_skip x + c_out F(c_in x, sigma)
-    c_skip = d^2 / (d^2 + sigma^2),     c_in = 1 / sqrt(d^2 + sigma^2),     c_out = d sigma / sqrt(d^2 + sigma^2)
+    c_skip = d^2 / (d^2 + sigma^2),     c_in = 1 / sqrt(d^2 + sigma^2),
+    c_out = d sigma / sqrt(d^2 + sigma^2)
 
 with d the standard deviation of the clean data [Karras et al. 2022]. A mask-conditional prior is shown x =
 A_B^H y~ and the mask. What is left to learn after the best scaling has standard deviation c_out on kept rows

@@ -1,4 +1,5 @@
-"""Names of backbones: those of the library, and those that users register. Free of torch, so that configurations can ask."""
+"""Names of backbones: those of the library, and those that users register. Free of torch, so that
+configurations can ask."""
 
 from __future__ import annotations
 

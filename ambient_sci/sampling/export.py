@@ -2,7 +2,8 @@ r"""Results back to the images they came from: NIfTI volumes in the original uni
 import recorded.
 
     mean      |mean_s x_s|                     the magnitude of the posterior mean
-    std       std_s |x_s|                      the spread of the magnitudes over the samples, S - 1 in the denominator
+    std       std_s |x_s|
+                                             their spread over the samples, S - 1 in the denominator
     samples   |x_s|                            a fourth axis, one sample after the other
 
 times the scale of each image. Images of one channel are real and keep their sign. The spread of magnitudes is

@@ -130,7 +130,8 @@ def sample_a_dps(problem: Problem, *, step: float = 1.0, precision: Precision = 
     r"""Ambient diffusion posterior sampling: what a mask-conditional prior h allows in place of a posterior
     sampler.
 
-        x_s = x_t + (s - t) / t (x_t - h_t) - step / ||y - A h_t||  grad_{x_t} ||y - A h_t||^2,        h_t = h(A^H A x_t, sigma_t, A)
+        x_s = x_t + (s - t) / t (x_t - h_t) - step / ||y - A h_t||  grad_{x_t} ||y - A h_t||^2,
+        h_t = h(A^H A x_t, sigma_t, A)
 
     Euler steps with the measured mask fixed throughout; norms are those of each sample. Published setting:
     500 steps, sigma_max 10, sigma_min 0.004, step 1, for images scaled to a maximum of one.

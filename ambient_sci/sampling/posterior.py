@@ -8,9 +8,9 @@ likelihood score,
 and any sampler that takes a denoiser then samples p(x_0 | y). p(y | x_t) needs p(x_0 | x_t), which is
 replaced by a Gaussian N(D, V):
 
-    V = sigma_t^2 J               `MMPS`   J the Jacobian of D: the true second moment (Tweedie's second-order formula)
-    V = r_t^2 I                   `PiGDM`  r_t^2 = sigma_t^2 d^2 / (sigma_t^2 + d^2), d the standard deviation of the data
-    V = 0                         `DPS`
+    V = sigma_t^2 J    `MMPS`    J the Jacobian of D: the true second moment (Tweedie's second-order formula)
+    V = r_t^2 I        `PiGDM`   r_t^2 = sigma_t^2 d^2 / (sigma_t^2 + d^2), d the data's standard deviation
+    V = 0              `DPS`
 
     grad log p(y | x_t) = J^T A^H (sigma_y^2 I + A V A^H)^-1 (y - A D).
 

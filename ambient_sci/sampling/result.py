@@ -4,7 +4,8 @@ on disk (`ResultFile`).
 Mean and standard deviation are running ones (Welford), so a file holds as many samples as wanted at the
 memory of one batch:
 
-    mean_k = mean_{k-1} + (x_k - mean_{k-1}) / k,      M_k = M_{k-1} + (x_k - mean_{k-1})(x_k - mean_k),     std = sqrt(M_S / (S - 1))
+    mean_k = mean_{k-1} + (x_k - mean_{k-1}) / k,      M_k = M_{k-1} + (x_k - mean_{k-1})(x_k - mean_k),
+    std = sqrt(M_S / (S - 1))
 """
 
 from __future__ import annotations

@@ -5,8 +5,10 @@ A population of particles x_t goes down the levels. It is moved by the ancestral
 denoiser, whose error is known and made up for by weights: with the prior's own step p and the twisting
 function psi,
 
-    p(x_s | x_t) = N(D + (s/t)^2 (x_t - D), v I),        q(x_s | x_t) = N(D~ + (s/t)^2 (x_t - D~), v I),    v = s^2 (1 - s^2/t^2)
-    psi_t(x_t) = p(y | x_t) for x_0 ~ N(D, r_t^2 I),     D~ = D + r_t^2 A^H (sigma_y^2 I + r_t^2 A A^H)^-1 (y - A D)
+    p(x_s | x_t) = N(D + (s/t)^2 (x_t - D), v I),        q(x_s | x_t) = N(D~ + (s/t)^2 (x_t - D~), v I),
+    v = s^2 (1 - s^2/t^2)
+    psi_t(x_t) = p(y | x_t) for x_0 ~ N(D, r_t^2 I),
+    D~ = D + r_t^2 A^H (sigma_y^2 I + r_t^2 A A^H)^-1 (y - A D)
 
     w_s = w_t  p(x_s | x_t) psi_s(x_s) / (q(x_s | x_t) psi_t(x_t)).
 

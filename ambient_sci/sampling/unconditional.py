@@ -5,7 +5,8 @@ functions sample the posterior. Levels come as a decreasing grid that ends at si
 is the denoised image at that level.
 
     probability flow:  dx/dsigma = (x - D(x, sigma)) / sigma
-                       `multistep`, second order, one evaluation a level;   `heun`, second order, two evaluations a level
+                       `multistep`, second order, one evaluation a level;
+                       `heun`, second order, two evaluations a level
     reverse SDE:       x_s = D + (s/t)^2 (x_t - D) + s sqrt(1 - (s/t)^2) z         `ancestral`, first order
 
 Sources: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (2022), algorithm

@@ -165,7 +165,8 @@ def apply_symmetries(
 
 
 def transformed_levels(symmetries: Symmetries, operator: RowMaskedOperator, levels: Tensor) -> Tensor:
-    """Noise levels of the shape of y (or one that broadcasts to it), moved and scaled as `apply_symmetries` does y."""
+    """Noise levels of the shape of y (or one that broadcasts to it), moved and scaled as `apply_symmetries`
+    does y."""
     for name, value in symmetries:
         if name == "gain":
             assert value is not None

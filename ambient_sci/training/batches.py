@@ -126,7 +126,8 @@ class Batches:
         self.noise_std = source.noise_std
         if source.measurements.noise_by_entry and "phase" in config.augmentations:
             raise InputError(
-                "augmentation phase: expected one noise level for each sample, got one for each entry: noise that "
+                "augmentation phase: expected one noise level for each sample, got one for each entry: noise "
+                "that "
                 "differs between real and imaginary part does not stay white when they are mixed"
             )
         self.levels = level_distribution(config.levels, source.data_std)
@@ -184,7 +185,8 @@ class Batches:
         return Drawn(split, y, own.to(**there), sigma.to(**there), noise, scaled, sigma, given)
 
     def _given(self, labels: Tensor | None, generator: torch.Generator) -> Labels | None:
-        """The labels of a part, some of them dropped, so that a network learns to do without; None: no labels."""
+        """The labels of a part, some of them dropped, so that a network learns to do without; None: no
+        labels."""
         if labels is None:
             return None
         labels = labels.cpu().long()

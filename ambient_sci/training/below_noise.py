@@ -4,13 +4,16 @@ A denoiser that is exact at sigma_n and a martingale of its own reverse process 
 (`ambient_sci.losses`). Errors at sigma_n are amplified on the way down, so it must be accurate there first.
 Hence *staged* consistency:
 
-    stage 1   the Ambient loss alone, at the levels above the noise of the data; its weight average is frozen: the anchor
+    stage 1   the Ambient loss alone, at the levels above the noise of the data; its weight average is frozen:
+              the anchor
     stage 2   a copy of the anchor, trained at sigma < sigma_n only:
 
         x = a noisy image of the data, t = sigma_n
-        k times, without gradient:   x <- reverse step of the hybrid from t to t' = max(t e^(-stride u), sigma_min),   t <- t'
+        k times, without gradient:
+            x <- reverse step of the hybrid from t to t' = max(t e^(-stride u), sigma_min),   t <- t'
         s = t e^(-gap u')
-        loss of the pair (t, s):     unbiased (D_t - E D_s)^2 from m draws of x_s,   weight 1/s^2 + 1/data_std^2
+        loss of the pair (t, s):     unbiased (D_t - E D_s)^2 from m draws of x_s,
+                                     weight 1/s^2 + 1/data_std^2
 
 where the hybrid is the anchor at and above sigma_n and the copy below it, and gradients go through D_s and,
 below sigma_n, through D_t. Nothing but the state at sigma_n comes from the data; the result is a
@@ -22,7 +25,8 @@ start at sigma_n rule it out. What networks made of that in our experiments was 
 than the anchor's own error explains. *Shrinkage* takes the other side: it adds the denoising loss on the
 anchor's estimates,
 
-    x^ = D(x, sigma_n),     sigma = sigma_n (sigma_min / sigma_n)^u,     weight  lambda(sigma) |D(x^ + sigma z, sigma) - x^|^2,
+    x^ = D(x, sigma_n),     sigma = sigma_n (sigma_min / sigma_n)^u,
+    weight  lambda(sigma) |D(x^ + sigma z, sigma) - x^|^2,
 
 whose law (that of truncated sampling) lacks detail and has hardly any noise. A *warm start* begins with this
 loss alone.
@@ -308,7 +312,8 @@ def consistency_levels(
     """
     if batches.source.measurements.noise_by_entry:
         raise InputError(
-            "consistency: expected one noise level for each sample, got one for each entry: there is no one level "
+            "consistency: expected one noise level for each sample, got one for each entry: there is no one "
+            "level "
             "below which nothing is known"
         )
     unit = batches.source.data_std if batches.config.levels.relative else 1.0

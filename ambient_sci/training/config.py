@@ -3,7 +3,8 @@ r"""What a training run is told, as plain dataclasses that need no torch; JSON a
 A run is a pure function of its configuration and its data: step s draws its batch, noise levels, noise, masks
 and augmentations from (seed, s), and the learning rate is
 
-    lr(s) = learning_rate * min(1, (s + 1) / warmup_steps) * (r + (1 - r) (1 + cos(pi p)) / 2),       r = final_ratio
+    lr(s) = learning_rate * min(1, (s + 1) / warmup_steps) * (r + (1 - r) (1 + cos(pi p)) / 2),
+    r = final_ratio
 
 with p = s / max_steps. Where ``max_minutes`` limits the run, p = elapsed training time / max_minutes (the
 larger of the two where both limits are set), and elapsed time differs from run to run: step-limited runs are
@@ -118,8 +119,8 @@ class TrainConfig:
         augmentations: drawn per batch ("phase" per sample) from those that keep white noise white and move
             the mask along; see ambient_sci.training.augment. They state symmetries that the anatomy must
             have.
-        drop_labels: probability that a sample's class label is withheld from a network that takes labels, so that
-            it also learns the images of all classes together, which guidance needs.
+        drop_labels: probability that a sample's class label is withheld from a network that takes labels, so
+            that it also learns the images of all classes together, which guidance needs.
         checkpoint_minutes: time between checkpoints; 0 writes one every step.
         log_interval: steps between lines of log.jsonl.
         device: "auto" is CUDA where there is one.

@@ -1,8 +1,9 @@
 r"""Expectation maximisation: an unconditional prior from the measurements of any linear operator [Rozet et
 al. 2024].
 
-    lap 0    a Gaussian fitted to the measurements (`ambient_sci.training.gaussian_em`), or the network of the Ambient loss
-    lap l    E-step   x_i ~ p_{l-1}(x | y_i) for every measurement, by moment matching posterior sampling (MMPS)
+    lap 0    a Gaussian fitted to the measurements (`ambient_sci.training.gaussian_em`), or the network of the
+             Ambient loss
+    lap l    E-step   x_i ~ p_{l-1}(x | y_i) for every measurement, by moment matching posterior sampling
              M-step   denoising score matching on the x_i, from the weights of the lap before
 
 Where rows are missing that network is mask-conditional: it has no posterior to draw from, and the x_i of lap

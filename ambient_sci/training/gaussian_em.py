@@ -3,7 +3,8 @@ begins.
 
 For y_i = A_i x + sigma_i n, A_i = M_i T, and x ~ N(mu, Sigma):
 
-    P_i = A_i^H (A_i Sigma A_i^H + sigma_i^2 I)^-1 A_i   and   b_i = A_i^H (A_i Sigma A_i^H + sigma_i^2 I)^-1 (y_i - A_i mu)
+    P_i = A_i^H (A_i Sigma A_i^H + sigma_i^2 I)^-1 A_i   and
+    b_i = A_i^H (A_i Sigma A_i^H + sigma_i^2 I)^-1 (y_i - A_i mu)
     E-step   E[x | y_i] = mu + Sigma b_i,      Cov[x | y_i] = Sigma - Sigma P_i Sigma
     M-step   mu <- mean_i E[x | y_i],          Sigma <- mean_i Cov[x | y_i] + cov_i E[x | y_i]
 

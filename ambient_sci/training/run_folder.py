@@ -3,7 +3,8 @@
     config.json                      the configuration
     run.json                         the data it was trained on (a fingerprint), the stages that run and why
     prior/                           averaged weights, a prior that can be used at any time
-    checkpoint/<stage>.safetensors   everything needed to continue: tensors, and the rest as JSON in the file's header
+    checkpoint/<stage>.safetensors   everything needed to continue: tensors, and the rest as JSON in the
+                                     file's header
     log.jsonl                        one line per log interval
     em.json, laps/                   of expectation maximisation, see `ambient_sci.training.em`
 

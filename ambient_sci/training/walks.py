@@ -1,4 +1,5 @@
-r"""Steps of the reverse process that training takes without a gradient: walks to where pairs of levels start."""
+r"""Steps of the reverse process that training takes without a gradient: walks to where pairs of levels
+start."""
 
 from __future__ import annotations
 

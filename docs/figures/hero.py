@@ -3,8 +3,8 @@
     python docs/figures/hero.py
 
 Truth, zero-filled, total variation (weight chosen with the truth in hand, for each slice by itself),
-posterior mean, standard deviation, and |error| / standard deviation, which is flat where the error bars hold. Scans are
-those of ``ambient-sci quickstart`` (R = 2.5, noise 0.05), simulated from real anatomy.
+posterior mean, standard deviation, and |error| / standard deviation, which is flat where the error bars hold.
+Scans are those of ``ambient-sci quickstart`` (R = 2.5, noise 0.05), simulated from real anatomy.
 Numbers of the caption go to standard output.
 """
 

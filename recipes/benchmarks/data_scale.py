@@ -131,7 +131,8 @@ def operators(folder: Path) -> None:
     operator = MRI(mask, maps)
     y = operator.A(torch.randn(16, 2, 384, 320, generator=generator))
     path = write_measurements(
-        folder / "kspace.h5", measurements=y, mask=mask, noise_std=0.1, operator="mri", image_shape=(2, 384, 320),
+        folder / "kspace.h5",
+        measurements=y, mask=mask, noise_std=0.1, operator="mri", image_shape=(2, 384, 320),
         coil_maps=maps, overwrite=True,
     )  # fmt: skip
     file, rows = MeasurementFile(path), list(range(16))

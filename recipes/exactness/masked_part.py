@@ -2,7 +2,8 @@
 the rest slightly noisy.
 
 em                  an unconditional prior by expectation maximisation, sampled as it is
-mask-conditional    the operator-aware Ambient loss, sampled with one fixed mask a chain (the published baseline)
+mask-conditional    the operator-aware Ambient loss, sampled with one fixed mask a chain (the published
+                    baseline)
 clean               a prior trained on the images themselves
 """
 

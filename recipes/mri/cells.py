@@ -3,7 +3,8 @@ the truth and without it.
 
 scores      PSNR, SSIM, NRMSE of magnitudes: mean over slices, then people; the spread is over people
 truth       std / error, and how often 80 % intervals hold the truth (real and imaginary part of every pixel)
-held out    the same for a fifth of the measured rows, which samples from the other rows predict: needs no truth
+held out    the same for a fifth of the measured rows, which samples from the other rows predict: needs no
+            truth
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """What is trained: one prior for each entry of ``priors`` in config.yaml, all with the same network.
 
-clean            every row, declared free of noise: denoising. The upper bound (on measured scans, which have noise: taken for
+clean            every row, declared free of noise: denoising. The upper bound (on measured scans, which have
+                 noise: taken for
                  clean, as published)
 noisy            every row, with noise: Ambient loss, unconditional
 em               rows missing: expectation maximisation, unconditional
-k-space          rows missing: operator-aware Ambient loss, mask-conditional; one acceleration, or several in one model;
+k-space          rows missing: operator-aware Ambient loss, mask-conditional; one acceleration, or several in
+                 one model;
                  ``ablation`` takes a part of the loss away (`ablation_stages`)
 ssdu, robust     rows missing: deepinv's losses (`ssdu`), a network that reconstructs in one step
 """

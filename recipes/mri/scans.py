@@ -3,8 +3,10 @@ reference, made when first asked for.
 
 Two sources:
 
-    images         clean magnitude images of people; phase, coil maps, noise and masks are simulated ("packaged": those of the library)
-    measurements   the user's own fully sampled scans (`ambient-sci import`); masks are drawn, everything else is as it was measured
+    images         clean magnitude images of people; phase, coil maps, noise and masks are simulated
+                   ("packaged": those of the library)
+    measurements   the user's own fully sampled scans (`ambient-sci import`); masks are drawn, everything else
+                   is as it was measured
 
 Simulations with one seed share phase, maps and noise, so that the same test scan is seen at every
 acceleration; it is the mask that differs.

@@ -1,7 +1,9 @@
 r"""SSDU and robust SSDU, by deepinv's losses, on the network that the mask-conditional priors have.
 
-    SSDU      y = y_1 + y_2 by a random pixel mask, 2-D Gaussian density;      loss ||A_2 f(y_1) - y_2||^2 / |mask_2|
-    robust    y~ = M_1 (y + alpha sigma_y n), M_1 random lines;                 loss ||(1 - K)^(-1/2) (y_2 - A_2 f(y~))||^2
+    SSDU      y = y_1 + y_2 by a random pixel mask, 2-D Gaussian density;
+    loss ||A_2 f(y_1) - y_2||^2 / |mask_2|
+    robust    y~ = M_1 (y + alpha sigma_y n), M_1 random lines;
+    loss ||(1 - K)^(-1/2) (y_2 - A_2 f(y~))||^2
                                                                                      + ||(1 + 1/alpha^2) M_1 M
                                                                                      (A f(y~) - y)||^2
 

@@ -1,6 +1,7 @@
 """Posterior samplers on one learned prior and one operator, in one run: ours, deepinv's and azula's.
 
-    python -m recipes.benchmarks.posterior.run runs/quickstart            # a folder that `make quickstart` made
+    python -m recipes.benchmarks.posterior.run runs/quickstart
+    # a folder that `make quickstart` made
     python -m recipes.benchmarks.posterior.run runs/quickstart --methods ours-mmps deepinv-moment-matching-20
 
 Every method draws the same number of samples of the same slices (one of each person, or --slices). Seconds
