@@ -21,6 +21,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -206,6 +207,67 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
         return tensors, file.metadata() or {}
+
+
+def write_tensors(path: PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file.
+
+    Raises:
+        OSError: it cannot be written; safetensors has an error of its own for a disk that is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, str(path), metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from None
+
+
+def digest_of(tensors: dict[str, Tensor]) -> str:
+    """A hash of names, types and values of tensors, the same wherever they lie."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+@contextmanager
+def sole(path: PathLike) -> Iterator[bool]:
+    """Whether this process is the only one here, and is until this ends: a lock on the file ``path``.
+
+    The file holds the number of the process and goes with it; one that a killed process leaves is nobody's.
+    Where the file system has no locks everybody is let in.
+    """
+    path = Path(path)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        held = _lock(descriptor, wait=False) is not False
+        if not held or _is(path, descriptor):
+            break
+        os.close(descriptor)  # its last holder removed it between the two
+    try:
+        if held:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield held
+    finally:
+        if held and _is(path, descriptor):
+            path.unlink()
+        if held:
+            with suppress(OSError):  # processes that were forked meanwhile keep the file open
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def is_part(path: Path) -> bool:
+    """Whether this is a file or folder in the making, or what a killed writer left of one."""
+    found = _DEBRIS.fullmatch(path.name)
+    return found is not None and found["kind"] == "part"
 
 
 # -- parts, locks and renames ----------------------------------------------------------------------

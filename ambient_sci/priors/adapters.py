@@ -8,7 +8,6 @@ The base is stored with the adapter, or referred to by where it was loaded from 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,18 +17,9 @@ from torch import Tensor, nn
 from ambient_sci.errors import InputError
 from ambient_sci.priors.base import Prior, Tensors, below, description_of, rebuild_prior
 from ambient_sci.priors.given import Given
+from ambient_sci.whole_files import digest_of
 
 _BASE = ".base_layer"
-
-
-def digest_of(tensors: Tensors) -> str:
-    """A hash of names, types and values of tensors, the same wherever they lie."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        flat = tensor.detach().cpu().contiguous().flatten().clone()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 class LoraPrior(Prior):

@@ -69,7 +69,12 @@ def em_report(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         InputError: not the folder of an EM run.
     """
-    return RunFolder(run).read_json("em.json")["laps"]
+    laps = RunFolder(run).read_json("em.json").get("laps")
+    if not isinstance(laps, list) or not all(
+        isinstance(r, dict) and {"lap", "crps"} <= r.keys() for r in laps
+    ):
+        raise InputError(f"{Path(run) / 'em.json'}: expected a list of laps, got {str(laps)[:60]!r}")
+    return laps
 
 
 def run_em(
@@ -100,7 +105,7 @@ def run_em(
     if accelerator.is_main_process:
         description = {"stages": [{"name": "em", "reason": reason}], "data": source.fingerprint()}
         folder.reopen(config, description) if resume else folder.create(config, description)
-        if not resume:
+        if not (folder.path / "em.json").exists():  # also of a run that was killed before it
             folder.write_json("em.json", {"laps": []})
     accelerator.wait_for_everyone()
     reporter.say(reason)
@@ -128,6 +133,8 @@ class Laps:
         """Laps until the score stops falling; the best prior."""
         reports = self.agreed(em_report(self.folder.path))
         prior = self._prior(reports[-1]["lap"]) if reports else None
+        if reports and self.accelerator.is_main_process:
+            self.folder.settle_prior("em", self._prior(_best(reports)))
         while not self.finished(reports):
             lap = len(reports)
             begun = time.monotonic()
@@ -295,7 +302,7 @@ class Laps:
     def _trained(self, lap: int, stage: AmbientStage, config: TrainConfig) -> Prior:
         """What ``stage`` learns, in the folder of the lap; continued where it was interrupted."""
         folder = RunFolder(self._path(lap))
-        if self.accelerator.is_main_process and not (folder.path / "checkpoint").exists():
+        if self.accelerator.is_main_process and not folder.begun:
             folder.create(config, {"stages": [{"name": stage.name, "reason": stage.reason}]})
         self.accelerator.wait_for_everyone()
         options: Any = {"folder": folder, "resume": True, "reporter": self.reporter}

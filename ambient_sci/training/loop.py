@@ -343,6 +343,8 @@ class _Loop:
         if hasattr(self.stage, "load_state"):
             rows = {key: self.processes.own(value) for key, value in _below(tensors, "stage.").items()}
             self.stage.load_state(rows)  # type: ignore[attr-defined]
+        if self.processes.is_main:  # a run that died between the two, or a prior that was damaged since
+            self.folder.settle_prior(self.stage.name, self.prior())
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ runs them.
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,6 @@ from ambient_sci._version import __version__
 from ambient_sci.errors import InputError
 from ambient_sci.operators import RowMaskedOperator
 from ambient_sci.priors import Prior
-from ambient_sci.priors.adapters import digest_of
 from ambient_sci.training.below_noise import (
     ConsistencyStage,
     JointStage,
@@ -35,6 +35,7 @@ from ambient_sci.training.run_folder import RunFolder
 from ambient_sci.training.source import open_source
 from ambient_sci.training.stage_configs import EMConfig, JointConfig, StagedConfig
 from ambient_sci.training.stages import AmbientStage, started_from
+from ambient_sci.whole_files import digest_of
 
 
 def fit(
@@ -71,8 +72,8 @@ def fit(
         the prior with averaged weights, in evaluation mode, on the training device.
 
     Raises:
-        InputError: unusable data or configuration, an occupied folder, or a run of other data or settings to
-            resume.
+        InputError: unusable data or configuration, an occupied folder, a folder that another process trains
+            in, or a run of other data or settings to resume.
         IdentifiabilityError: a mask design that leaves rows unsupervised.
         TrainingDiverged: loss or gradient not finite; names step and samples.
         ProcessLost: another process of the run has ended.
@@ -87,8 +88,25 @@ def fit(
     if config is None:
         config = folder.config if folder and resume else TrainConfig()
     accelerator = make_accelerator(config.device)
-    reporter = Reporter(progress and accelerator.is_main_process)
+    with ExitStack() as held:
+        if folder and accelerator.is_main_process:
+            held.enter_context(folder.alone())
+            if not resume:  # another process may have been here between the first look and the lock
+                folder.check_free(overwrite)
+        reporter = Reporter(progress and accelerator.is_main_process)
+        return _fit(measurements, config, folder, resume, initial, accelerator, reporter)
 
+
+def _fit(
+    measurements: Any,
+    config: TrainConfig,
+    folder: RunFolder | None,
+    resume: bool,
+    initial: Prior | None,
+    accelerator: Accelerator,
+    reporter: Reporter,
+) -> Prior:
+    """`fit` in a folder that is held."""
     if config.em is not None:
         if initial is not None:
             raise InputError(
