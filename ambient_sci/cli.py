@@ -23,8 +23,10 @@ from ambient_sci import __version__
 from ambient_sci.errors import InputError
 
 PROG = "ambient-sci"
-DESCRIPTION = "Diffusion priors learned from noisy or incomplete measurements, "
-    "and posterior samples with calibrated uncertainty."
+DESCRIPTION = (
+    "Diffusion priors learned from noisy or incomplete measurements, and posterior samples with calibrated "
+    "uncertainty."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,8 @@
 """A run on disk.
 
     config.json                      the configuration
-    run.json                         the data it was trained on (a fingerprint), the stages that run and why, the
+    run.json                         the data it was trained on (a fingerprint), the stages that run and why,
+                                     the
                                      settings at the start
     prior/                           averaged weights, a prior that can be used at any time
     checkpoint/<stage>.safetensors   everything needed to continue: tensors, and the rest as JSON in the
