@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         started = hasattr(command, "started") and command.started()
         left = f"continue with: {_again(arguments, command)}" if started else "no unfinished output was left"
         return _fail(f"{word}; {left}", 128 + number)
-    except OSError as error:
-        return _fail(f"error: {error}", 2)
+    except (MemoryError, OSError) as error:  # a full disk, no permission, more than fits
+        return _fail(f"error: {str(error) or 'too large for the memory of this machine'}", 2)
     finally:
         _leave_launch()
     return 0

@@ -26,6 +26,7 @@ from ambient_sci.evaluation.distances import distribution_distances
 from ambient_sci.evaluation.metrics import format_table, reconstruction_table
 from ambient_sci.priors import Prior
 from ambient_sci.sampling import POINT_ESTIMATES, Reconstruction, reconstruct
+from ambient_sci.sampling.result import made_from
 from ambient_sci.whole_files import check_output, write_json
 
 ROWS_SHOWN = 4
@@ -204,6 +205,7 @@ def _against_scans(
 ) -> None:
     with MeasurementFile(calibration) as file:
         _check_pair(result, len(file), list(file.subjects), calibration)
+        _check_source(result, file, calibration)
         if tuple(file.image_shape) != tuple(result.mean.shape[1:]):
             raise InputError(
                 f"{calibration}: expected scans of images {tuple(result.mean.shape[1:])} like the result's, "
@@ -276,6 +278,17 @@ def _check_pair(
         raise InputError(
             f"{path}: expected the people of the result; image {first} is of {subjects[first]!r} here and "
             f"{result.subjects[first]!r} there"
+        )
+
+
+def _check_source(result: Reconstruction, file: MeasurementFile, path: str | os.PathLike[str]) -> None:
+    """Refuse another measurement file than that which the result says it was made from."""
+    then, now = result.source, made_from(file)
+    other = [key for key in now if key != "name" and then and then.get(key) != now[key]]
+    if other:
+        raise InputError(
+            f"{path}: expected the measurements that the result was made from ({then.get('name')}), got others: "
+            f"{other[0]} was {then.get(other[0])!r}, is {now[other[0]]!r}"
         )
 
 

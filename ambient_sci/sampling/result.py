@@ -4,14 +4,21 @@ on disk (`ResultFile`).
 Mean and standard deviation are running ones (Welford), so a file holds as many samples as wanted at the
 memory of one batch:
 
-    mean_k = mean_{k-1} + (x_k - mean_{k-1}) / k,      M_k = M_{k-1} + (x_k - mean_{k-1})(x_k - mean_k),
-    std = sqrt(M_S / (S - 1))
+    mean_k = mean_{k-1} + (x_k - mean_{k-1}) / k
+    M_k = M_{k-1} + (x_k - mean_{k-1})(x_k - mean_k),        std = sqrt(M_S / (S - 1))
+
+HDF5 keeps a checksum of every image (its Fletcher-32 filter) and of its own structures; the attribute
+``verified`` is a digest of the attributes and of what datasets there are. ``source`` says what the result was
+made from: the name of the measurement file and its fingerprint. Files of before any of these were kept have
+none, and are read as they are.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +28,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ambient_sci.data.checksums import MARK
+from ambient_sci.data.hdf5_file import one_line, parse_json, plain
+from ambient_sci.data.hdf5_safety import entries
+from ambient_sci.data.survey import fingerprint
 from ambient_sci.errors import InputError
 from ambient_sci.whole_files import Part, check_output
 
 FORMAT = "ambient_sci reconstruction 1"
+DATASETS = ("samples", "mean", "std")
 
 
 @dataclass
@@ -41,6 +53,7 @@ class Reconstruction:
             original units.
         geometry: where the images lie in the volumes they come from, as in the measurement file; empty if
             that is not known.
+        source: what it was made from, see `made_from`; empty if that is not known.
     """
 
     mean: Tensor
@@ -50,6 +63,7 @@ class Reconstruction:
     subjects: list[str] = field(default_factory=list)
     scale: float | np.ndarray = 1.0
     geometry: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_samples(cls, samples: Tensor, report: dict[str, Any]) -> Reconstruction:
@@ -60,7 +74,7 @@ class Reconstruction:
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write to an HDF5 file, whole or not at all."""
         shape = (*self.samples.shape[:2], *self.samples.shape[2:])
-        about = (self.subjects, self.scale, self.geometry)
+        about = (self.subjects, self.scale, self.geometry, self.source)
         with ResultWriter(path, shape, *about, overwrite=overwrite) as writer:
             writer.add(slice(0, shape[1]), self.samples)
             writer.report.update(self.report)
@@ -75,7 +89,12 @@ class Reconstruction:
         with ResultFile(path) as f:
             every = slice(None)
             found = (f.mean(every), f.std(every), f.samples(every))
-            return cls(*found, f.report, f.subjects, f.scale, f.geometry)
+            return cls(*found, f.report, f.subjects, f.scale, f.geometry, f.source)
+
+
+def made_from(measurements: Any) -> dict[str, Any]:
+    """What a result records of an open measurement file: its name, and its fingerprint in JSON types."""
+    return {"name": Path(measurements.path).name, **fingerprint(measurements)}
 
 
 class ResultFile:
@@ -83,7 +102,7 @@ class ResultFile:
     (S, n, C, H, W).
 
     Raises:
-        InputError: missing, truncated, foreign or incomplete file.
+        InputError: missing, truncated, foreign, damaged or incomplete file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -96,43 +115,86 @@ class ResultFile:
             raise InputError(
                 f"{path}: expected a result file (HDF5), got something else or a truncated file"
             ) from None
-        kind = self._file.attrs.get("format")
-        missing = [k for k in ("mean", "std", "samples") if k not in self._file]
-        if kind != FORMAT or missing:
+        try:
+            self._load()
+        except InputError as error:
+            self._file.close()
+            raise InputError(error if str(error).startswith(str(path)) else f"{path}: {error}") from None
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
             self._file.close()
             raise InputError(
-                f"{path}: expected a result file ({FORMAT!r}), got {kind!r}"
+                f"{path}: expected a result file, got a damaged one ({one_line(error)})"
+            ) from None
+
+    def _load(self) -> None:
+        attributes = {name: plain(value) for name, value in self._file.attrs.items()}
+        kind = attributes.get("format")
+        missing = [k for k in DATASETS if k not in self._file]
+        if kind != FORMAT or missing:
+            raise InputError(
+                f"expected a result file ({FORMAT!r}), got {kind!r}"
                 + (f", without {missing}" if missing else "")
             )
-        self.shape = tuple(self._file["samples"].shape)
-        self.report: dict[str, Any] = json.loads(self._file.attrs["report"])
-        self.subjects: list[str] = json.loads(self._file.attrs["subjects"])
-        scale = np.asarray(self._file.attrs["scale"])
+        datasets = entries(self._file, (), self.path.stat().st_size)
+        if attributes.get(MARK, mark := _mark(attributes, datasets)) != mark:
+            raise InputError(
+                "expected the attributes that were written, got others (their digest differs): the file is "
+                "damaged, or was edited"
+            )
+        self.shape = tuple(datasets["samples"].shape)
+        if len(self.shape) != 5 or any(datasets[k].shape != self.shape[1:] for k in ("mean", "std")):
+            raise InputError(f"expected samples (S, N, C, H, W), mean and std (N, C, H, W), got {self.shape}")
+        self.report: dict[str, Any] = _json(attributes["report"], "report", dict)
+        self.subjects: list[str] = _json(attributes["subjects"], "subjects", list)
+        if len(self.subjects) not in (0, len(self)):
+            raise InputError(f"expected {len(self)} subjects or none, got {len(self.subjects)}")
+        scale = np.asarray(attributes["scale"], dtype=np.float64)
+        if scale.shape not in ((), (len(self),)) or not (np.isfinite(scale) & (scale > 0)).all():
+            raise InputError(f"expected a positive scale, or one for each of {len(self)} images")
         self.scale: float | np.ndarray = float(scale) if scale.ndim == 0 else scale
-        # Results of before geometry was kept have none.
-        self.geometry: dict[str, Any] = json.loads(self._file.attrs.get("geometry", "{}"))
+        # Results of before geometry and source were kept have none.
+        self.geometry: dict[str, Any] = _json(attributes.get("geometry", "{}"), "geometry", dict)
+        self.source: dict[str, Any] = _json(attributes.get("source", "{}"), "source", dict)
 
     def __len__(self) -> int:
         return self.shape[1]
 
     def mean(self, indices: Any) -> Tensor:
         """Posterior means."""
-        return self._finite("mean", torch.as_tensor(self._file["mean"][indices]))
+        return self._read("mean", indices)
 
     def std(self, indices: Any) -> Tensor:
         """Posterior standard deviations."""
-        return self._finite("std", torch.as_tensor(self._file["std"][indices]))
+        return self._read("std", indices)
 
     def samples(self, indices: Any) -> Tensor:
         """Posterior samples."""
-        return self._finite("samples", torch.as_tensor(self._file["samples"][:, indices]))
+        return self._read("samples", (slice(None), indices))
 
     def each_sample(self) -> Iterator[Tensor]:
         """One sample of all images after the other, (n, C, H, W)."""
         for k in range(self.shape[0]):
-            yield self._finite("samples", torch.as_tensor(self._file["samples"][k]))
+            yield self._read("samples", k)
 
-    def _finite(self, name: str, values: Tensor) -> Tensor:
+    def check(self) -> ResultFile:
+        """Read everything, which compares it with its checksums.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        for k in range(len(self)):
+            self.mean(slice(k, k + 1)), self.std(slice(k, k + 1))
+        for _ in self.each_sample():
+            pass
+        return self
+
+    def _read(self, name: str, index: Any) -> Tensor:
+        try:
+            values = torch.as_tensor(self._file[name][index])
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"{self.path}: expected readable {name}, got a damaged file ({one_line(error)})"
+            ) from None
         if not bool(torch.isfinite(values).all()):
             raise InputError(f"{self.path}: expected finite {name}, got NaN or infinity")
         return values
@@ -150,11 +212,12 @@ class ResultWriter:
     Args:
         path: the file to make.
         shape: (S, N, C, H, W) of all samples.
-        subjects, scale, geometry: as in `Reconstruction`.
+        subjects, scale, geometry, source: as in `Reconstruction`.
         overwrite: replace an existing file.
 
     Raises:
-        InputError: the file exists and ``overwrite`` is not set, or its folder does not exist.
+        InputError: the file exists and ``overwrite`` is not set, its folder does not exist, or it cannot be
+            written (the disk is full).
         RuntimeError: on leaving, if samples are missing.
     """
 
@@ -165,18 +228,25 @@ class ResultWriter:
         subjects: list[str] | None = None,
         scale: float | np.ndarray = 1.0,
         geometry: dict[str, Any] | None = None,
+        source: dict[str, Any] | None = None,
         *,
         overwrite: bool = False,
     ) -> None:
         self.path = check_output(path, overwrite, folder_exists=True)
         self._part = Part(self.path)
-        # Version 1.10 of the format stores attributes of more than 64 kB (the subjects of a large data set).
-        self._file = h5py.File(self._part.path, "w", libver="v110", locking=False)
-        self._file.create_dataset("samples", shape, np.float32, chunks=(1, 1, *shape[2:]))
-        self._file.create_dataset("mean", shape[1:], np.float32, chunks=(1, *shape[2:]))
-        self._file.create_dataset("std", shape[1:], np.float32, chunks=(1, *shape[2:]))
-        self._file.attrs.update(format=FORMAT, scale=scale, subjects=json.dumps(subjects or []))
-        self._file.attrs["geometry"] = json.dumps(geometry or {})
+        try:
+            with self._writing():
+                # Version 1.10 of the format stores attributes of more than 64 kB (the subjects of a large
+                # data set), and protects its own structures by checksums.
+                self._file = h5py.File(self._part.path, "w", libver="v110", locking=False)
+                for name, size in (("samples", shape), ("mean", shape[1:]), ("std", shape[1:])):
+                    chunk = (*[1] * (len(size) - 3), *size[-3:])
+                    self._file.create_dataset(name, size, np.float32, chunks=chunk, fletcher32=True)
+                self._file.attrs.update(format=FORMAT, scale=scale, subjects=json.dumps(subjects or []))
+                self._file.attrs.update(geometry=json.dumps(geometry or {}), source=json.dumps(source or {}))
+        except BaseException:
+            self._part.discard()
+            raise
         self._moments: dict[int, tuple[int, Tensor, Tensor]] = {}
         self._missing = shape[0] * shape[1]
         self.report: dict[str, Any] = {}
@@ -185,7 +255,10 @@ class ResultWriter:
         """More samples (s, n, C, H, W) of the images ``images``; those of one image come in any number of
         parts.
         """
-        data = samples.detach().to("cpu", torch.float64)
+        with self._writing():
+            self._add(images, samples.detach().to("cpu", torch.float64))
+
+    def _add(self, images: slice, data: Tensor) -> None:
         self._missing -= data.shape[0] * data.shape[1]
         for k, image in enumerate(range(images.start, images.stop)):
             count, mean, square = self._moments.pop(
@@ -203,17 +276,45 @@ class ResultWriter:
                 self._file["mean"][image] = mean.float().numpy()
                 self._file["std"][image] = (square / max(count - 1, 1)).sqrt().float().numpy()
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A disk that is full, or refuses, ends in one line; HDF5 reports some of that as RuntimeError."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{self.path}: cannot be written ({one_line(error)})") from None
+
     def __enter__(self) -> ResultWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
-            self._file.attrs["report"] = json.dumps(self.report)
-            self._file.close()
             if kind is None and self._missing == 0:
-                self._part.commit()
+                with self._writing():
+                    self._file.attrs["report"] = json.dumps(self.report)
+                    attributes = {name: plain(value) for name, value in self._file.attrs.items()}
+                    self._file.attrs[MARK] = _mark(attributes, {k: self._file[k] for k in DATASETS})
+                    self._file.close()
+                    self._part.commit()
         finally:
-            self._file.close()
+            with suppress(OSError, RuntimeError):  # on a full disk; what is open goes with the part
+                self._file.close()
             self._part.discard()
         if kind is None and self._missing:
             raise RuntimeError(f"{self.path}: {self._missing} samples were never added, no file written")
+
+
+def _mark(attributes: dict[str, Any], datasets: dict[str, Any]) -> str:
+    """A digest of the attributes, and of names, types and shapes of the datasets."""
+    kinds = {name: [dataset.dtype.str, list(dataset.shape)] for name, dataset in datasets.items()}
+    texts = {name: value for name, value in attributes.items() if name != MARK}
+    text = json.dumps([texts, kinds], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _json(text: str, name: str, kind: type) -> Any:
+    """An attribute's JSON, an object or a list."""
+    value = parse_json(text, name)
+    if not isinstance(value, kind):
+        raise InputError(f"{name}: expected JSON of type {kind.__name__}, got {str(text)[:60]!r}")
+    return value

@@ -20,7 +20,7 @@ from ambient_sci.priors.base import Prior, require_unconditional
 from ambient_sci.progress import track
 from ambient_sci.sampling.parts import Parts, fingerprint
 from ambient_sci.sampling.reconstruct import POINT_ESTIMATES, Run, merge, notes
-from ambient_sci.sampling.result import ResultFile, ResultWriter
+from ambient_sci.sampling.result import ResultFile, ResultWriter, made_from
 from ambient_sci.sampling.unconditional import (
     chain_seeds,
     chains,
@@ -29,6 +29,9 @@ from ambient_sci.sampling.unconditional import (
     state_like,
 )
 from ambient_sci.whole_files import check_output
+
+#: subjects, scale, geometry and source of a `Reconstruction`
+About = tuple[list[str], float | np.ndarray, dict[str, Any], dict[str, Any]]
 
 
 @torch.no_grad()
@@ -84,7 +87,7 @@ def reconstruct_to_file(
     plan |= {k: v for k, v in request.items() if k != "batch_size"}
     device = torch.device(device)
     with Parts(out, fingerprint(prior, [*source_of(measurements), plan]), len(starts), device) as parts:
-        missing, progress = parts.missing(ResultFile), progress and parts.main
+        missing, progress = parts.missing(lambda p: ResultFile(p).check()), progress and parts.main
         for k in track(missing, f"{sampler} reconstruction", enabled=progress and len(starts) > 1):
             index = list(chosen[starts[k] : starts[k] + images_at_once])
             run = prepare(prior, measurements, index, seeds[k], device, request)
@@ -103,12 +106,12 @@ def reconstruct_to_file(
         return result.report
 
 
-def about(measurements: Any, chosen: range) -> tuple[list[str], float | np.ndarray, dict[str, Any]]:
-    """Subjects, scale and geometry of the images ``chosen``."""
+def about(measurements: Any, chosen: range) -> About:
+    """What a result says of the images ``chosen``."""
     subjects = [measurements.subjects[i] for i in chosen] if measurements.subjects else []
     scale = np.asarray(measurements.scale)
     scale = scale if scale.ndim == 0 else scale[list(chosen)]
-    return subjects, scale, select_geometry(measurements.geometry, chosen)
+    return subjects, scale, select_geometry(measurements.geometry, chosen), made_from(measurements)
 
 
 def source_of(measurements: Any) -> list[Any]:
@@ -147,13 +150,11 @@ def join(
     parts: list[Path],
     out: Path,
     shape: tuple[int, ...],
-    about: tuple[list[str], float | np.ndarray, dict[str, Any]],
+    about: About,
     prior: Prior,
     overwrite: bool,
 ) -> None:
-    """One result file from the parts', a few samples in memory at a time. ``about``: subjects, scale and
-    geometry.
-    """
+    """One result file from the parts', a few samples in memory at a time."""
     totals: dict[str, Any] = {}
     with ResultWriter(out, shape, *about, overwrite=overwrite) as writer:
         start, report = 0, {}

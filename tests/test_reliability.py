@@ -1,0 +1,234 @@
+"""Files of the library's own that were damaged, mixed up or cut off: refused by name, in one line."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ambient_sci import cli, whole_files
+from ambient_sci.cli import main
+from ambient_sci.data import MeasurementFile, write_measurements
+from ambient_sci.errors import InputError
+from ambient_sci.priors import GaussianPrior, NetworkConfig, load_prior
+from ambient_sci.sampling import Reconstruction, ResultFile, reconstruct_to_file
+from ambient_sci.sampling.parts import Parts
+from ambient_sci.training import EMConfig, RunFolder, TrainConfig, em_report, fit
+
+SHAPE = (1, 4, 4)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def prior() -> GaussianPrior:
+    root = torch.randn(16, 16, generator=rng(1)) / 4
+    return GaussianPrior(torch.zeros(SHAPE), root @ root.T + 0.1 * torch.eye(16))
+
+
+def scans(path: Path, seed: int = 0, masked: bool = True) -> Path:
+    """Measurements of the same images and noise; only the masks depend on the seed."""
+    mask = (
+        (torch.rand(8, *SHAPE, generator=rng(10 + seed)) < 0.6).float() if masked else torch.ones(8, *SHAPE)
+    )
+    mask[:, :, 0] = 1
+    y = mask * (prior().sample(8, rng(3)) + 0.1 * torch.randn(8, *SHAPE, generator=rng(4)))
+    options = {"mask": mask if masked else None, "operator": "masking" if masked else "identity"}
+    return write_measurements(path, measurements=y, noise_std=0.1, image_shape=SHAPE, **options)
+
+
+def settings(**changes) -> TrainConfig:
+    small = {"batch_size": 4, "device": "cpu", "network": NetworkConfig(kind="mlp", channels=(8,))}
+    return TrainConfig(**{**small, "max_steps": 2, **changes})
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """Two files of scans, a result of the first, a prior, a run, a run of expectation maximisation."""
+    folder = tmp_path_factory.mktemp("work")
+    em = EMConfig(
+        laps=1,
+        steps=1,
+        sampler_steps=2,
+        held_out=4,
+        held_out_draws=2,
+        initial_samples=8,
+        initial_iterations=2,
+    )
+    prior().save(folder / "prior")
+    for seed in (1, 2):
+        scans(folder / f"m{seed}.h5", seed)
+    scans(folder / "full.h5", masked=False)
+    fit(folder / "full.h5", settings(), out=folder / "run", progress=False)
+    fit(folder / "full.h5", settings(max_steps=None, em=em), out=folder / "em", progress=False)
+    with MeasurementFile(folder / "m1.h5") as file:
+        options = {"samples": 2, "steps": 3, "generator": rng()}
+        reconstruct_to_file(prior(), file, folder / "r.h5", **options)
+    return folder
+
+
+# -- flipped bits --------------------------------------------------------------------------------------------
+
+
+def state_of_prior(path: Path) -> object:
+    return {k: v.tolist() for k, v in load_prior(path.parent).saved_tensors().items()}
+
+
+def state_of_checkpoint(path: Path) -> object:
+    tensors, values = RunFolder(path.parent.parent).load_checkpoint("ambient") or ({}, {})
+    return {k: v.tolist() for k, v in tensors.items()}, values
+
+
+def state_of_result(path: Path) -> object:
+    found = Reconstruction.load(path)
+    values = [t.tolist() for t in (found.mean, found.std, found.samples)]
+    return [*values, found.report, found.subjects, found.scale, found.geometry, found.source]
+
+
+def state_of_run(path: Path) -> object:
+    return RunFolder(path.parent).read_json(path.name)
+
+
+def state_of_settings(path: Path) -> object:
+    folder, data = RunFolder(path.parent), path.parents[1] / "full.h5"
+    fit(data, None, out=folder.path, resume=True, progress=False)
+    return folder.config.to_dict()
+
+
+KINDS = {
+    "prior/prior.json": (state_of_prior, 100),
+    "prior/weights.safetensors": (state_of_prior, 100),
+    "run/prior/prior.json": (state_of_prior, 50),
+    "run/prior/weights.safetensors": (state_of_prior, 50),
+    "run/checkpoint/ambient.safetensors": (state_of_checkpoint, 100),
+    "r.h5": (state_of_result, 100),
+    "run/run.json": (state_of_run, 100),
+    "em/em.json": (state_of_run, 100),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_flipped_bit_is_refused_by_name_or_changes_nothing(name, work, tmp_path):
+    """A bit that nothing is read from (a space between two words of JSON, a gap in an HDF5 file) is no harm; every
+    other one is refused, in one line with the name of the file."""
+    state, flips = KINDS[name]
+    top = Path(name).parts[0]
+    (shutil.copytree if (work / top).is_dir() else shutil.copy)(work / top, tmp_path / top)
+    path, generator, harmless = tmp_path / name, random.Random(0), 0
+    whole, good = path.read_bytes(), state(path)
+    for _ in range(flips):
+        place, bit = generator.randrange(len(whole)), generator.randrange(8)
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
+        try:
+            found = state(path)
+        except InputError as error:
+            assert str(path) in str(error) or str(path.parent) in str(error), error
+            assert "\n" not in str(error)
+        else:
+            assert found == good, (place, bit)
+            harmless += 1
+    assert harmless < flips / 2 if path.suffix != ".h5" else harmless < flips
+
+
+def test_numbers_that_were_changed_by_hand_are_refused(work, tmp_path):
+    """As a flipped bit, whole files that are valid in themselves: tensors, descriptions and states of others."""
+    shutil.copytree(work / "run", tmp_path / "run")
+    run, path = RunFolder(tmp_path / "run"), tmp_path / "run" / "prior" / "weights.safetensors"
+    tensors = load_file(path)
+    save_file({k: v + 1 for k, v in tensors.items()}, path)
+    with pytest.raises(InputError, match="weights.safetensors|prior.json"):
+        load_prior(path.parent)
+    checkpoint = run.path / "checkpoint" / "ambient.safetensors"
+    tensors, metadata = whole_files.read_tensors(checkpoint)
+    save_file({k: v + 1 if v.is_floating_point() else v for k, v in tensors.items()}, checkpoint, metadata)
+    with pytest.raises(InputError, match="ambient.safetensors.*digest"):
+        run.load_checkpoint("ambient")
+    with pytest.raises(InputError, match="ambient.safetensors.*digest"):
+        fit(work / "full.h5", out=run.path, resume=True, progress=False)
+
+
+def test_files_of_before_there_were_digests_are_read(work, tmp_path):
+    run = RunFolder(shutil.copytree(work / "em", tmp_path / "em"))
+    good, laps = load_prior(run.prior).saved_tensors(), em_report(run.path)
+    for path in (run.prior, run.path / "laps" / "00" / "prior"):
+        description = json.loads((path / "prior.json").read_text())
+        description.pop("tensors")
+        (path / "prior.json").write_text(json.dumps(description))
+        save_file(load_file(path / "weights.safetensors"), path / "weights.safetensors")
+    for name in ("run.json", "em.json"):
+        value = run.read_json(name)
+        value.pop("settings", None)
+        (run.path / name).write_text(json.dumps(value))
+    found = load_prior(run.prior).saved_tensors()
+    assert all(torch.equal(found[k], good[k]) for k in good)
+    assert em_report(run.path) == laps
+    fit(work / "full.h5", out=run.path, resume=True, progress=False)
+
+    run = RunFolder(shutil.copytree(work / "run", tmp_path / "run"))
+    path = run.path / "checkpoint" / "ambient.safetensors"
+    tensors, values = run.load_checkpoint("ambient") or ({}, {})
+    save_file(tensors, path, {"state": json.dumps(values)})
+    assert run.load_checkpoint("ambient") is not None
+
+
+def test_a_damaged_part_is_made_again(work, tmp_path, monkeypatch):
+    """A part of an interrupted reconstruction that lost a bit of its samples is not joined into the result."""
+    options = {"samples": 2, "steps": 3, "images_at_once": 4}
+    with MeasurementFile(work / "m1.h5") as file:
+        reconstruct_to_file(prior(), file, tmp_path / "whole.h5", generator=rng(), **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(Parts, "wait", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                reconstruct_to_file(prior(), file, tmp_path / "r.h5", generator=rng(), **options)
+        (part, *_) = sorted(tmp_path.glob(".r.h5.parts-*/*.h5"))
+        samples = ResultFile(part).samples(slice(None)).numpy().astype("<f4")
+        content, first = part.read_bytes(), samples[0, 0].tobytes()
+        assert content.count(first) == 1
+        part.write_bytes(content.replace(first, bytes([first[0] ^ 64]) + first[1:]))
+        with pytest.raises(InputError, match="damaged"):
+            ResultFile(part).check()
+        reconstruct_to_file(prior(), file, tmp_path / "r.h5", generator=rng(), **options)
+    assert state_of_result(tmp_path / "r.h5") == state_of_result(tmp_path / "whole.h5")
+
+
+# -- what belongs together -----------------------------------------------------------------------------------
+
+
+def test_a_result_is_judged_by_the_scans_it_was_made_from(work, tmp_path, capsys):
+    """The same people, images and noise; other masks."""
+    command = ["evaluate", str(work / "r.h5"), "--out", str(tmp_path / "e"), "--calibration"]
+    assert main([*command, str(work / "m2.h5")]) == 2
+    said = capsys.readouterr().err
+    assert "m2.h5" in said and "m1.h5" in said and said.count("\n") == 1
+    assert not (tmp_path / "e").exists()
+    shutil.copy(work / "m1.h5", tmp_path / "elsewhere.h5")  # by content, whatever its name
+    assert main([*command, str(tmp_path / "elsewhere.h5")]) == 0
+
+
+def test_a_result_keeps_its_source(work, tmp_path):
+    found = Reconstruction.load(work / "r.h5")
+    assert found.source["name"] == "m1.h5" and found.source["samples"] == 8
+    found.save(tmp_path / "again.h5")
+    assert Reconstruction.load(tmp_path / "again.h5").source == found.source
+
+
+# -- the end of a command ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(28, "No space left on device"), PermissionError(13, "no")]
+)
+def test_the_machine_gives_out(error, monkeypatch, capsys):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr(cli, "parse", fail)
+    assert main(["inspect", "x.h5"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("ambient-sci: error: ") and said.count("\n") == 1 and len(said) > 24
