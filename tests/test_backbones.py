@@ -24,6 +24,7 @@ from ambient_sci.priors import (
     backbones,
     load_prior,
 )
+from ambient_sci.sampling import generate
 
 SHAPE = (2, 8, 8)
 EDM = {"model_channels": 64, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.2}
@@ -382,3 +383,28 @@ def test_vp_predictions_are_told_from_each_other():
         for other in ("epsilon", "v", "sample"):
             found = VPPrior(lambda s, t, told=told: told, (1, 4, 4), 1.0, other)(x, sigma)  # type: ignore[arg-type]
             assert torch.allclose(found, clean, atol=1e-12) == (kind == other)
+
+
+def test_images_of_classes_are_generated_and_guided():
+    """Each image of its label, whatever the batch; with guidance as `Guided` says; what does not fit is refused."""
+    prior = made("ncsnpp, labels")
+    prior.sigma_max = 5.0
+    labels = Labels(torch.tensor([0, 3, -1]))
+    options = {"steps": 4, "sampler": "multistep"}
+    together = generate(prior, 3, given=labels, generator=seeded(1), **options)
+    apart = generate(prior, 3, given=labels, batch_size=1, generator=seeded(1), **options)
+    assert torch.allclose(together, apart, atol=1e-4)
+    free = generate(prior, 3, generator=seeded(1), **options)
+    assert torch.allclose(together[2], free[2], atol=1e-4) and not torch.allclose(
+        together[0], free[0], atol=1e-3
+    )
+    guided = generate(prior, 3, given=labels, guidance=4.0, generator=seeded(1), **options)
+    assert not torch.allclose(guided[0], together[0], atol=1e-3) and torch.allclose(
+        guided[2], free[2], atol=1e-4
+    )
+    with pytest.raises(InputError, match="one row for each of 2 images, got 3"):
+        generate(prior, 2, given=labels, **options)
+    with pytest.raises(InputError, match="expected labels or a prompt to be guided by"):
+        generate(prior, 2, guidance=3.0, **options)
+    with pytest.raises(ConditioningError, match="expected given = nothing, got Labels"):
+        generate(network(sigma_max=5.0), 3, given=labels, **options)

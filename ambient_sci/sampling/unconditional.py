@@ -24,7 +24,9 @@ from torch import Tensor
 
 from ambient_sci.errors import InputError
 from ambient_sci.noise import ChainNoise, Randomness, ancestral_step, draw_noise, karras_grid
+from ambient_sci.priors import Guided
 from ambient_sci.priors.base import Prior, require_unconditional
+from ambient_sci.priors.given import Given
 from ambient_sci.progress import track
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -173,6 +175,8 @@ def generate(
     sigma_max: float | None = None,
     rho: float = 7.0,
     batch_size: int = 64,
+    given: Given | None = None,
+    guidance: float = 1.0,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -193,6 +197,9 @@ def generate(
         sigma_min, sigma_max: ends of the grid; see `level_range`.
         rho: bend of the grid (Karras et al. 2022).
         batch_size: images at a time; the result does not depend on it.
+        given: `Labels` or a `Prompt` with one row for each image, for priors that take them; without, images
+            of all classes or of the empty prompt.
+        guidance: scale of classifier-free guidance, see `Guided`; 1 is none.
         generator: source of randomness.
         progress: show a progress bar.
 
@@ -206,7 +213,33 @@ def generate(
     require_unconditional(prior, "generate")
     check_generation("generate", num, sampler, batch_size)
     grid = generation_grid(prior, steps, sigma_min, sigma_max, rho)
-    return chains(prior, chain_seeds(num, generator), grid, sampler, batch_size, progress=progress)
+    denoiser_of = None if given is None and guidance == 1 else told(prior, num, given, guidance)
+    seeds = chain_seeds(num, generator)
+    return chains(prior, seeds, grid, sampler, batch_size, denoiser_of=denoiser_of, progress=progress)
+
+
+def told(prior: Prior, num: int, given: Given | None, guidance: float) -> Callable[[slice], Denoise]:
+    """Which chains (a slice) -> their denoiser, told their rows of ``given``.
+
+    Raises:
+        ConditioningError: something else than the prior takes.
+        InputError: another number of rows than images, or guidance without anything to be guided by.
+    """
+    prior.check_given(given)
+    if given is None:
+        raise InputError(
+            f"guidance: expected labels or a prompt to be guided by, got none and a scale of {guidance:g}"
+        )
+    rows = len(next(t for t in vars(given).values() if isinstance(t, Tensor)))
+    if rows != num:
+        raise InputError(f"given: expected one row for each of {num} images, got {rows}")
+    state, guided = state_like(prior), prior if guidance == 1 else Guided(prior, guidance)
+
+    def denoiser_of(some: slice) -> Denoise:
+        own = given[some].to(state.device)
+        return lambda x, sigma: guided(x, sigma, own)
+
+    return denoiser_of
 
 
 def check_generation(what: str, num: int, sampler: str, batch_size: int) -> None:

@@ -2,8 +2,7 @@
 
     config.json                      the configuration
     run.json                         the data it was trained on (a fingerprint), the stages that run and why,
-                                     the
-                                     settings at the start
+                                     the settings at the start
     prior/                           averaged weights, a prior that can be used at any time
     checkpoint/<stage>.safetensors   everything needed to continue: tensors, and the rest as JSON in the
                                      file's header
@@ -330,8 +329,8 @@ class RunFolder:
         expected = value.pop(_KEY, None)  # files of before there were digests have no format, either
         if (expected is not None or _FORMAT in value) and expected != _digest(_canonical(value)):
             raise InputError(
-                f"{self.path / name}: expected what was written, got another content (its digest differs): the "
-                "file is damaged, or was edited by hand"
+                f"{self.path / name}: expected what was written, got another content (its digest differs): "
+                "the file is damaged, or was edited by hand"
             )
         value.pop(_FORMAT, None)
         return value
