@@ -13,12 +13,13 @@ import signal
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ambient_sci import losses
 from ambient_sci.errors import InputError
 from ambient_sci.operators import Identity
-from ambient_sci.priors import NetworkConfig, NetworkPrior
+from ambient_sci.priors import NetworkConfig, NetworkPrior, load_prior
 from ambient_sci.randomness import forked, number, seeded
 from ambient_sci.training import (
     AmbientStage,
@@ -520,3 +521,36 @@ def test_no_two_shares_have_a_stream_in_common(monkeypatch, consistency):
     for key, times in counts.items():
         # Walks are as long in both parts; a second stage has the batches of the first.
         assert times <= (2 if key[0] == 10 else stages if key[0] <= 4 else 1), (key, times)
+
+
+def test_a_checkpoint_of_version_0_1_is_continued(tmp_path, capsys):
+    """One module, parameters by number, no shares: weights, averages and moments are read, and what differs is said."""
+    out, settings = (
+        tmp_path / "run",
+        {
+            "batch_size": 4,
+            "device": "cpu",
+            "network": NetworkConfig(kind="mlp", channels=(16,)),
+            "log_interval": 2,
+        },
+    )
+    data = (Identity((1, 4, 4)), torch.randn(16, 1, 4, 4, generator=torch.Generator().manual_seed(0)), 0.2)
+    fit(data, TrainConfig(max_steps=4, **settings), out=out, progress=False)
+    path = out / "checkpoint" / "ambient.safetensors"
+    tensors = load_file(path)
+    names = [k.removeprefix("prior/module.") for k in tensors if k.startswith("prior/module.")]
+    order = [name for name, _ in load_prior(out).named_parameters()]
+    assert sorted(names) == sorted(order)
+    old = {"trace": tensors["prior/trace"]}
+    for index, name in enumerate(order):
+        old |= {f"{kind}.{name}": tensors[f"prior/{kind}.{name}"] for kind in ("module", "average")}
+        start = f"prior/optimizer.{name}."
+        old |= {
+            f"optimizer.{index}.{k.removeprefix(start)}": t for k, t in tensors.items() if k.startswith(start)
+        }
+    save_file(old, path, metadata={"state": json.dumps({"step": 4, "seconds": 1.0})})
+    fit(data, TrainConfig(max_steps=8, **settings), out=out, resume=True)
+    assert "instead of version 0.1's" in " ".join(capsys.readouterr().err.split())
+    after = load_file(path)
+    step = next(k for k in after if k.endswith(".step"))
+    assert float(after[step]) == 8.0  # the optimiser went on from its own step

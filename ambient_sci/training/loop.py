@@ -330,12 +330,14 @@ class _Loop:
         if saved is None:
             return
         tensors, shares = saved[0], self.processes.count * self.parts
+        if "shares" not in values:
+            tensors = self._of_version_0_1(tensors)
+            values["shares"] = "version 0.1's"
         if values["shares"] != shares:
             reporter.say(
                 f"{self.stage.name}: resumed with batches in {shares} shares (processes x micro_batches) "
-                "instead of "
-                f"{values['shares']}: what is drawn from here on is not what the uninterrupted run would "
-                "have drawn"
+                f"instead of {values['shares']}: what is drawn from here on is not what the uninterrupted "
+                "run would have drawn"
             )
         self.step, self.seconds = values["step"], values["seconds"]
         for name, player in self.players.items():
@@ -345,6 +347,17 @@ class _Loop:
             self.stage.load_state(rows)  # type: ignore[attr-defined]
         if self.processes.is_main:  # a run that died between the two, or a prior that was damaged since
             self.folder.settle_prior(self.stage.name, self.prior())
+
+    def _of_version_0_1(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint of version 0.1, which had one module and numbered its parameters, in today's names."""
+        (name, player), found = next(iter(self.players.items())), {"trace": tensors["trace"]}
+        for index, own in enumerate(player.names):
+            found |= {f"{kind}.{own}": tensors[f"{kind}.{own}"] for kind in ("module", "average")}
+            moments = _below(tensors, f"optimizer.{index}.")
+            found |= {f"optimizer.{own}.{key}": value for key, value in moments.items()}
+        found |= {f"buffer.{own}": tensors[f"module.{own}"] for own in player.persistent()}
+        chains = {key: value for key, value in tensors.items() if key.startswith("stage.")}
+        return {f"{name}/{key}": value for key, value in found.items()} | chains
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

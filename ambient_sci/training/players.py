@@ -154,7 +154,7 @@ class Player:
         for name, p, mean in zip(self.names, self.parameters, self._means, strict=True):
             tensors |= {f"module.{name}": p.detach(), f"average.{name}": mean.detach()}
             tensors |= {f"optimizer.{name}.{k}": v for k, v in self.optimizer.state.get(p, {}).items()}
-        return tensors | {f"buffer.{name}": b for name, b in self._persistent().items()}
+        return tensors | {f"buffer.{name}": b for name, b in self.persistent().items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of `state`.
@@ -162,7 +162,7 @@ class Player:
         Raises:
             InputError: the tensors of another module.
         """
-        mine = {f"module.{n}" for n in self.names} | {f"buffer.{n}" for n in self._persistent()}
+        mine = {f"module.{n}" for n in self.names} | {f"buffer.{n}" for n in self.persistent()}
         theirs = {k for k in tensors if k.startswith(("module.", "buffer."))}
         if mine != theirs:
             odd = sorted(mine ^ theirs)[0]
@@ -173,7 +173,7 @@ class Player:
             for name, p, mean in zip(self.names, self.parameters, self._means, strict=True):
                 p.copy_(tensors[f"module.{name}"])
                 mean.copy_(tensors[f"average.{name}"])
-            for name, buffer in self._persistent().items():
+            for name, buffer in self.persistent().items():
                 buffer.copy_(tensors[f"buffer.{name}"])
         self._follow()
         self.trace.copy_(tensors["trace"])
@@ -187,7 +187,8 @@ class Player:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
-    def _persistent(self) -> dict[str, Tensor]:
+    def persistent(self) -> dict[str, Tensor]:
+        """The buffers that move and are saved, by name."""
         found = {}
         for path, name in self.buffers:
             part = self.module.get_submodule(path)
