@@ -75,10 +75,10 @@ def place(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Everything in a folder, hidden files too."""
+    """Everything in a folder, hidden files too. A lock comes and goes, so the times of folders say nothing."""
     files = sorted(p for p in folder.rglob("*"))
     return {
-        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"")
+        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) if p.is_file() else (0, b"")
         for p in files
     }
 

@@ -183,7 +183,8 @@ class ResultFile:
             InputError: the file is damaged.
         """
         for k in range(len(self)):
-            self.mean(slice(k, k + 1)), self.std(slice(k, k + 1))
+            self.mean(slice(k, k + 1))
+            self.std(slice(k, k + 1))
         for _ in self.each_sample():
             pass
         return self
