@@ -15,7 +15,6 @@ a mask-conditional network should learn (`ConditionalMean`).
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from torch import Tensor
 from ambient_sci.errors import InputError
 from ambient_sci.noise import draw_noise
 from ambient_sci.operators.base import RowMaskedOperator
-from ambient_sci.priors.base import Prior, Tensors, match_dtype, per_sample
+from ambient_sci.priors.base import Prior, TensorPrior, match_dtype, per_sample
 from ambient_sci.priors.given import Given, KeptRows
 
 
@@ -38,7 +37,7 @@ def operator_matrix(
     return torch.stack(columns, 2).to(dtype)
 
 
-class GaussianPrior(Prior):
+class GaussianPrior(TensorPrior):
     """N(mean, cov).
 
     Args:
@@ -51,6 +50,7 @@ class GaussianPrior(Prior):
     """
 
     kind = "gaussian"
+    arguments = ("mean", "cov")
 
     def __init__(self, mean: Tensor, cov: Tensor) -> None:
         super().__init__()
@@ -87,17 +87,6 @@ class GaussianPrior(Prior):
         )  # sigma = 0 on a null mode: x itself
         return (self.mean + ((flat @ self.vectors) * gain @ self.vectors.T).reshape(x.shape)).to(x.dtype)
 
-    def describe(self) -> dict[str, Any]:
-        """Its tensors say everything."""
-        return {"kind": self.kind}
-
-    @classmethod
-    def rebuild(cls, description: dict[str, Any], tensors: Tensors) -> Prior:
-        """Inverse of `describe`."""
-        prior = cls(tensors["mean"], tensors["cov"])
-        prior.load_state_dict(tensors, strict=True, assign=True)
-        return prior
-
     def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         """``num`` draws, (num, *shape)."""
         z = draw_noise(self.values.expand(num, -1), generator)
@@ -125,7 +114,7 @@ class GaussianPrior(Prior):
         return mean.reshape(batch, *self.shape), self.cov - gain @ cross.mT
 
 
-class GaussianMixturePrior(Prior):
+class GaussianMixturePrior(TensorPrior):
     """sum_k w_k N(mu_k, s_k^2 I).
 
     Args:
@@ -138,6 +127,7 @@ class GaussianMixturePrior(Prior):
     """
 
     kind = "mixture"
+    arguments = ("means", "std", "weights")
 
     def __init__(self, means: Tensor, std: float | Tensor, weights: Tensor | None = None) -> None:
         super().__init__()
@@ -178,17 +168,6 @@ class GaussianMixturePrior(Prior):
         r = self.responsibilities(z, sigma)
         mean = (r * (1 - gain)) @ means + (r * gain).sum(1, keepdim=True) * flat
         return mean.reshape(x.shape).to(x.dtype)
-
-    def describe(self) -> dict[str, Any]:
-        """Its tensors say everything."""
-        return {"kind": self.kind}
-
-    @classmethod
-    def rebuild(cls, description: dict[str, Any], tensors: Tensors) -> Prior:
-        """Inverse of `describe`."""
-        prior = cls(tensors["means"], tensors["std"], tensors["weights"])
-        prior.load_state_dict(tensors, strict=True, assign=True)
-        return prior
 
     def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         """``num`` draws, (num, *shape)."""

@@ -139,6 +139,27 @@ class Prior(Denoiser):
         save_prior(self, path)
 
 
+class TensorPrior(Prior):
+    """A prior that its tensors say everything about.
+
+    Attributes:
+        arguments: names of the tensors that its constructor takes, in order.
+    """
+
+    arguments: ClassVar[tuple[str, ...]]
+
+    def describe(self) -> dict[str, Any]:
+        """Its kind."""
+        return {"kind": self.kind}
+
+    @classmethod
+    def rebuild(cls, description: dict[str, Any], tensors: Tensors) -> Prior:
+        """Inverse of `describe`; what the constructor derives is as it was saved, too."""
+        prior = cls(*(tensors[name] for name in cls.arguments))
+        prior.load_state_dict(tensors, strict=True, assign=True)
+        return prior
+
+
 def description_of(prior: Prior) -> dict[str, Any]:
     """`Prior.describe`, checked to describe this very class: a subclass that only inherits it would come back
     as its parent.

@@ -8,18 +8,16 @@ long on too few tends to: its samples are copies. Tests of memorisation measure 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from deepinv.physics import LinearPhysics
 from torch import Tensor
 
 from ambient_sci.errors import InputError
-from ambient_sci.priors.base import Prior, Tensors, match_dtype, per_sample
+from ambient_sci.priors.base import TensorPrior, match_dtype, per_sample
 from ambient_sci.priors.given import Given
 
 
-class EmpiricalPrior(Prior):
+class EmpiricalPrior(TensorPrior):
     """Equal weight on each of ``images``.
 
     Args:
@@ -30,6 +28,7 @@ class EmpiricalPrior(Prior):
     """
 
     kind = "empirical"
+    arguments = ("images",)
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
@@ -76,12 +75,3 @@ class EmpiricalPrior(Prior):
         return self.images[
             torch.randint(len(self.images), (num,), generator=generator).to(self.images.device)
         ]
-
-    def describe(self) -> dict[str, Any]:
-        """Its tensor says everything."""
-        return {"kind": self.kind}
-
-    @classmethod
-    def rebuild(cls, description: dict[str, Any], tensors: Tensors) -> Prior:
-        """Inverse of `describe`."""
-        return cls(tensors["images"])

@@ -9,18 +9,16 @@ carries what is not stationary.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ambient_sci.errors import InputError
 from ambient_sci.noise import draw_noise, expand
-from ambient_sci.priors.base import Prior, Tensors, match_dtype, per_sample
+from ambient_sci.priors.base import TensorPrior, match_dtype, per_sample
 from ambient_sci.priors.given import Given
 
 
-class StationaryGaussianPrior(Prior):
+class StationaryGaussianPrior(TensorPrior):
     """Gaussian with a mean image and a power spectrum.
 
     Args:
@@ -33,6 +31,7 @@ class StationaryGaussianPrior(Prior):
     """
 
     kind = "stationary"
+    arguments = ("mean", "spectrum")
 
     def __init__(self, mean: Tensor, spectrum: Tensor) -> None:
         super().__init__()
@@ -60,17 +59,6 @@ class StationaryGaussianPrior(Prior):
             total > 0, self.spectrum / total, torch.ones_like(total)
         )  # sigma = 0 on a null mode: x itself
         return (self.mean + self._filtered(z - self.mean, gain)).to(x.dtype)
-
-    def describe(self) -> dict[str, Any]:
-        """Its tensors say everything."""
-        return {"kind": self.kind}
-
-    @classmethod
-    def rebuild(cls, description: dict[str, Any], tensors: Tensors) -> Prior:
-        """Inverse of `describe`."""
-        prior = cls(tensors["mean"], tensors["spectrum"])
-        prior.load_state_dict(tensors, strict=True, assign=True)
-        return prior
 
     def covariance(self, x: Tensor) -> Tensor:
         """Sigma x = F^H S F x."""
