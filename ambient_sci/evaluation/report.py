@@ -287,8 +287,8 @@ def _check_source(result: Reconstruction, file: MeasurementFile, path: str | os.
     other = [key for key in now if key != "name" and then and then.get(key) != now[key]]
     if other:
         raise InputError(
-            f"{path}: expected the measurements that the result was made from ({then.get('name')}), got others: "
-            f"{other[0]} was {then.get(other[0])!r}, is {now[other[0]]!r}"
+            f"{path}: expected the measurements that the result was made from ({then.get('name')}), got "
+            f"others: {other[0]} was {then.get(other[0])!r}, is {now[other[0]]!r}"
         )
 
 

@@ -1,10 +1,10 @@
 """A run on disk.
 
     config.json                      the configuration
-    run.json                         the data it was trained on (a fingerprint), the stages that run and why, the
-                                     settings at the start
+    run.json                         the data it was trained on (a fingerprint), the stages that run and why,
+                                     the settings at the start
     prior/                           averaged weights, a prior that can be used at any time
-    checkpoint/<stage>.safetensors   everything needed to continue: tensors, and the rest as JSON in the file's header
+    checkpoint/<stage>.safetensors   everything needed to continue: tensors, and the rest as JSON in the header
     log.jsonl                        one line per log interval
     em.json, laps/                   of expectation maximisation, see `ambient_sci.training.em`
     lock                             while a process trains here: a second one is refused
@@ -328,8 +328,8 @@ class RunFolder:
         expected = value.pop(_KEY, None)  # files of before there were digests have no format, either
         if (expected is not None or _FORMAT in value) and expected != _digest(_canonical(value)):
             raise InputError(
-                f"{self.path / name}: expected what was written, got another content (its digest differs): the "
-                "file is damaged, or was edited by hand"
+                f"{self.path / name}: expected what was written, got another content (its digest differs): "
+                "the file is damaged, or was edited by hand"
             )
         value.pop(_FORMAT, None)
         return value
