@@ -120,8 +120,8 @@ KINDS = {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_flipped_bit_is_refused_by_name_or_changes_nothing(name, work, tmp_path):
-    """A bit that nothing is read from (a space between two words of JSON, a gap in an HDF5 file) is no harm; every
-    other one is refused, in one line with the name of the file."""
+    """A bit that nothing is read from (a space between two words of JSON, a gap in an HDF5 file) is no harm;
+    every other one is refused, in one line with the name of the file."""
     state, flips = KINDS[name]
     top = Path(name).parts[0]
     (shutil.copytree if (work / top).is_dir() else shutil.copy)(work / top, tmp_path / top)
@@ -142,7 +142,7 @@ def test_a_flipped_bit_is_refused_by_name_or_changes_nothing(name, work, tmp_pat
 
 
 def test_numbers_that_were_changed_by_hand_are_refused(work, tmp_path):
-    """As a flipped bit, whole files that are valid in themselves: tensors, descriptions and states of others."""
+    """Whole files that are valid in themselves: tensors, descriptions and states of others."""
     shutil.copytree(work / "run", tmp_path / "run")
     run, path = RunFolder(tmp_path / "run"), tmp_path / "run" / "prior" / "weights.safetensors"
     tensors = load_file(path)
@@ -183,7 +183,7 @@ def test_files_of_before_there_were_digests_are_read(work, tmp_path):
 
 
 def test_a_damaged_part_is_made_again(work, tmp_path, monkeypatch):
-    """A part of an interrupted reconstruction that lost a bit of its samples is not joined into the result."""
+    """A part of an interrupted reconstruction that lost a bit is not joined into the result."""
     options = {"samples": 2, "steps": 3, "images_at_once": 4}
     with MeasurementFile(work / "m1.h5") as file:
         reconstruct_to_file(prior(), file, tmp_path / "whole.h5", generator=rng(), **options)
@@ -260,15 +260,15 @@ COMMANDS = {
     "export": ["export", "r.h5", "--out", "out/r.nii.gz"],
     "evaluate": ["evaluate", "r.h5", "--calibration", "m1.h5", "--out", "out/e"],
 }
-#: h5py prints a traceback for every handle that it cannot close on such a disk, before the command's own line.
+#: h5py prints a traceback for every handle that it cannot close on such a disk, before the command's line.
 BY_HDF5 = ("reconstruct", "generate", "simulate")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("limit", [0, 500, 3000, 9000])
 def test_a_disk_that_takes_no_more_ends_in_one_line(name, limit, work, tmp_path, monkeypatch):
-    """A limit on the size of a file acts like a full disk: status 2 and one line, no part left behind; with room the
-    same command then works, as if nothing had been."""
+    """A limit on the size of a file acts like a full disk: status 2 and one line, no part left behind; with
+    room the same command then works, as if nothing had been."""
     for part in ("prior", "run"):
         shutil.copytree(work / part, tmp_path / part)
     for part in ("m1.h5", "full.h5", "r.h5"):

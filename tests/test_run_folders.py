@@ -1,4 +1,4 @@
-"""Run folders: whatever moment a process dies at the run goes on, and one process at a time works in a folder."""
+"""Run folders: whatever moment a process dies at the run goes on, and one process at a time works in one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def images(tmp_path_factory) -> list[Path]:
 
 
 def killed(folder: Path, at: int, work) -> bool:
-    """Do ``work`` in a child that dies before its ``at``-th operation on a file below ``folder``; whether it died."""
+    """Do ``work`` in a child that dies before its ``at``-th operation on a file below ``folder``; did it die?"""
     child = os.fork()
     if child == 0:
         left = at
@@ -97,7 +97,7 @@ def assert_whole(run: Path, expected: bytes) -> None:
 
 
 def every_kill(tmp_path: Path, work, check, start=None, stride: int = 1) -> int:
-    """``check(run, k)`` after a death before every ``stride``-th operation of ``work(run)``; how many there were."""
+    """``check(run, k)`` after a death before every ``stride``-th operation of ``work(run)``; their number."""
     for k in range(1, 1000, stride):
         run = tmp_path / f"run{k}"
         if start is not None:
@@ -145,17 +145,22 @@ def test_a_new_run_goes_on_whatever_moment_it_dies_at(kind, stride, images, tmp_
 
 
 def test_a_run_that_is_replaced_is_the_old_one_or_the_new_one(images, tmp_path):
-    """Killed while it overwrites: resumed with the new data it is the new run or refused, never new data with old
-    settings or weights; overwriting again always works."""
+    """Killed while it overwrites: resumed with the new data it is the new run or refused, never new data with
+    old settings or weights; overwriting again always works."""
     old, new = settings(seed=1), settings(seed=2, max_steps=1)
     fit(images[0], old, out=tmp_path / "old", progress=False)
     fit(images[1], new, out=tmp_path / "new", progress=False)
     expected = weights(tmp_path / "new")
 
+    cut_off = set()
+
     def check(run: Path, k: int) -> None:
+        unfinished = RunFolder(run).read_json("run.json").get("unfinished", False)
         try:
             fit(images[1], out=run, resume=True, progress=False)
+            cut_off.add((unfinished, "resumed"))
         except InputError:
+            cut_off.add((unfinished, "refused"))
             fit(images[1], new, out=run, overwrite=True, progress=False)
         assert_whole(run, expected)
 
@@ -163,6 +168,17 @@ def test_a_run_that_is_replaced_is_the_old_one_or_the_new_one(images, tmp_path):
         fit(images[1], new, out=run, overwrite=True, progress=False)
 
     every_kill(tmp_path, work, check, start=tmp_path / "old", stride=2)
+    assert {(True, "refused"), (True, "resumed"), (False, "resumed")} <= cut_off
+
+
+def test_an_earlier_stage_leaves_the_prior_of_a_later_one(images, tmp_path):
+    fit(images[0], settings(**KINDS["staged"]), out=tmp_path / "run", progress=False)
+    fit(images[0], settings(), out=tmp_path / "other", progress=False)
+    expected, other = weights(tmp_path / "run"), load_prior(tmp_path / "other")
+    RunFolder(tmp_path / "run").settle_prior("ambient", other)
+    assert weights(tmp_path / "run") == expected
+    RunFolder(tmp_path / "run").settle_prior("consistency", other)
+    assert weights(tmp_path / "run") == weights(tmp_path / "other")
 
 
 def test_a_resumed_run_that_dies_goes_on(images, tmp_path):

@@ -151,8 +151,8 @@ class PriorConfig:
             )
         if not self.shape or min(self.shape) < 1:
             raise InputError(f"prior: expected a shape of positive sizes, got {self.shape}")
-        if not (self.data_std > 0 and math.isfinite(self.data_std)):
-            raise InputError(f"prior: expected a positive data_std, got {self.data_std}")
+        if not 1e-18 < self.data_std < 1e18:  # its square is a number in single precision
+            raise InputError(f"prior: expected a positive data_std, 1e-18 to 1e18, got {self.data_std}")
         high = math.inf if self.sigma_max is None else self.sigma_max
         if not 0 <= self.sigma_min <= high or math.isinf(self.sigma_min):
             raise InputError(

@@ -159,7 +159,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "")
-        require(self.seed >= 0, "seed", "an integer >= 0", self.seed)
+        require(0 <= self.seed < 2**63, "seed", "an integer >= 0 and below 2^63", self.seed)
         for key in ("max_steps", "max_minutes", "ema_half_life_images"):
             value = getattr(self, key)
             require(value is None or value > 0, key, "a value > 0", value)
