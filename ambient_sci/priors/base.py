@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ambient_sci.errors import ConditioningError, InputError
 from ambient_sci.noise import expand
+from ambient_sci.priors.folder import write_folder
 from ambient_sci.priors.given import Given, KeptRows
 
 Conditioning = Literal["unconditional", "mask-conditional"]
@@ -133,10 +134,13 @@ class Prior(Denoiser):
 
     def save(self, path: str | Path) -> None:
         """Write to a folder (prior.json and weights.safetensors), whole or not at all; `load_prior` reads it
-        back."""
-        from ambient_sci.priors.storage import save_prior
+        back.
 
-        save_prior(self, path)
+        Raises:
+            InputError: ``path`` is a file, or a folder that holds anything but a prior; or a prior that
+                cannot be saved.
+        """
+        write_folder(path, description_of(self), self.saved_tensors())
 
 
 class TensorPrior(Prior):
