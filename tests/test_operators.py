@@ -653,3 +653,14 @@ def test_mri_computes_in_the_type_of_the_image_whatever_that_of_the_mask(coils):
         x = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0), dtype=image)
         y = operator.A(x)
         assert {y.dtype, operator.A_adjoint(y).dtype, operator.A_adjoint_A(x).dtype} == {image}
+
+
+def test_an_operator_says_in_one_line_what_it_is():
+    mask = torch.ones(1, 1, 8, 8)
+    mask[..., ::2] = 0
+    maps = coil_maps(4, 8, 8).to(torch.complex64)
+    assert repr(MRI(mask, maps)) == "MRI(2 x 8 x 8, 4 coils, 50 % measured)"
+    assert repr(Identity((3, 8, 8))) == "Identity(3 x 8 x 8)"
+    design = Independent((1, 8, 8), "pixels", 0.5)
+    several = Masking(mask.expand(3, -1, -1, -1).clone(), (1, 8, 8), design)
+    assert repr(several) == "Masking(1 x 8 x 8, 50 % measured, independent, 3 masks)"

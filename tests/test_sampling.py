@@ -365,3 +365,9 @@ def test_scale_survives_the_file(tmp_path, scale):
     result.scale = scale
     result.save(tmp_path / "R.h5")
     assert np.array_equal(Reconstruction.load(tmp_path / "R.h5").scale, scale)
+
+
+def test_a_result_says_in_one_line_what_it_is():
+    samples = torch.stack([torch.zeros(8, 1, 4, 4), torch.full((8, 1, 4, 4), 0.2)])
+    result = Reconstruction.from_samples(samples, {"sampler": "mmps"})
+    assert repr(result) == "Reconstruction(8 images 1 x 4 x 4, 2 samples, mmps, mean std 0.141)"

@@ -358,6 +358,14 @@ class RowMaskedOperator(LinearPhysics):
         """Inverse of `network_mask`: image channels back to measurement space."""
         return mask
 
+    def __repr__(self) -> str:
+        coils = f", {self.measurement_size[1]} coils" if len(self.measurement_size) == 4 else ""
+        measured = float(self.mask.detach().float().mean())
+        rows = "" if measured == 1 else f", {100 * measured:.3g} % measured"
+        design = "" if self.design is None else f", {self.design.name}"
+        masks = f", {len(self.mask)} masks" if len(self.mask) > 1 else ""
+        return f"{type(self).__name__}({' x '.join(map(str, self.img_size))}{coils}{rows}{design}{masks})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         # deepinv's base class holds lambdas, which do not pickle: the parts do.
         buffers = {name: buffer for name, buffer in self._buffers.items() if name != "_device_holder"}

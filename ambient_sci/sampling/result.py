@@ -65,6 +65,15 @@ class Reconstruction:
     geometry: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        images, size = len(self.mean), " x ".join(map(str, self.mean.shape[1:]))
+        spread = f", mean std {float(self.std.mean()):.3g}" if len(self.samples) > 1 else ""
+        sampler = self.report.get("sampler", "unknown sampler")
+        return (
+            f"Reconstruction({images} image{'s' * (images != 1)} {size}, {len(self.samples)} "
+            f"sample{'s' * (len(self.samples) != 1)}, {sampler}{spread})"
+        )
+
     @classmethod
     def from_samples(cls, samples: Tensor, report: dict[str, Any]) -> Reconstruction:
         """From samples (S, B, C, H, W)."""
