@@ -19,8 +19,12 @@ def save_prior(prior: Prior, path: str | Path) -> None:
 
 
 def is_saved(prior: Prior, path: str | Path) -> bool:
-    """Whether the folder ``path`` holds this very prior, undamaged."""
-    return holds(path, description_of(prior), prior.saved_tensors())
+    """Whether the folder ``path`` holds this very prior, undamaged; not so for one that does not describe
+    itself."""
+    try:
+        return holds(path, description_of(prior), prior.saved_tensors())
+    except (InputError, AttributeError):
+        return False
 
 
 def load_prior(path: str | Path, device: str | torch.device = "cpu") -> Prior:
