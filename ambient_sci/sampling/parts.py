@@ -29,6 +29,7 @@ import torch
 
 from ambient_sci.errors import InputError
 from ambient_sci.priors.base import Prior
+from ambient_sci.whole_files import digest_of
 
 try:
     import fcntl
@@ -149,13 +150,8 @@ def _is(handle: int, path: Path) -> bool:
 
 def fingerprint(prior: Prior, plan: Any) -> str:
     """A short hash of what decides the samples: weights, and ``plan`` (JSON types)."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(prior.state_dict().items()):
-        digest.update(name.encode())
-        flat = tensor.detach().cpu().flatten().clone(memory_format=torch.contiguous_format)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    digest.update(json.dumps([type(prior).__name__, plan], default=str, sort_keys=True).encode())
-    return digest.hexdigest()[:12]
+    decided = [digest_of(prior.state_dict()), type(prior).__name__, plan]
+    return hashlib.sha256(json.dumps(decided, default=str, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def process_share(device: torch.device) -> tuple[int, int]:

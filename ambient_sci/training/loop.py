@@ -93,7 +93,7 @@ class OneModule:
 
     def loss(self, step: int, part: int = 0) -> Tensor:
         """Loss of every sample of a part, (B,)."""
-        raise NotImplementedError(f"{type(self).__name__} does not say its loss")
+        raise TypeError(f"{type(self).__name__} does not say its loss")
 
     def turns(self, step: int, part: int = 0) -> Iterator[tuple[str, Tensor]]:
         """The loss, as the one turn of the step."""

@@ -75,7 +75,7 @@ class Part:
 
     def problem(self, job: Job, folder: Path) -> Problem:
         """What a cell learns from and is scored by; ``folder`` keeps what the cells of the part share."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not say its problem")
 
     def rows(self, job: Job, prior: Prior, problem: Problem) -> dict[str, dict[str, Any]]:
         """Rows of the table: sampled by Heun's method and scored."""
