@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from ambient_sci.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 PathLike = str | os.PathLike[str]
@@ -226,14 +227,21 @@ def write_tensors(path: PathLike, tensors: dict[str, Tensor], metadata: dict[str
 
 def digest_of(tensors: dict[str, Tensor]) -> str:
     """A hash of names, types and values of tensors, the same wherever they lie."""
-    import torch
-
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(flat.view(torch.uint8).numpy())
+        digest.update(_bytes_of(tensor))
     return digest.hexdigest()[:32]
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    """The values of a tensor, row by row, as bytes; a view where they lie so already."""
+    import torch
+
+    whole = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    # An axis of length 1 may keep the stride of an expansion, 0, and is contiguous all the same; views of
+    # another type look at the stride.
+    return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import h5py
 import pytest
+import torch
 
 from ambient_sci import whole_files
 from ambient_sci.errors import InputError
@@ -285,3 +286,26 @@ def test_content_is_on_the_disk_before_the_name_and_the_name_before_the_end(tmp_
     assert of_file == ["fsync", "replace", "fsync"]
     assert new == [*["fsync"] * 4, "rename", "fsync"]  # two files, two folders
     assert replaced == [*["fsync"] * 4, "rename", "exchange", "fsync"]
+
+
+def test_a_digest_is_of_values_wherever_and_however_they_lie():
+    """Expanded, transposed, sliced, conjugated or alone in an axis of stride 0: the digest of a plain copy."""
+    plain = torch.arange(12.0).reshape(3, 4)
+    complex_numbers = torch.complex(plain, plain + 1)
+    ways = [
+        torch.tensor(2.0).expand(1),
+        torch.tensor(2.0).expand(3, 4),
+        torch.empty(1, 3).as_strided((1, 3), (0, 1)).fill_(5.0),
+        torch.arange(24.0).reshape(6, 4)[::2],
+        plain.T,
+        complex_numbers.conj(),
+        complex_numbers.conj().imag,
+        torch.tensor([True, False]),
+        torch.zeros(0, 3),
+        plain.bfloat16()[:, 1],
+    ]
+    for way in ways:
+        copy = torch.tensor(way.tolist(), dtype=way.dtype).reshape(way.shape)
+        assert whole_files.digest_of({"a": way}) == whole_files.digest_of({"a": copy})
+    digests = {whole_files.digest_of({"a": way}) for way in ways}
+    assert len(digests) == len(ways)
