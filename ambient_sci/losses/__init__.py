@@ -1,8 +1,10 @@
-"""Losses: plain denoising, operator-aware Tweedie (ambient), consistency; one value a sample each, (B,)."""
+"""Losses: plain denoising, operator-aware Tweedie (ambient), consistency, distillation; one value a sample
+each, (B,)."""
 
 from __future__ import annotations
 
 from ambient_sci.losses.consistency_loss import consistency, consistency_step, squared_expectation_gap
+from ambient_sci.losses.distillation_loss import distillation, karras_levels
 from ambient_sci.losses.tweedie_loss import (
     AmbientStep,
     ambient,
@@ -24,7 +26,9 @@ __all__ = [
     "consistency_step",
     "denoise_measurement",
     "denoising",
+    "distillation",
     "estimate",
+    "karras_levels",
     "kept_weight",
     "squared_expectation_gap",
     "weighted_error",

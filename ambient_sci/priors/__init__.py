@@ -10,6 +10,7 @@ from ambient_sci.priors.config import NetworkConfig, PriorConfig
 from ambient_sci.priors.empirical import EmpiricalPrior
 from ambient_sci.priors.given import Given, KeptRows, Labels, Prompt
 from ambient_sci.priors.network import NetworkPrior
+from ambient_sci.priors.one_step import OneStepPrior
 from ambient_sci.priors.pretrained import pretrained_folder, pretrained_names
 from ambient_sci.priors.stationary import StationaryGaussianPrior
 from ambient_sci.priors.storage import load_prior, save_prior
@@ -28,6 +29,7 @@ __all__ = [
     "LoraPrior",
     "NetworkConfig",
     "NetworkPrior",
+    "OneStepPrior",
     "Prior",
     "PriorConfig",
     "Prompt",

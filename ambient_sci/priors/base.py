@@ -24,7 +24,7 @@ from ambient_sci.noise import expand
 from ambient_sci.priors.folder import write_folder
 from ambient_sci.priors.given import Given, KeptRows
 
-Conditioning = Literal["unconditional", "mask-conditional"]
+Conditioning = Literal["unconditional", "mask-conditional", "one-step"]
 Tensors = dict[str, Tensor]
 
 
@@ -234,7 +234,13 @@ def below(tensors: Tensors, prefix: str) -> Tensors:
 def require_unconditional(prior: Prior, what: str) -> None:
     """Raise ConditioningError, with the way out, if ``prior`` is mask-conditional and ``what`` needs
     E[x_0 | x_t]."""
-    if getattr(prior, "conditioning", "unconditional") != "unconditional":
+    conditioning = getattr(prior, "conditioning", "unconditional")
+    if conditioning == "one-step":
+        raise ConditioningError(
+            f"{what} needs a denoiser for all noise levels, got a one-step generator: it draws images, by "
+            "generate; use the prior that it was distilled from"
+        )
+    if conditioning != "unconditional":
         raise ConditioningError(
             f"{what} needs an unconditional prior, got a mask-conditional one: it estimates E[x0 | kept "
             "rows], not E[x0 | x_t]. "
@@ -248,8 +254,8 @@ def require_mask_conditional(prior: Prior, what: str) -> None:
     E[x_0 | y~, B]."""
     if getattr(prior, "conditioning", "unconditional") != "mask-conditional":
         raise ConditioningError(
-            f"{what} needs a mask-conditional prior (trained on incomplete measurements), got an "
-            "unconditional one: "
+            f"{what} needs a mask-conditional prior (trained on incomplete measurements), got one that is "
+            f"{prior.conditioning}: "
             "use MMPS or another posterior sampler with it"
         )
 

@@ -16,7 +16,7 @@ import torch
 from ambient_sci.data import ImageWriter, ReferenceFile
 from ambient_sci.data.exporters import select_geometry
 from ambient_sci.data.sources import as_complex
-from ambient_sci.priors.base import Prior, require_unconditional
+from ambient_sci.priors.base import Prior
 from ambient_sci.progress import track
 from ambient_sci.sampling.parts import Parts, fingerprint
 from ambient_sci.sampling.reconstruct import POINT_ESTIMATES, Run, merge, notes
@@ -26,6 +26,7 @@ from ambient_sci.sampling.unconditional import (
     chains,
     check_generation,
     generation_grid,
+    require_generator,
     state_like,
 )
 from ambient_sci.whole_files import check_output
@@ -175,7 +176,7 @@ def generate_to_file(
     num: int,
     out: str | Path,
     *,
-    steps: int = 40,
+    steps: int | None = None,
     sampler: str = "heun",
     sigma_min: float | None = None,
     sigma_max: float | None = None,
@@ -210,7 +211,7 @@ def generate_to_file(
     Raises:
         InputError: as `generate`; the output exists and ``overwrite`` is not set.
     """
-    require_unconditional(prior, "generate")
+    require_generator(prior, "generate")
     check_generation("generate", num, sampler, min(batch_size, images_at_once))
     grid = generation_grid(prior, steps, sigma_min, sigma_max, rho)
     out = Path(out)

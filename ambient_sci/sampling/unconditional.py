@@ -24,12 +24,15 @@ from torch import Tensor
 
 from ambient_sci.errors import InputError
 from ambient_sci.noise import ChainNoise, Randomness, ancestral_step, draw_noise, karras_grid
-from ambient_sci.priors import Guided
+from ambient_sci.priors import Guided, OneStepPrior
 from ambient_sci.priors.base import Prior, require_unconditional
 from ambient_sci.priors.given import Given
 from ambient_sci.progress import track
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
+
+#: Noise levels of `generate` where nothing is said.
+STEPS = 40
 
 
 def heun(
@@ -132,13 +135,24 @@ def level_range(prior: Prior, sigma_min: float | None, sigma_max: float | None) 
 
 
 def generation_grid(
-    prior: Prior, steps: int, sigma_min: float | None, sigma_max: float | None, rho: float
+    prior: Prior, steps: int | None, sigma_min: float | None, sigma_max: float | None, rho: float
 ) -> Tensor:
     """The levels of `generate`: `karras_grid` over `level_range`; for one step sigma_max alone.
 
+    Without ``steps`` there are `STEPS`, or one for a one-step generator.
+
     Raises:
-        InputError: impossible numbers, or a sigma_min for one step, which has no use for it.
+        InputError: impossible numbers, a sigma_min for one step, which has no use for it, or other levels
+            than its own for a one-step generator.
     """
+    if isinstance(prior, OneStepPrior):
+        if steps not in (None, 1) or sigma_min is not None or sigma_max not in (None, prior.sigma):
+            raise InputError(
+                f"one-step generator: expected one step at its own level {prior.sigma:g}, got "
+                f"{steps or 1} and levels {sigma_max} to {sigma_min}"
+            )
+        return torch.tensor([prior.sigma], dtype=torch.float64)
+    steps = STEPS if steps is None else steps
     if steps != 1:
         return karras_grid(steps, *level_range(prior, sigma_min, sigma_max), rho=rho)
     if sigma_min is not None:
@@ -169,7 +183,7 @@ def generate(
     prior: Prior,
     num: int,
     *,
-    steps: int = 40,
+    steps: int | None = None,
     sampler: str = "heun",
     sigma_min: float | None = None,
     sigma_max: float | None = None,
@@ -192,7 +206,7 @@ def generate(
     Args:
         prior: unconditional.
         num: number of images.
-        steps: noise levels, >= 1.
+        steps: noise levels, >= 1; default: 40, and 1 for a one-step generator.
         sampler: a name in `SAMPLERS`: "multistep", "heun" or "ancestral".
         sigma_min, sigma_max: ends of the grid; see `level_range`.
         rho: bend of the grid (Karras et al. 2022).
@@ -210,12 +224,18 @@ def generate(
         ConditioningError: a mask-conditional prior.
         InputError: an unknown sampler, impossible numbers, or images that are not finite.
     """
-    require_unconditional(prior, "generate")
+    require_generator(prior, "generate")
     check_generation("generate", num, sampler, batch_size)
     grid = generation_grid(prior, steps, sigma_min, sigma_max, rho)
     denoiser_of = None if given is None and guidance == 1 else told(prior, num, given, guidance)
     seeds = chain_seeds(num, generator)
     return chains(prior, seeds, grid, sampler, batch_size, denoiser_of=denoiser_of, progress=progress)
+
+
+def require_generator(prior: Prior, what: str) -> None:
+    """Raise ConditioningError unless images can be drawn from ``prior``."""
+    if not isinstance(prior, OneStepPrior):
+        require_unconditional(prior, what)
 
 
 def told(prior: Prior, num: int, given: Given | None, guidance: float) -> Callable[[slice], Denoise]:

@@ -10,9 +10,12 @@ _NAMES = {
     "ConsistencyConfig": "stage_configs",
     "EMConfig": "stage_configs",
     "ConsistencyStage": "below_noise",
+    "DistillConfig": "stage_configs",
+    "DistillationStage": "distillation",
     "JointConfig": "stage_configs",
     "JointStage": "below_noise",
     "StagedConfig": "stage_configs",
+    "distill": "trainer",
     "fit_em": "trainer",
     "em_report": "em",
     "LevelConfig": "config",
@@ -40,6 +43,8 @@ __all__ = [
     "Batches",
     "ConsistencyConfig",
     "ConsistencyStage",
+    "DistillConfig",
+    "DistillationStage",
     "Drawn",
     "EMConfig",
     "JointConfig",
@@ -55,6 +60,7 @@ __all__ = [
     "TrainConfig",
     "TrainingDiverged",
     "TrainingInterrupted",
+    "distill",
     "em_report",
     "fit",
     "fit_em",
@@ -68,15 +74,22 @@ if TYPE_CHECKING:
     from ambient_sci.training.batches import Batches, Drawn
     from ambient_sci.training.below_noise import ConsistencyStage, JointStage
     from ambient_sci.training.config import LevelConfig, LossConfig, TrainConfig
+    from ambient_sci.training.distillation import DistillationStage
     from ambient_sci.training.em import em_report
     from ambient_sci.training.errors import ProcessLost, TrainingDiverged, TrainingInterrupted
     from ambient_sci.training.loop import OneModule, Stage, run_stage
     from ambient_sci.training.report import Reporter
     from ambient_sci.training.run_folder import RunFolder
     from ambient_sci.training.source import open_source
-    from ambient_sci.training.stage_configs import ConsistencyConfig, EMConfig, JointConfig, StagedConfig
+    from ambient_sci.training.stage_configs import (
+        ConsistencyConfig,
+        DistillConfig,
+        EMConfig,
+        JointConfig,
+        StagedConfig,
+    )
     from ambient_sci.training.stages import AmbientStage, initial_prior
-    from ambient_sci.training.trainer import fit, fit_em, make_accelerator
+    from ambient_sci.training.trainer import distill, fit, fit_em, make_accelerator
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 from ambient_sci.errors import InputError
 from ambient_sci.priors.config import NetworkConfig
 from ambient_sci.training.settings import check_types, parse_dataclass, require
-from ambient_sci.training.stage_configs import EMConfig, JointConfig, StagedConfig
+from ambient_sci.training.stage_configs import DistillConfig, EMConfig, JointConfig, StagedConfig
 from ambient_sci.whole_files import write_text
 
 AUGMENTATIONS = ("flip-horizontal", "flip-vertical", "transpose", "phase", "gain")
@@ -129,6 +129,8 @@ class TrainConfig:
             (``mode`` in a file says which); None: do not.
         em: learn an unconditional prior from incomplete (or any) measurements by expectation maximisation;
             max_steps and max_minutes must then be left out, ``em.steps`` counts for every lap.
+        distillation: make a one-step generator of a prior that is there, see `distill`; learning rate and
+            betas are those of `DistillConfig`.
     """
 
     seed: int = 0
@@ -156,6 +158,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     consistency: StagedConfig | JointConfig | None = None
     em: EMConfig | None = None
+    distillation: DistillConfig | None = None
 
     def __post_init__(self) -> None:
         check_types(self, "")
@@ -182,6 +185,9 @@ class TrainConfig:
             )
 
     def _check_stages(self) -> None:
+        if self.distillation is not None:
+            both = self.em is not None or self.consistency is not None
+            require(not both, "distillation", "no em and no consistency beside it", "both")
         if self.em is not None:
             limits = (self.max_steps, self.max_minutes)
             require(limits == (None, None), "em", "no max_steps and max_minutes beside em.steps", limits)

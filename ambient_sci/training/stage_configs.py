@@ -245,3 +245,42 @@ class EMConfig:
         require(self.tolerance > 0, name + "tolerance", "a value > 0", self.tolerance)
         require(0 <= self.improvement < 1, name + "improvement", "a value in [0, 1)", self.improvement)
         require(0 < self.held_out_keep < 1, name + "held_out_keep", "a value in (0, 1)", self.held_out_keep)
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Distillation of a prior into a one-step generator; see `ambient_sci.training.distillation`.
+
+    Levels are in the units of ``levels`` (by default standard deviations of the data).
+
+    Attributes:
+        sigma_init: the level that the generator is called at.
+        alpha: of the loss. At most 1 it always pushes the right way.
+        sigma_min: lowest level at which generator and prior are compared; default: the lowest that the prior
+            has learned. Below that it is asked what it was never taught, which decides what comes out.
+        floor: lowest level, where the prior has learned all.
+        sigma_max: highest level of the comparison.
+        learning_rate: of the fake, and of the generator unless ``generator_learning_rate`` says otherwise.
+        generator_learning_rate: of the generator.
+        betas: of both optimisers.
+    """
+
+    sigma_init: float = 5.0
+    alpha: float = 1.0
+    sigma_min: float | None = None
+    floor: float = 4e-3
+    sigma_max: float = 48.0
+    learning_rate: float = 2e-4
+    generator_learning_rate: float | None = None
+    betas: tuple[float, float] = (0.0, 0.999)
+
+    def __post_init__(self) -> None:
+        name = "distillation."
+        check_types(self, name)
+        for key in ("sigma_init", "floor", "sigma_max", "learning_rate"):
+            require(getattr(self, key) > 0, name + key, "a value > 0", getattr(self, key))
+        for key in ("sigma_min", "generator_learning_rate"):
+            value = getattr(self, key)
+            require(value is None or value > 0, name + key, "a value > 0", value)
+        require(self.alpha >= 0, name + "alpha", "a value >= 0", self.alpha)
+        require(all(0 <= beta < 1 for beta in self.betas), name + "betas", "two values in [0, 1)", self.betas)

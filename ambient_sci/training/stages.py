@@ -65,6 +65,22 @@ def started_from(initial: Prior, source: Source, saved: bool) -> Prior:
         InputError: another shape or kind than the data need, nothing to train, or a prior that cannot be
             saved.
     """
+    check_start(initial, source, saved)
+    trainable = trainable_names(initial)
+    if not trainable:
+        raise InputError(
+            f"initial prior: expected parameters that require a gradient, got none in {initial!r}"
+        )
+    return copy_sharing(initial, trainable)  # type: ignore[return-value]
+
+
+def check_start(initial: Prior, source: Source, saved: bool) -> None:
+    """Whether a run on ``source`` can begin with ``initial``.
+
+    Raises:
+        InputError: another shape or kind than the data need, or a prior that cannot be saved where the run
+        is.
+    """
     if tuple(initial.shape) != source.image_shape:
         raise InputError(
             f"initial prior: expected images {source.image_shape}, got a prior of {tuple(initial.shape)}"
@@ -74,12 +90,6 @@ def started_from(initial: Prior, source: Source, saved: bool) -> Prior:
     )
     if saved:
         description_of(initial)
-    trainable = trainable_names(initial)
-    if not trainable:
-        raise InputError(
-            f"initial prior: expected parameters that require a gradient, got none in {initial!r}"
-        )
-    return copy_sharing(initial, trainable)  # type: ignore[return-value]
 
 
 def ambient_of(

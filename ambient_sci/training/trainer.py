@@ -18,6 +18,7 @@ from ambient_sci._version import __version__
 from ambient_sci.errors import InputError
 from ambient_sci.operators import RowMaskedOperator
 from ambient_sci.priors import Prior
+from ambient_sci.training.batches import Batches
 from ambient_sci.training.below_noise import (
     ConsistencyStage,
     JointStage,
@@ -26,15 +27,16 @@ from ambient_sci.training.below_noise import (
     staged_reason,
 )
 from ambient_sci.training.config import TrainConfig
+from ambient_sci.training.distillation import DistillationStage
 from ambient_sci.training.em import run_em
 from ambient_sci.training.loop import run_stage
 from ambient_sci.training.players import trainable_names
 from ambient_sci.training.processes import Processes
 from ambient_sci.training.report import Reporter
 from ambient_sci.training.run_folder import RunFolder
-from ambient_sci.training.source import open_source
-from ambient_sci.training.stage_configs import EMConfig, JointConfig, StagedConfig
-from ambient_sci.training.stages import AmbientStage, started_from
+from ambient_sci.training.source import Source, open_source
+from ambient_sci.training.stage_configs import DistillConfig, EMConfig, JointConfig, StagedConfig
+from ambient_sci.training.stages import AmbientStage, check_start, started_from
 from ambient_sci.whole_files import digest_of
 
 
@@ -114,6 +116,8 @@ def _fit(
             )
         return run_em(measurements, config, folder, accelerator, reporter, resume)
     source = open_source(measurements, config)
+    if config.distillation is not None:
+        return _distil(source, config, folder, resume, initial, accelerator, reporter)
     kind = JointStage if isinstance(config.consistency, JointConfig) else AmbientStage
     start = None if initial is None else started_from(initial, source, folder is not None)
     first = kind(source, config, accelerator, start)
@@ -141,6 +145,66 @@ def _fit(
     return prior.eval()
 
 
+def _distil(
+    source: Source,
+    config: TrainConfig,
+    folder: RunFolder | None,
+    resume: bool,
+    teacher: Prior | None,
+    accelerator: Accelerator,
+    reporter: Reporter,
+) -> Prior:
+    """`fit` with ``config.distillation``."""
+    if teacher is None:
+        raise InputError("distillation: expected the prior to distil (initial), got none")
+    check_start(teacher, source, folder is not None)
+    batches = Batches(source, config, accelerator)
+    stage = DistillationStage(batches, teacher, config)
+    fingerprint = {**source.fingerprint(), "initial": digest_of(teacher.saved_tensors())}
+    description = describe_run({stage.name: stage.reason}, fingerprint, stage)
+    if folder and accelerator.is_main_process:
+        folder.reopen(config, description) if resume else folder.create(config, description)
+    Processes(accelerator).wait()
+    reporter.say(stage.reason)
+    try:
+        return run_stage(
+            stage, config, accelerator=accelerator, folder=folder, resume=resume, reporter=reporter
+        ).eval()
+    finally:
+        batches.close()
+
+
+def distill(
+    prior: Prior,
+    measurements: str | os.PathLike[str] | tuple[RowMaskedOperator, Tensor, float | Tensor],
+    config: TrainConfig | None = None,
+    out: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Prior:
+    """A generator that draws an image in one call, from a prior and the measurements it was learned from.
+
+    `fit` with ``config.distillation``, which this sets to its defaults if it is None. See
+    `ambient_sci.training.distillation` for the method.
+
+    Args:
+        prior: the teacher, saved or in memory; copied.
+        measurements: as for `fit`. Their operators, noise levels and labels are used, not their values.
+        config: the run.
+        out: run folder.
+        **options: ``resume``, ``overwrite``, ``progress`` of `fit`.
+
+    Returns:
+        a `OneStepPrior`, which `generate` calls once an image.
+
+    Raises:
+        InputError: as for `fit`; a prior of other images or another kind than the measurements need, or
+            levels that it has not learned.
+    """
+    config = config or TrainConfig()
+    config = config if config.distillation else replace(config, distillation=DistillConfig())
+    return fit(measurements, config, out, initial=prior, **options)
+
+
 def fit_em(
     measurements: str | os.PathLike[str] | tuple[RowMaskedOperator, Tensor, float | Tensor],
     config: TrainConfig | None = None,
@@ -156,7 +220,9 @@ def fit_em(
     return fit(measurements, config if config.em else replace(config, em=EMConfig()), out, **options)
 
 
-def describe_run(reasons: dict[str, str], fingerprint: dict[str, Any], stage: AmbientStage) -> dict[str, Any]:
+def describe_run(
+    reasons: dict[str, str], fingerprint: dict[str, Any], stage: AmbientStage | DistillationStage
+) -> dict[str, Any]:
     """What ``run.json`` says: data, the stages that run and why."""
     network: Any = stage.module
     return {
