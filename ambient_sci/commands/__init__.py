@@ -4,6 +4,7 @@ the rooms."""
 from __future__ import annotations
 
 from ambient_sci.commands.data import Import, Inspect, Simulate
+from ambient_sci.commands.distill import Distill
 from ambient_sci.commands.memorization import (
     MemorizationAttackCommand,
     MemorizationErrorCommand,
@@ -18,6 +19,7 @@ COMMANDS = {
     "import": Import,
     "inspect": Inspect,
     "train": Train,
+    "distill": Distill,
     "generate": Generate,
     "reconstruct": Reconstruct,
     "evaluate": Evaluate,

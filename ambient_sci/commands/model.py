@@ -143,14 +143,13 @@ class Generate:
     num: Annotated[int, arg(metavar="N", help="Number of images, >= 1.")]
     out: Annotated[Path, arg(metavar="S.h5", help="File of images to write (evaluate and inspect read it).")]
     steps: Annotated[
-        int,
+        int | None,
         arg(
             metavar="K",
-            help="Noise levels of the sampler, >= 1; more is finer and slower. 1: one evaluation at the "
-            "highest level, for one-step "
-            "generators.",
+            help="Noise levels of the sampler, >= 1; more is finer and slower. A one-step generator has one.",
+            help_behavior_hint="(default: 40; 1 for a one-step generator)",
         ),
-    ] = 40
+    ] = None
     sampler: Annotated[
         Literal["multistep", "heun", "ancestral"],
         arg(
@@ -178,10 +177,11 @@ class Generate:
         require(sheet != self.out, "--out", "a name like S.h5 (S.png will be the contact sheet)", self.out)
         check_outputs(sheet, overwrite=self.overwrite)
         require(self.num >= 1, "--num", "at least 1", self.num)
-        require(self.steps >= 1, "--steps", "at least 1 noise level", self.steps)
+        require(self.steps is None or self.steps >= 1, "--steps", "at least 1 noise level", self.steps)
         require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
         prior = load_prior(self.run_folder, find_device(self.device))
-        low = float(generation_grid(prior, self.steps, self.sigma_min, None, 7.0)[-1])
+        grid = generation_grid(prior, self.steps, self.sigma_min, None, 7.0)
+        low = float(grid[-1])
         with folder_of(self.out):
             generate_to_file(
                 prior,
@@ -191,7 +191,7 @@ class Generate:
                 sampler=self.sampler,
                 sigma_min=self.sigma_min,
                 batch_size=self.batch_size,
-                history=f"generate {self.num} from {self.run_folder}: {self.sampler}, {self.steps} levels "
+                history=f"generate {self.num} from {self.run_folder}: {self.sampler}, {len(grid)} levels "
                 f"down to {low:.4g}, "
                 f"seed {self.seed}",
                 overwrite=self.overwrite,
@@ -202,7 +202,7 @@ class Generate:
             return
         contact_sheet(self.out, sheet, overwrite=self.overwrite)
         print(f"images: {self.out}, contact sheet: {sheet}")
-        if self.steps > 1 and prior.sigma_min > 0 and low >= prior.sigma_min:
+        if len(grid) > 1 and prior.sigma_min > 0 and low >= prior.sigma_min:
             print(
                 f"note: sampling stopped at noise level {low:.3g}, the lowest the prior has learned; detail "
                 "weaker than that "

@@ -30,6 +30,8 @@ _HOMES = {
     "kernel_distance": "distances",
     "energy_distance": "distances",
     "distribution_distances": "distances",
+    "ProximalScore": "proximal",
+    "proximal_score": "proximal",
     "FeatureMoments": "feature_distances",
     "frechet": "feature_distances",
     "kid": "feature_distances",

@@ -31,6 +31,7 @@ _NAMES = {
     "initial_prior": "stages",
     "Reporter": "report",
     "RunFolder": "run_folder",
+    "Selection": "selection",
     "Stage": "loop",
     "fit": "trainer",
     "make_accelerator": "trainer",
@@ -55,6 +56,7 @@ __all__ = [
     "ProcessLost",
     "Reporter",
     "RunFolder",
+    "Selection",
     "Stage",
     "StagedConfig",
     "TrainConfig",
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from ambient_sci.training.loop import OneModule, Stage, run_stage
     from ambient_sci.training.report import Reporter
     from ambient_sci.training.run_folder import RunFolder
+    from ambient_sci.training.selection import Selection
     from ambient_sci.training.source import open_source
     from ambient_sci.training.stage_configs import (
         ConsistencyConfig,

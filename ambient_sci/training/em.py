@@ -55,6 +55,7 @@ from ambient_sci.training.gaussian_em import LARGEST_FULL, fit_initial
 from ambient_sci.training.loop import run_stage
 from ambient_sci.training.report import Reporter
 from ambient_sci.training.run_folder import RunFolder
+from ambient_sci.training.selection import Selection
 from ambient_sci.training.source import Measurements, Source, judge, open_measurements, survey_masks
 from ambient_sci.training.stage_configs import EMConfig
 from ambient_sci.training.stages import AmbientStage
@@ -84,13 +85,14 @@ def run_em(
     accelerator: Accelerator,
     reporter: Reporter,
     resume: bool,
+    selection: Selection | None = None,
 ) -> Prior:
     """All laps; called by `fit` after it has checked the folder."""
     if folder is None:
         if accelerator.num_processes > 1:
             raise InputError("EM on several processes: expected a run folder, which they share, got none")
         with tempfile.TemporaryDirectory() as scratch:
-            return run_em(measurements, config, RunFolder(scratch), accelerator, reporter, False)
+            return run_em(measurements, config, RunFolder(scratch), accelerator, reporter, False, selection)
     data = open_measurements(measurements)
     fraction, _ = survey_masks(data)
     reason = (
@@ -109,7 +111,7 @@ def run_em(
             folder.write_json("em.json", {"laps": []})
     accelerator.wait_for_everyone()
     reporter.say(reason)
-    return Laps(data, config, folder, accelerator, reporter).run()
+    return Laps(data, config, folder, accelerator, reporter, selection).run()
 
 
 @dataclass
@@ -123,6 +125,7 @@ class Laps:
     folder: RunFolder
     accelerator: Accelerator
     reporter: Reporter
+    selection: Selection | None = None
 
     @property
     def settings(self) -> EMConfig:
@@ -140,6 +143,8 @@ class Laps:
             begun = time.monotonic()
             prior, details = self.initial() if prior is None else self.lap(lap, prior)
             report = {"lap": lap, "crps": self.held_out_score(prior), **details}
+            if self.selection is not None:
+                report["score"] = self.selection(prior)
             report["seconds"] = round(time.monotonic() - begun, 2)
             reports = [*reports, self.agreed(report)]
             self.keep(prior, reports)
@@ -161,8 +166,8 @@ class Laps:
             return False
         best, since = float("inf"), 0
         for report in _candidates(reports):
-            better = report["crps"] < best * (1 - self.settings.improvement)
-            best, since = (report["crps"], 0) if better else (best, since + 1)
+            better = _score(report) < best * (1 - self.settings.improvement)
+            best, since = (_score(report), 0) if better else (best, since + 1)
         return since >= self.settings.patience or len(reports) > self.settings.laps
 
     def keep(self, prior: Prior, reports: list[dict[str, Any]]) -> None:
@@ -384,7 +389,12 @@ def _candidates(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _best(reports: list[dict[str, Any]]) -> int:
-    return min(_candidates(reports), key=lambda r: r["crps"])["lap"]
+    return min(_candidates(reports), key=_score)["lap"]
+
+
+def _score(report: dict[str, Any]) -> float:
+    """What a lap is judged by: the run's own selection, where it has one, else the CRPS of held-out rows."""
+    return report.get("score", report["crps"])
 
 
 def _spread(num: int, count: int) -> Tensor:

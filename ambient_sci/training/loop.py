@@ -36,6 +36,7 @@ from ambient_sci.training.players import Player
 from ambient_sci.training.processes import Processes
 from ambient_sci.training.report import Reporter
 from ambient_sci.training.run_folder import RunFolder
+from ambient_sci.training.selection import Selection
 
 # Processes agree on the clock and on interruptions this often (steps): each time costs a wait for the
 # accelerator.
@@ -112,11 +113,13 @@ def run_stage(
     folder: RunFolder | None = None,
     resume: bool = False,
     reporter: Reporter | None = None,
+    selection: Selection | None = None,
 ) -> Prior:
     """Train ``stage`` to the end of ``config``, from its checkpoint in ``folder`` if ``resume``; return the
     averaged prior.
 
-    A stage that had already ended is only loaded.
+    A stage that had already ended is only loaded. With ``selection`` the prior is the state of the run that
+    scored best.
 
     Raises:
         InputError: modules without trainable parameters, or the checkpoint of other ones.
@@ -125,7 +128,7 @@ def run_stage(
         ProcessLost: another process of the run has ended.
     """
     reporter = reporter or Reporter(enabled=False)
-    loop = _Loop(stage, config, accelerator, folder)
+    loop = _Loop(stage, config, accelerator, folder, selection)
     if resume:
         loop.restore(reporter)
     loop.run(reporter)
@@ -134,9 +137,17 @@ def run_stage(
 
 class _Loop:
     def __init__(
-        self, stage: Stage, config: TrainConfig, accelerator: Accelerator, folder: RunFolder | None
+        self,
+        stage: Stage,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        folder: RunFolder | None,
+        selection: Selection | None,
     ) -> None:
-        self.stage, self.config, self.folder = stage, config, folder
+        self.stage, self.config, self.folder, self.selection = stage, config, folder, selection
+        # (score, step) of the state that is kept; scores since the last line of the log.
+        self.best: tuple[float, int] | None = None
+        self.judged: dict[str, float] = {}
         self.processes, self.device = Processes(accelerator), accelerator.device
         own: dict[str, dict[str, Any]] = getattr(stage, "overrides", {})
         self.players = {
@@ -148,8 +159,10 @@ class _Loop:
         self.unchecked: list[tuple[int, Tensor, Tensor]] = []
         self.stop: int | None = None
 
-    def prior(self) -> Prior:
-        return self.stage.prior({name: player.averaged() for name, player in self.players.items()})
+    def prior(self, best: bool = True) -> Prior:
+        """The prior of the averages: as they are, or as they were when they scored ``best``."""
+        kept = {name: player.kept if best else None for name, player in self.players.items()}
+        return self.stage.prior({n: kept[n] or player.averaged() for n, player in self.players.items()})
 
     def trainable_prior(self) -> Prior:
         """The prior, its parameters as open to training as those of the modules, as they are when it is
@@ -176,13 +189,14 @@ class _Loop:
         with Interruption() as interruption, shown:
             while self.config.progress(self.step, self.seconds) < 1 and self.stop is None:
                 self._advance(interruption)
+                self._judge()
                 if self.step % self.config.log_interval == 0:
                     shown.observe(self._log())
                 # By the clock that the processes share: they save together.
                 if self.seconds - self.saved >= 60 * self.config.checkpoint_minutes:
                     self.save()
                 shown.update(self.step, self.seconds)
-            if self.step % self.config.log_interval and self.stop is None:
+            if (self.step % self.config.log_interval or self.judged) and self.stop is None:
                 self._log()
             self.save()
         self.processes.wait()
@@ -211,6 +225,21 @@ class _Loop:
                 [loss.double(), norm.double(), torch.ones_like(norm, dtype=torch.float64)]
             )
         self.step += 1
+
+    def _judge(self) -> None:
+        """Score the averages where it is time to, and keep them if none were better."""
+        selection = self.selection
+        over = self.config.progress(self.step, self.seconds) >= 1
+        if selection is None or not (over or self.step % selection.every == 0):
+            return
+        score = selection(self.prior(best=False))
+        if self.processes.count > 1:  # in the last digits they may differ, and then each would keep its own
+            score = float(self.processes.mean(torch.tensor(score, dtype=torch.float64, device=self.device)))
+        self.judged[str(self.step)] = score
+        if self.best is None or score < self.best[0]:
+            self.best = (score, self.step)
+            for player in self.players.values():
+                player.keep()
 
     def _turn(self, turn: int, parts: list[Iterator[tuple[str, Tensor]]]) -> tuple[Player, Tensor] | None:
         """Loss and gradient of the next turn, one part after the other; None where the step is over."""
@@ -298,6 +327,8 @@ class _Loop:
         line = {"stage": self.stage.name, "step": self.step, **first, "seconds": round(self.seconds, 3)}
         if len(self.players) > 1:
             line["modules"] = lines
+        if self.judged:
+            line["scores"], self.judged = self.judged, {}
         if self.folder and self.processes.is_main:
             self.folder.append_log(line)
         return first["loss"]
@@ -316,6 +347,7 @@ class _Loop:
         for name, player in self.players.items():
             tensors |= {f"{name}/{key}": value for key, value in player.state().items()}
         values = {"step": self.step, "seconds": self.seconds, "shares": self.processes.count * self.parts}
+        values |= {"best": self.best, "judged": self.judged} if self.best else {}
         self.folder.save_checkpoint(self.stage.name, tensors, values)
         self.prior().save(self.folder.prior)
 
@@ -340,6 +372,11 @@ class _Loop:
                 "run would have drawn"
             )
         self.step, self.seconds = values["step"], values["seconds"]
+        if values.get("best") and self.selection is None:
+            raise InputError(
+                f"{self.stage.name}: expected the selection that the run keeps its best state by, got none"
+            )
+        self.best, self.judged = tuple(values.get("best") or ()) or None, values.get("judged", {})  # type: ignore[assignment]
         for name, player in self.players.items():
             player.load_state(_below(tensors, f"{name}/"))
         if hasattr(self.stage, "load_state"):

@@ -111,6 +111,8 @@ class Player:
         self.rate = config.learning_rate
         # Sums since the last line of the log: loss, gradient norm, number of turns. On the device.
         self.trace = torch.zeros(3, dtype=torch.float64, device=device)
+        #: The average as it was when it was last kept (`keep`); None: never.
+        self.kept: nn.Module | None = None
 
     # -- a turn ----------------------------------------------------------------------------------------------
 
@@ -146,6 +148,22 @@ class Player:
                     shown.copy_(mean)
         return self.average
 
+    def keep(self) -> None:
+        """Remember the average as it is."""
+        average = self.averaged()
+        if self.kept is None:
+            self.kept = copy_sharing(average, self.names).eval().requires_grad_(False)
+            return
+        with torch.no_grad():
+            for name, tensor in self._of_kept(self.kept).items():
+                tensor.copy_(self._of_kept(average)[name])
+
+    def _of_kept(self, module: nn.Module) -> dict[str, Tensor]:
+        """The tensors of the module, its average or what was kept that training moves, by name."""
+        named = dict(module.named_parameters())
+        moved = {f"{path}.{name}": module.get_submodule(path)._buffers[name] for path, name in self.buffers}
+        return {name: named[name] for name in self.names} | {k: b for k, b in moved.items() if b is not None}
+
     # -- the checkpoint --------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
@@ -154,6 +172,8 @@ class Player:
         for name, p, mean in zip(self.names, self.parameters, self._means, strict=True):
             tensors |= {f"module.{name}": p.detach(), f"average.{name}": mean.detach()}
             tensors |= {f"optimizer.{name}.{k}": v for k, v in self.optimizer.state.get(p, {}).items()}
+        if self.kept is not None:
+            tensors |= {f"kept.{name}": t.detach() for name, t in self._of_kept(self.kept).items()}
         return tensors | {f"buffer.{name}": b for name, b in self.persistent().items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -176,6 +196,11 @@ class Player:
             for name, buffer in self.persistent().items():
                 buffer.copy_(tensors[f"buffer.{name}"])
         self._follow()
+        if any(k.startswith("kept.") for k in tensors):
+            self.keep()
+            assert self.kept is not None
+            for name, tensor in self._of_kept(self.kept).items():
+                tensor.data.copy_(tensors[f"kept.{name}"])
         self.trace.copy_(tensors["trace"])
         moments: dict[int, dict[str, Tensor]] = {}
         for index, name in enumerate(self.names):

@@ -34,6 +34,7 @@ from ambient_sci.training.players import trainable_names
 from ambient_sci.training.processes import Processes
 from ambient_sci.training.report import Reporter
 from ambient_sci.training.run_folder import RunFolder
+from ambient_sci.training.selection import Selection
 from ambient_sci.training.source import Source, open_source
 from ambient_sci.training.stage_configs import DistillConfig, EMConfig, JointConfig, StagedConfig
 from ambient_sci.training.stages import AmbientStage, check_start, started_from
@@ -48,6 +49,7 @@ def fit(
     overwrite: bool = False,
     progress: bool = True,
     initial: Prior | None = None,
+    selection: Selection | None = None,
 ) -> Prior:
     """Train a prior on measurements alone.
 
@@ -69,6 +71,8 @@ def fit(
         progress: show a progress bar, or lines where standard error is no terminal.
         initial: a prior to go on from instead of random weights: any that was trained or registered, a
             `LoraPrior` of one to train an adapter alone. It is copied; ``config.network`` is not used.
+        selection: keep the state that scores best instead of the last one; of the last stage, or the laps of
+            EM. To be given again with ``resume``.
 
     Returns:
         the prior with averaged weights, in evaluation mode, on the training device.
@@ -96,7 +100,7 @@ def fit(
             if not resume:  # another process may have been here between the first look and the lock
                 folder.check_free(overwrite)
         reporter = Reporter(progress and accelerator.is_main_process)
-        return _fit(measurements, config, folder, resume, initial, accelerator, reporter)
+        return _fit(measurements, config, folder, resume, initial, accelerator, reporter, selection)
 
 
 def _fit(
@@ -107,6 +111,7 @@ def _fit(
     initial: Prior | None,
     accelerator: Accelerator,
     reporter: Reporter,
+    selection: Selection | None,
 ) -> Prior:
     """`fit` in a folder that is held."""
     if config.em is not None:
@@ -114,10 +119,10 @@ def _fit(
             raise InputError(
                 "initial: expected no prior to start from with em, whose laps start from one another, got one"
             )
-        return run_em(measurements, config, folder, accelerator, reporter, resume)
+        return run_em(measurements, config, folder, accelerator, reporter, resume, selection)
     source = open_source(measurements, config)
     if config.distillation is not None:
-        return _distil(source, config, folder, resume, initial, accelerator, reporter)
+        return _distil(source, config, folder, resume, initial, accelerator, reporter, selection)
     kind = JointStage if isinstance(config.consistency, JointConfig) else AmbientStage
     start = None if initial is None else started_from(initial, source, folder is not None)
     first = kind(source, config, accelerator, start)
@@ -136,10 +141,10 @@ def _fit(
         reporter.say(reason)
     options: Any = {"accelerator": accelerator, "folder": folder, "resume": resume, "reporter": reporter}
     try:
-        prior = run_stage(first, config, **options)
+        prior = run_stage(first, config, selection=None if staged else selection, **options)
         if staged:
             second = ConsistencyStage(first.batches, prior, config, trainable_names(first.module))
-            prior = run_stage(second, second_stage_config(config), **options)
+            prior = run_stage(second, second_stage_config(config), selection=selection, **options)
     finally:
         first.batches.close()
     return prior.eval()
@@ -153,6 +158,7 @@ def _distil(
     teacher: Prior | None,
     accelerator: Accelerator,
     reporter: Reporter,
+    selection: Selection | None,
 ) -> Prior:
     """`fit` with ``config.distillation``."""
     if teacher is None:
@@ -167,9 +173,8 @@ def _distil(
     Processes(accelerator).wait()
     reporter.say(stage.reason)
     try:
-        return run_stage(
-            stage, config, accelerator=accelerator, folder=folder, resume=resume, reporter=reporter
-        ).eval()
+        options: Any = {"accelerator": accelerator, "folder": folder, "resume": resume, "reporter": reporter}
+        return run_stage(stage, config, selection=selection, **options).eval()
     finally:
         batches.close()
 
@@ -191,7 +196,7 @@ def distill(
         measurements: as for `fit`. Their operators, noise levels and labels are used, not their values.
         config: the run.
         out: run folder.
-        **options: ``resume``, ``overwrite``, ``progress`` of `fit`.
+        **options: ``resume``, ``overwrite``, ``progress``, ``selection`` of `fit`.
 
     Returns:
         a `OneStepPrior`, which `generate` calls once an image.
