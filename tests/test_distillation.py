@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ambient_sci import losses
+from ambient_sci.cli import main
+from ambient_sci.data import write_measurements
 from ambient_sci.errors import ConditioningError, InputError
 from ambient_sci.operators import Identity, Masking
 from ambient_sci.operators.designs import Independent
@@ -256,3 +258,42 @@ def test_what_cannot_be_distilled_is_refused():
         distill(other, data, small(2), progress=False)
     with pytest.raises(InputError, match="no em and no consistency"):
         small(2, distillation=DistillConfig(), consistency=StagedConfig())
+
+
+def test_at_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """train, distill (and judged without clean images), generate; a generator is refused by reconstruct."""
+    generator = torch.Generator().manual_seed(0)
+    noisy = 0.5 * torch.randn(12, 1, 8, 8, generator=generator)
+    write_measurements(
+        tmp_path / "M.h5",
+        measurements=noisy,
+        mask=None,
+        noise_std=0.1,
+        operator="identity",
+        image_shape=(1, 8, 8),
+    )
+    small(2).save(tmp_path / "c.json")
+    run, made = str(tmp_path / "run"), str(tmp_path / "made")
+    measurements, settings = str(tmp_path / "M.h5"), ["--config", str(tmp_path / "c.json"), "--device", "cpu"]
+    assert main(["train", measurements, "--out", run, *settings]) == 0
+    judged = ["--select-every", "2", "--select-num", "8"]
+    assert main(["distill", run, measurements, "--out", made, *settings, "--max-steps", "4", *judged]) == 0
+    assert "one call at level" in capsys.readouterr().out
+    assert main(["distill", run, measurements, "--out", made, "--resume", "--max-steps", "6"]) == 2
+    assert "expected the selection" in capsys.readouterr().err
+    assert main(["generate", made, "--num", "3", "--out", str(tmp_path / "S.h5"), "--device", "cpu"]) == 0
+    again = [
+        "generate",
+        made,
+        "--num",
+        "3",
+        "--steps",
+        "5",
+        "--out",
+        str(tmp_path / "T.h5"),
+        "--device",
+        "cpu",
+    ]
+    assert main(again) == 2 and "expected one step" in capsys.readouterr().err
+    rec = ["reconstruct", made, measurements, "--out", str(tmp_path / "R.h5"), "--device", "cpu"]
+    assert main(rec) == 2 and "one-step generator" in capsys.readouterr().err
