@@ -312,7 +312,7 @@ class Reconstruct:
         from ambient_sci.data import MeasurementFile
         from ambient_sci.priors import load_prior
         from ambient_sci.sampling import reconstruct_to_file
-        from ambient_sci.sampling.reconstruct import POINT_ESTIMATES
+        from ambient_sci.sampling.samplers import POINT_ESTIMATES
 
         settings = self._settings()
         check_outputs(self.out, overwrite=self.overwrite, inputs=(self.measurements,))
@@ -348,7 +348,8 @@ class Reconstruct:
     def _settings(self) -> dict[str, Any]:
         """The options that were given, checked; what a sampler has no use for is refused."""
         from ambient_sci.sampling import POSTERIOR_SAMPLERS
-        from ambient_sci.sampling.reconstruct import POINT_ESTIMATES, sampler_options
+        from ambient_sci.sampling.checks import sampler_options
+        from ambient_sci.sampling.samplers import POINT_ESTIMATES
 
         names = ("samples", "steps", "sigma_min", *SAMPLER_OPTIONS)
         given = {k: getattr(self, k) for k in names if getattr(self, k) is not None}

@@ -283,6 +283,7 @@ class Laps:
             tolerance=settings.tolerance,
             precision=settings.sampler_precision,
             batch_size=settings.sampler_batch,
+            antithetic=False,  # draws are wanted here, and no mean
             generator=generator,
         )
 
