@@ -281,9 +281,9 @@ class Reconstruct:
         Literal["auto", "mean", "draw"] | None,
         arg(
             metavar="{auto,mean,draw}",
-            help="mmps: what to return at the lowest level: its mean, or a draw that restores the "
-            "variance still open there; auto "
-            "draws where the levels stop early.",
+            help="mmps: what a sample is at the lowest level: the mean there, or a draw that restores the "
+            "variance still open; auto "
+            "draws where the levels stop early. The posterior mean averages means in any case.",
             help_behavior_hint="(default: auto)",
         ),
     ] = None
