@@ -27,6 +27,7 @@ from ambient_sci.evaluation import (
     reconstruction_table,
     sliced_wasserstein,
     ssim,
+    tissue_white,
     volume_peak,
     with_truth,
 )
@@ -256,6 +257,34 @@ def test_figures_of_any_images(tmp_path, channels, rows):
     reconstruction_figure(out, x, {}, mean=x)
     reconstruction_figure(out, x, {"input": x})
     assert is_png(out)
+
+
+def test_error_and_std_are_shown_on_one_scale_and_their_ratio_on_another(tmp_path, monkeypatch):
+    """Every map is drawn as it is, the ratio too, and grey images up to the white that was asked for."""
+    from matplotlib.axes import Axes
+
+    drawn, plain = [], Axes.imshow
+    monkeypatch.setattr(
+        Axes, "imshow", lambda self, x, **k: drawn.append((torch.as_tensor(x), k)) or plain(self, x, **k)
+    )
+    x = noise(2, 2, 16, 16)
+    std = torch.full_like(x, 0.5 / 2**0.5)
+    std[0, :, 0, 0] = 0
+    mean = x + torch.tensor([0.6, 0.8]).reshape(2, 1, 1)  # the error is 1, the spread 0.5
+    reconstruction_figure(tmp_path / "a.png", x, {}, mean=mean, std=std, peak=1.0, white=tissue_white(x))
+    grey, maps = drawn[:4], drawn[4:]
+    assert [k["vmax"] for _, k in grey] == pytest.approx([*tissue_white(x).tolist()] * 2)
+    assert maps[0][1]["vmax"] == maps[2][1]["vmax"] and maps[4][1]["vmax"] == 4
+    assert torch.allclose(maps[2][0], torch.ones(16, 16), atol=1e-5)
+    assert maps[4][0][0, 0] == 0 and torch.allclose(maps[5][0], torch.full((16, 16), 2.0), atol=1e-5)
+
+
+def test_white_is_the_tissue_and_not_the_brightest():
+    image = torch.zeros(1, 1, 20, 20)
+    image[..., 5:15, 5:15] = 0.4
+    image[..., 5, 5:9] = 1.0  # 4 of 100
+    assert float(tissue_white(image)) == pytest.approx(0.4)
+    assert tissue_white(torch.zeros(2, 1, 4, 4)).tolist() == [1.0, 1.0]
 
 
 def test_a_figure_that_fails_leaves_nothing(tmp_path):

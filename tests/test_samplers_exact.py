@@ -61,7 +61,7 @@ def test_mmps_is_exact_on_gaussian_priors(kind):
     )
     check(scores)
     assert report["solves_stopped_by_guard"] == 0 and report["solves_above_tolerance"] == 0
-    assert report["network_evaluations"] == 30
+    assert report["network_evaluations"] == 30 + 10  # ten for the mean, from opposite noise
 
 
 @pytest.mark.parametrize("kind", ["mri", "masking"])
@@ -71,7 +71,7 @@ def test_mmps_at_its_default_settings(kind):
     """
     scores, report = sampled(gaussian_problem(kind), "mmps")
     check(scores, low=0.92, high=1.08)
-    assert report["network_evaluations"] == 14 and report["jacobian_products"] <= 14 * 5
+    assert report["network_evaluations"] == 14 + 10 and report["jacobian_products"] <= 14 * 5 + 10
 
 
 @pytest.mark.parametrize("kind", ["mri", "masking"])

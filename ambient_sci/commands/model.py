@@ -281,9 +281,9 @@ class Reconstruct:
         Literal["auto", "mean", "draw"] | None,
         arg(
             metavar="{auto,mean,draw}",
-            help="mmps: what to return at the lowest level: its mean, or a draw that restores the "
-            "variance still open there; auto "
-            "draws where the levels stop early.",
+            help="mmps: what a sample is at the lowest level: the mean there, or a draw that restores the "
+            "variance still open; auto "
+            "draws where the levels stop early. The posterior mean averages means in any case.",
             help_behavior_hint="(default: auto)",
         ),
     ] = None
@@ -312,7 +312,7 @@ class Reconstruct:
         from ambient_sci.data import MeasurementFile
         from ambient_sci.priors import load_prior
         from ambient_sci.sampling import reconstruct_to_file
-        from ambient_sci.sampling.reconstruct import POINT_ESTIMATES
+        from ambient_sci.sampling.samplers import POINT_ESTIMATES
 
         settings = self._settings()
         check_outputs(self.out, overwrite=self.overwrite, inputs=(self.measurements,))
@@ -348,7 +348,8 @@ class Reconstruct:
     def _settings(self) -> dict[str, Any]:
         """The options that were given, checked; what a sampler has no use for is refused."""
         from ambient_sci.sampling import POSTERIOR_SAMPLERS
-        from ambient_sci.sampling.reconstruct import POINT_ESTIMATES, sampler_options
+        from ambient_sci.sampling.checks import sampler_options
+        from ambient_sci.sampling.samplers import POINT_ESTIMATES
 
         names = ("samples", "steps", "sigma_min", *SAMPLER_OPTIONS)
         given = {k: getattr(self, k) for k in names if getattr(self, k) is not None}

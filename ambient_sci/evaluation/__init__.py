@@ -46,6 +46,7 @@ _HOMES = {
     "memorization_attack": "memorization_attack",
     "memorization_error": "memorization_error",
     "reconstruction_figure": "figures",
+    "tissue_white": "figures",
     "calibration_figure": "figures",
     "evaluate": "report",
 }

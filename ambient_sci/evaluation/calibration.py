@@ -159,8 +159,8 @@ def std_over_error(result: Any, truth: Tensor, subjects: Sequence[str]) -> dict[
     """Root mean square of the posterior standard deviation over that of the error, for tables that average
     over people.
 
-    The mean of S samples errs by the posterior's variance times (1 + 1/S), so that is what the spread is
-    compared with.
+    Of the samples alone: their mean errs by the posterior's variance times (1 + 1/S), so that is what their
+    spread is compared with. By how much less ``result.mean`` errs is not known that well.
 
     Args:
         result: a `Reconstruction` of N images, 2 or more samples.
@@ -170,8 +170,8 @@ def std_over_error(result: Any, truth: Tensor, subjects: Sequence[str]) -> dict[
     Returns:
         JSON-able: ``mean`` over people, the ratio of each of ``people``, all images ``pooled``.
     """
-    variance = result.std.square() * (1 + 1 / len(result.samples))
-    error = (result.mean - truth).square()
+    variance = result.samples.var(0) * (1 + 1 / len(result.samples))
+    error = (result.samples.mean(0) - truth).square()
 
     def ratio(rows: list[int]) -> float:
         return float((variance[rows].mean() / error[rows].mean()).sqrt())

@@ -1,9 +1,10 @@
 """Figures: reconstructions side by side with their error bars, and calibration at a glance.
 
 Every function writes one PNG, whole or not at all, with matplotlib's Agg canvas: no display is needed and no
-global matplotlib state is touched. Images share one gray window, [0, peak of the person] (from the
-darkest value on for real images that go below 0); the standard deviation and the error share one colour
-scale, so that "is the error where the standard deviation says it is" can be read off.
+global matplotlib state is touched. Images share one gray window, [0, peak of the person] unless another white
+is asked for (from the darkest value on for real images that go below 0); the standard deviation and the error
+share one colour scale, so that "is the error where the standard deviation says it is" can be read off, and
+their ratio has its own: where error bars hold it is flat.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SPREAD_MAP, MARK = "magma", "tab:blue"
+RATIO, RATIO_TOP = "|error| / std", 4.0
 
 
 def reconstruction_figure(
@@ -37,9 +39,11 @@ def reconstruction_figure(
     std: Tensor | None = None,
     labels: Sequence[str] | None = None,
     peak: float | Tensor | None = None,
+    white: float | Tensor | None = None,
     mean_title: str = "posterior mean",
 ) -> Path:
-    """One row a slice: truth, each estimate, posterior mean, its standard deviation and its error.
+    """One row a slice: truth, each estimate, posterior mean, its standard deviation, its error, and the error
+    in standard deviations.
 
     Args:
         path: PNG to write.
@@ -55,58 +59,82 @@ def reconstruction_figure(
     Raises:
         InputError: images that do not match the reference.
     """
-    scale = torch.as_tensor(volume_peak(reference) if peak is None else peak, dtype=torch.float64).reshape(-1)
-    scale = scale.expand(len(reference))
+    scale = _one_each(volume_peak(reference) if peak is None else peak, reference)
+    top = scale if white is None else _one_each(white, reference)
     columns = {"truth": reference, **estimates, **({} if mean is None else {mean_title: mean})}
-    spread = _spread_and_error(mean, std, reference)
+    maps = _spread_and_error(mean, std, reference)
+    sheet = _Sheet(len(reference), len(columns) + len(maps), bars=_bars(len(columns), maps))
     black = min(0.0, float(graded(reference).min()))
-    sheet = _Sheet(len(reference), len(columns) + len(spread), colour_bar=bool(spread))
     for column, (name, images) in enumerate(columns.items()):
         scores = None if name == "truth" else psnr(images, reference, scale)
         for row, image in enumerate(graded(images).mean(1)):
             axes = sheet.cell(row, column, name if row == 0 else None)
-            axes.imshow(
-                _numpy(image), cmap="gray", vmin=black, vmax=float(scale[row]), interpolation="nearest"
-            )
+            axes.imshow(_numpy(image), cmap="gray", vmin=black, vmax=float(top[row]), interpolation="nearest")
             if column == 0 and labels is not None:
                 axes.set_ylabel(labels[row], fontsize=10)
             if scores is not None:
                 _corner(axes, f"{float(scores[row]):.1f} dB")
-    top = _upper(spread.values())
-    for column, (name, maps) in enumerate(spread.items(), start=len(columns)):
-        for row, image in enumerate(maps):
-            axes = sheet.cell(row, column, name if row == 0 else None)
-            drawn = axes.imshow(_numpy(image), cmap=SPREAD_MAP, vmin=0, vmax=top, interpolation="nearest")
-            if (row, column) == (sheet.rows - 1, sheet.columns - 1):
-                bar = sheet.figure.colorbar(drawn, cax=sheet.bar(), extend="max")
-                bar.ax.tick_params(labelsize=9)
-                bar.set_ticks([t for t in bar.get_ticks() if t <= top])
+    _draw_maps(sheet, maps, len(columns))
     return save(sheet.figure, path)
+
+
+def tissue_white(images: Tensor) -> Tensor:
+    """What to show white where something bright and dull, such as the scalp, would leave the rest dark: the
+    95th percentile of the pixels above a tenth of the brightest, of each image, (B,)."""
+    shown = [x[x > 0.1 * x.max()] for x in graded(images).double().flatten(1)]
+    return torch.stack([x.quantile(0.95) if len(x) else torch.ones((), dtype=x.dtype) for x in shown])
+
+
+def _one_each(value: float | Tensor, images: Tensor) -> Tensor:
+    """One number, or one an image, as (B,)."""
+    return torch.as_tensor(value, dtype=torch.float64).reshape(-1).expand(len(images))
+
+
+def _bars(first: int, maps: Mapping[str, Tensor]) -> set[int]:
+    """The columns that have a colour bar on their right."""
+    shared = len(maps) - (RATIO in maps)
+    return {first + k - 1 for k in {shared, len(maps)} if k > 0}
+
+
+def _draw_maps(sheet: _Sheet, maps: Mapping[str, Tensor], first: int) -> None:
+    """Standard deviation and error on one colour scale, their ratio on its own."""
+    top = _upper([image for name, image in maps.items() if name != RATIO])
+    for column, (name, images) in enumerate(maps.items(), start=first):
+        limit = RATIO_TOP if name == RATIO else top
+        for row, image in enumerate(images):
+            axes = sheet.cell(row, column, name if row == 0 else None)
+            drawn = axes.imshow(_numpy(image), cmap=SPREAD_MAP, vmin=0, vmax=limit, interpolation="nearest")
+            if row == sheet.rows - 1 and column in sheet.bars:
+                bar = sheet.figure.colorbar(drawn, cax=sheet.bar(column), extend="max")
+                bar.ax.tick_params(labelsize=9)
+                bar.set_ticks([t for t in bar.get_ticks() if t <= limit])
 
 
 class _Sheet:
     """A sheet of square cells laid out in inches, so that any number of rows and columns looks the same."""
 
-    CELL, GAP, LEFT, TOP, BOTTOM = 1.5, 0.05, 0.28, 0.34, 0.1
+    CELL, GAP, LEFT, TOP, BOTTOM, BAR = 1.5, 0.05, 0.28, 0.34, 0.1, 0.7
 
-    def __init__(self, rows: int, columns: int, colour_bar: bool) -> None:
-        self.rows, self.columns = rows, columns
+    def __init__(self, rows: int, columns: int, bars: set[int]) -> None:
+        self.rows, self.columns, self.bars = rows, columns, bars
         step = self.CELL + self.GAP
-        self.width = self.LEFT + columns * step + (0.75 if colour_bar else 0.05)
+        self.width = self._left(columns) + 0.05
         self.height = self.TOP + rows * step + self.BOTTOM
         self.figure = _figure(self.width, self.height)
 
     def cell(self, row: int, column: int, title: str | None) -> Axes:
-        step = self.CELL + self.GAP
-        left = self.LEFT + column * step
-        bottom = self.BOTTOM + (self.rows - 1 - row) * step
-        return _bare(self._axes(left, bottom, self.CELL, self.CELL), title)
+        bottom = self.BOTTOM + (self.rows - 1 - row) * (self.CELL + self.GAP)
+        return _bare(self._axes(self._left(column), bottom, self.CELL, self.CELL), title)
 
-    def bar(self) -> Axes:
-        step = self.CELL + self.GAP
-        return self._axes(
-            self.LEFT + self.columns * step + 0.06, self.BOTTOM, 0.16, self.rows * step - self.GAP
-        )
+    def bar(self, column: int) -> Axes:
+        """The colour bar on the right of a column."""
+        left = self._left(column) + self.CELL + self.GAP + 0.06
+        return self._axes(left, self.BOTTOM, 0.16, self.rows * (self.CELL + self.GAP) - self.GAP)
+
+    def _left(self, column: int) -> float:
+        """Where a column begins: behind the cells and colour bars before it."""
+        before = sum(bar < column for bar in self.bars)
+        return self.LEFT + column * (self.CELL + self.GAP) + before * self.BAR
 
     def _axes(self, left: float, bottom: float, width: float, height: float) -> Axes:
         box = (left / self.width, bottom / self.height, width / self.width, height / self.height)
@@ -127,7 +155,9 @@ def _spread_and_error(mean: Tensor | None, std: Tensor | None, reference: Tensor
             f"figure: expected a standard deviation like the reference {tuple(reference.shape)}, "
             f"got {tuple(std.shape)}"
         )
-    return {"std": torch.linalg.vector_norm(std, dim=1), "|error|": error}
+    spread = torch.linalg.vector_norm(std, dim=1)
+    ratio = torch.where(spread > 0, error / spread.clamp(min=1e-30), 0.0)
+    return {"std": spread, "|error|": error, RATIO: ratio}
 
 
 def _upper(maps: Any) -> float:

@@ -26,6 +26,7 @@ from ambient_sci.evaluation.distances import distribution_distances
 from ambient_sci.evaluation.metrics import format_table, reconstruction_table
 from ambient_sci.priors import Prior
 from ambient_sci.sampling import POINT_ESTIMATES, Reconstruction, reconstruct
+from ambient_sci.sampling.checks import sampler_options
 from ambient_sci.sampling.result import made_from
 from ambient_sci.whole_files import check_output, write_json
 
@@ -238,6 +239,8 @@ def _as_before(
     """(operator, measurements) -> samples, with the settings that made ``result``."""
     settings = {k: result.report[k] for k in FOUND_BY_DEFAULT if k in result.report}
     settings |= result.report.get("options", {})
+    if "antithetic" in sampler_options(settings.get("sampler", "mmps")):
+        settings["antithetic"] = False  # it is for the mean; draws are all that is wanted
     where = next((tensor.device for tensor in prior.state_dict().values()), torch.device("cpu"))
 
     def sample(kept: Any, part: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from ambient_sci.sampling.conditioning import Likelihood
 from ambient_sci.sampling.export import export_nifti
 from ambient_sci.sampling.fixed_mask import generate_fixed_mask
 from ambient_sci.sampling.posterior import DPS, MMPS, PiGDM
-from ambient_sci.sampling.problem import PosteriorSampler, Problem
+from ambient_sci.sampling.problem import Draws, PosteriorSampler, Problem
 from ambient_sci.sampling.reconstruct import reconstruct
 from ambient_sci.sampling.result import Reconstruction, ResultFile, ResultWriter
 from ambient_sci.sampling.samplers import POINT_ESTIMATES, POSTERIOR_SAMPLERS
@@ -29,6 +29,7 @@ __all__ = [
     "POINT_ESTIMATES",
     "POSTERIOR_SAMPLERS",
     "SAMPLERS",
+    "Draws",
     "Likelihood",
     "PiGDM",
     "PosteriorSampler",

@@ -42,6 +42,7 @@ class SolverReport:
         self.unfinished: int | Tensor = 0
         self.stopped: int | Tensor = 0
         self.worst: Tensor | None = None
+        self._left: list[tuple[Tensor, Tensor]] = []
 
     def add(self, residual: Tensor, iterations: int, stopped: Tensor, tolerance: float) -> None:
         """Record one batched solve."""
@@ -51,6 +52,19 @@ class SolverReport:
         self.stopped = self.stopped + stopped.sum()
         worst = residual.max()
         self.worst = worst if self.worst is None else torch.maximum(self.worst, worst)
+
+    def add_left(self, sigma: Tensor, left: Tensor, entries: int) -> None:
+        """Record what a batched solve at the levels ``sigma`` (B,) left undone of an image of ``entries``
+        entries: norms (B,)."""
+        self._left.append((sigma[0], left.square().mean() / entries))
+
+    def left(self) -> dict[float, float]:
+        """Mean square that the solves of each noise level left undone, per entry of the image, over all
+        chains."""
+        found: dict[float, list[float]] = {}
+        for sigma, square in self._left:
+            found.setdefault(float(sigma), []).append(float(square))
+        return {sigma: sum(squares) / len(squares) for sigma, squares in found.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers for the result's report; solves only where there were any."""

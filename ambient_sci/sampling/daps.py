@@ -28,13 +28,11 @@ Source: Zhang et al., "Improving Diffusion Inverse Problem Solving with Decouple
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ambient_sci.noise import draw_noise
 from ambient_sci.precision import Precision
 from ambient_sci.priors.base import require_unconditional
 from ambient_sci.sampling.conditioning import Likelihood, prior_spread
-from ambient_sci.sampling.problem import Problem
+from ambient_sci.sampling.problem import Draws, Problem
 
 
 def sample_daps(
@@ -43,9 +41,9 @@ def sample_daps(
     tolerance: float = 1e-4,
     max_iterations: int = 100,
     precision: Precision = "fp32",
-) -> Tensor:
+) -> Draws:
     """Decoupled annealing with exact inner draws (equations above). One network evaluation a level, no
-    Jacobian.
+    Jacobian. Samples are E[x_0 | x^0, y] at the lowest level.
 
     Args:
         problem: the chains; needs many levels, see above.
@@ -65,6 +63,7 @@ def sample_daps(
         x = x + s * draw_noise(x, problem.noise)
     likelihood.report.evaluations += len(levels)
     problem.report.update(likelihood.report.to_dict())
-    return likelihood.mean(
+    x = likelihood.mean(
         problem.denoise(x, levels[-1], precision), prior_spread(levels[-1], problem.prior.data_std)
     )
+    return Draws(x, x)

@@ -6,7 +6,6 @@ Each is one function of a `Problem`, readable from top to bottom.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,18 +15,29 @@ from ambient_sci.errors import InputError
 from ambient_sci.losses import denoise_measurement
 from ambient_sci.operators.base import RowMaskedOperator
 from ambient_sci.precision import Precision, precision_context
-from ambient_sci.priors.base import Prior, require_mask_conditional
+from ambient_sci.priors.base import require_mask_conditional
+from ambient_sci.sampling.antithetic import antithetic_control
 from ambient_sci.sampling.conditioning import measured
+from ambient_sci.sampling.denoising import directly, sample_directly
+from ambient_sci.sampling.notes import stops_early
 from ambient_sci.sampling.posterior import DPS, MMPS, PiGDM
-from ambient_sci.sampling.problem import Problem
+from ambient_sci.sampling.problem import Draws, Problem
 from ambient_sci.sampling.unconditional import SAMPLERS, Denoise
 
 
-def integrate(problem: Problem, denoiser: Denoise, integrator: str, final: Denoise | None = None) -> Tensor:
-    """The unconditional sampler of this name, from pure noise down the problem's levels."""
+def integrate(
+    problem: Problem,
+    denoiser: Denoise,
+    integrator: str,
+    final: Denoise | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """The unconditional sampler of this name, from ``start``, or else pure noise, down the problem's
+    levels."""
     if integrator not in SAMPLERS:
         raise InputError(f"integrator: expected one of {', '.join(SAMPLERS)}, got {integrator!r}")
-    return SAMPLERS[integrator](denoiser, problem.start(), problem.sigmas, problem.noise, final)
+    start = problem.start() if start is None else start
+    return SAMPLERS[integrator](denoiser, start, problem.sigmas, problem.noise, final)
 
 
 def sample_mmps(
@@ -35,42 +45,75 @@ def sample_mmps(
     *,
     integrator: str = "multistep",
     final: Literal["auto", "mean", "draw"] = "auto",
+    direct: bool = True,
+    antithetic: bool = True,
     **options: Any,
-) -> Tensor:
+) -> Draws:
     """Moment matching posterior sampling: `MMPS` in an unconditional sampler.
 
     The sampler stops at sigma_min > 0 with x_min, where E[x_0 | x_min, y] leaves out the posterior's spread
     below sigma_min. That is nothing for a prior learned down to a small level, and most of it for one learned
     from noisy data, whose levels stop at their noise.
 
+    Images whose measurement is complete, with white noise at a level that the prior knows, need none of it:
+    they are denoised directly (`ambient_sci.sampling.denoising`), exactly in the mean and at a fraction of
+    the cost.
+
     Args:
         problem: the chains.
         integrator: "multistep", "heun" or "ancestral".
-        final: what to return: the "mean" E[x_0 | x_min, y]; a "draw" from N(E[x_0 | x_min, y], Cov[x_0 |
+        final: what a sample is: the "mean" E[x_0 | x_min, y]; a "draw" from N(E[x_0 | x_min, y], Cov[x_0 |
             x_min, y]), which restores the whole posterior covariance (exactly for Gaussian priors) at the
             cost of a few Jacobian products more; "auto": a draw where the levels end above a fiftieth of the
-            data's standard deviation, the mean elsewhere.
+            data's standard deviation, the mean elsewhere. The posterior mean is the average of E[x_0 | x_min,
+            y] in any case.
+        direct: denoise complete measurements directly; otherwise, and with ``final`` "mean", they take the
+            way of all others.
+        antithetic: take noise off the posterior mean by a coarse flow from opposite noise
+            (`ambient_sci.sampling.antithetic`), at a fifth of the time more; for "multistep" and "heun",
+            since a chain of the reverse SDE forgets what it started from. Samples do not depend on it.
         **options: of `MMPS`.
     """
     if final not in ("auto", "mean", "draw"):
         raise InputError(f"final: expected auto, mean or draw, got {final!r}")
-    denoiser = MMPS(problem.prior, problem.operator, problem.y, problem.sigma_y, **options)
+    ending = final
     if final == "auto":
-        final = "draw" if stops_early(problem.prior, float(problem.sigmas[-1])) else "mean"
-    last = partial(denoiser.draw, noise=problem.noise) if final == "draw" else None
-    x = integrate(problem, denoiser, integrator, last)
-    problem.report.update(denoiser.report.to_dict(), final=final)
-    return x
+        ending = "draw" if stops_early(problem.prior, float(problem.sigmas[-1])) else "mean"
+    own = {k: v for k, v in options.items() if k in ("root_iterations", "precision")}
+
+    def around(part: Problem) -> Draws:
+        return _guided_by_moments(part, integrator, ending, antithetic, options)
+
+    def straight(part: Problem) -> Draws:
+        return sample_directly(part, final=ending, **own)
+
+    whether = [direct and final != "mean" and can for can in directly(problem)]
+    found = problem.by_image({False: around, True: straight}, whether)
+    problem.report.update(final=ending)
+    return found
 
 
-def stops_early(prior: Prior, low: float) -> bool:
-    """Whether levels that end at ``low`` leave out spread that counts: more than a fiftieth of the data's
-    standard deviation.
-    """
-    return low > 0.02 * prior.data_std
+def _guided_by_moments(
+    problem: Problem, integrator: str, final: str, antithetic: bool, options: dict[str, Any]
+) -> Draws:
+    """Chains from pure noise, by `MMPS`."""
+    denoiser = MMPS(problem.prior, problem.operator, problem.y, problem.sigma_y, **options)
+    start = problem.start()
+    if final == "mean":
+        x = means = integrate(problem, denoiser, integrator, start=start)
+    else:
+        state = integrate(problem, denoiser, integrator, lambda x, sigma: x, start)
+        means, x = denoiser.mean_and_draw(state, problem.level(float(problem.sigmas[-1])), problem.noise)
+    found = Draws(x, means, left=denoiser.report.left())
+    if antithetic and integrator in ("multistep", "heun"):
+        found.controls, coarse = antithetic_control(problem, start / float(problem.sigmas[0]), options)
+        denoiser.report.evaluations += coarse.evaluations
+        denoiser.report.products += coarse.products
+    problem.report.update(denoiser.report.to_dict())
+    return found
 
 
-def sample_pigdm(problem: Problem, *, integrator: str = "ancestral", **options: Any) -> Tensor:
+def sample_pigdm(problem: Problem, *, integrator: str = "ancestral", **options: Any) -> Draws:
     """`PiGDM` in an unconditional sampler; its deviation is stated there.
 
     Args:
@@ -81,10 +124,10 @@ def sample_pigdm(problem: Problem, *, integrator: str = "ancestral", **options: 
     denoiser = PiGDM(problem.prior, problem.operator, problem.y, problem.sigma_y, **options)
     x = integrate(problem, denoiser, integrator)
     problem.report.update(denoiser.report.to_dict())
-    return x
+    return Draws(x, x)
 
 
-def sample_dps(problem: Problem, *, integrator: str = "ancestral", **options: Any) -> Tensor:
+def sample_dps(problem: Problem, *, integrator: str = "ancestral", **options: Any) -> Draws:
     """`DPS` in an unconditional sampler; its deviation is stated there.
 
     Args:
@@ -97,7 +140,7 @@ def sample_dps(problem: Problem, *, integrator: str = "ancestral", **options: An
     denoiser = DPS(problem.prior, problem.operator, problem.y, problem.sigma_y, **options)
     x = integrate(problem, denoiser, integrator)
     problem.report.update(denoiser.report.to_dict())
-    return x
+    return Draws(x, x)
 
 
 def require_own_operator(problem: Problem, what: str) -> RowMaskedOperator:
@@ -111,7 +154,7 @@ def require_own_operator(problem: Problem, what: str) -> RowMaskedOperator:
     return problem.operator
 
 
-def sample_one_step(problem: Problem) -> Tensor:
+def sample_one_step(problem: Problem) -> Draws:
     """E[x_0 | y, A] of a mask-conditional prior in one evaluation, at the noise level of the measurements: no
     samples, no spread.
     """
@@ -123,7 +166,8 @@ def sample_one_step(problem: Problem) -> Tensor:
             "got levels that differ by entry"
         )
     problem.report.update(network_evaluations=1)
-    return denoise_measurement(problem.prior, operator, problem.y, problem.sigma_y)
+    x = denoise_measurement(problem.prior, operator, problem.y, problem.sigma_y)
+    return Draws(x, x)
 
 
 def sample_a_dps(problem: Problem, *, step: float = 1.0, precision: Precision = "fp32") -> Tensor:

@@ -25,7 +25,7 @@ from ambient_sci.noise import ancestral_step, draw_noise
 from ambient_sci.precision import Precision
 from ambient_sci.priors.base import require_unconditional
 from ambient_sci.sampling.conditioning import Likelihood, prior_spread
-from ambient_sci.sampling.problem import Problem
+from ambient_sci.sampling.problem import Draws, Problem
 
 
 def sample_pnp_dm(
@@ -36,7 +36,7 @@ def sample_pnp_dm(
     tolerance: float = 1e-4,
     max_iterations: int = 100,
     precision: Precision = "fp32",
-) -> Tensor:
+) -> Draws:
     """Split Gibbs sampling (equations above); ``steps`` iterations of ``inner_steps`` network evaluations
     each.
 
@@ -64,28 +64,29 @@ def sample_pnp_dm(
         problem.operator, problem.y, problem.sigma_y, tolerance=tolerance, max_iterations=max_iterations
     )
     iterations = len(problem.sigmas)
-    x = problem.start()
+    x = mean = problem.start()
     for i in range(iterations):
         rho = rho_min * (high / rho_min) ** max(1 - 2 * i / iterations, 0.0)
         z = likelihood.draw(x, rho, problem.noise)
-        x = _reverse_diffusion(problem, z, rho, low, inner_steps, precision)
+        x, mean = _reverse_diffusion(problem, z, rho, low, inner_steps, precision)
     likelihood.report.evaluations += iterations * inner_steps
     problem.report.update(likelihood.report.to_dict())
-    return x
+    return Draws(x, mean)
 
 
 def _reverse_diffusion(
     problem: Problem, x: Tensor, rho: float, low: float, steps: int, precision: Precision
-) -> Tensor:
-    """A draw of x_0 given x_rho = x: at each level x_0 from N(D, r^2 I), and x_s from its law given x_t and
-    x_0.
+) -> tuple[Tensor, Tensor]:
+    """A draw of x_0 given x_rho = x, and its mean given the state at the lowest level: at each level x_0 from
+    N(D, r^2 I), and x_s from its law given x_t and x_0.
 
     Without the spread of x_0, as in plain ancestral sampling, a few steps lose variance, and what is lost
     once an iteration adds up.
     """
     levels = [rho * (low / rho) ** (k / max(steps - 1, 1)) for k in range(steps)]
+    mean = x
     for t, s in zip(levels, [*levels[1:], 0.0], strict=True):
-        clean = problem.denoise(x, t, precision)
-        clean = clean + prior_spread(t, problem.prior.data_std) * draw_noise(x, problem.noise)
+        mean = problem.denoise(x, t, precision)
+        clean = mean + prior_spread(t, problem.prior.data_std) * draw_noise(x, problem.noise)
         x = ancestral_step(x, clean, t, s, generator=problem.noise) if s > 0 else clean
-    return x
+    return x, mean

@@ -98,30 +98,55 @@ class MMPS:
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """E[x_0 | x_t = x, y] at level ``sigma`` (B,), under the Gaussian of matched moments."""
-        mean, covariance = self._moments(x, sigma)
-        return mean + self._correction(covariance, self.y - self.operator.A(mean), sigma)
+        return self._mean(*self._moments(x, sigma), sigma)
 
     def draw(self, x: Tensor, sigma: Tensor, noise: Randomness) -> Tensor:
-        """A draw from p(x_0 | x_t = x, y) = N(E[x_0 | x_t, y], V - V A^H (sigma_y^2 I + A V A^H)^-1 A V), by
-        Matheron's rule.
+        """A draw from p(x_0 | x_t = x, y) = N(E[x_0 | x_t, y], V - V A^H (sigma_y^2 I + A V A^H)^-1 A V); see
+        `mean_and_draw`.
+        """
+        return self.mean_and_draw(x, sigma, noise)[1]
 
-        x' from N(D, V), a measurement y' simulated from it, and the correction (*) applied to x' for y - y'.
+    def mean_and_draw(self, x: Tensor, sigma: Tensor, noise: Randomness) -> tuple[Tensor, Tensor]:
+        """E[x_0 | x_t = x, y] and a draw from p(x_0 | x_t = x, y), by Matheron's rule around the mean.
+
+        v from N(0, V) and noise n of a measurement give what (*) would take off again,
+
+            x_0 = E[x_0 | x_t, y] + v - V A^H (sigma_y^2 I + A V A^H)^-1 (A v + sigma_y n).
+
         A sampler that ends with this instead of the mean has the whole posterior covariance, whatever level
-        it stopped at; exactly so for Gaussian priors.
+        it stopped at; exactly so for Gaussian priors. The last term is odd in (v, n), however early its solve
+        ends: the mean returned is the mean of the draws, exactly, which is what averages over chains rely on.
+
+        Args:
+            x: (B, C, H, W).
+            sigma: level of ``x``, (B,).
+            noise: source of randomness.
+
+        Returns:
+            mean and draw, (B, C, H, W) each; one solve each, through one forward graph.
         """
         mean, covariance = self._moments(x, sigma)
-        z = draw_noise(mean, noise)
-        simulated = mean + gaussian_draw(covariance, z, iterations=self.root_iterations)
-        noisy = self.operator.A(simulated) + self.sigma_y * draw_noise(self.y, noise)
-        return simulated + self._correction(covariance, self.y - noisy, sigma)
+        deviation = gaussian_draw(covariance, draw_noise(mean, noise), iterations=self.root_iterations)
+        noisy = self.operator.A(deviation) + self.sigma_y * draw_noise(self.y, noise)
+        deviation = deviation - self._correction(covariance, noisy, sigma)[0]
+        mean = self._mean(mean, covariance, sigma)
+        return mean, mean + deviation
 
     def _moments(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         mean, transposed_jacobian = linearise(self.prior, x, sigma, self.report, self.precision)
         scale = expand(sigma, x) ** 2
         return mean, lambda v: scale * transposed_jacobian(v)
 
-    def _correction(self, covariance: Callable[[Tensor], Tensor], residual: Tensor, sigma: Tensor) -> Tensor:
-        """V A^H (sigma_y^2 I + A V A^H)^-1 residual."""
+    def _mean(self, mean: Tensor, covariance: Callable[[Tensor], Tensor], sigma: Tensor) -> Tensor:
+        """(*), and what its solve left undone goes into the report."""
+        image, left = self._correction(covariance, self.y - self.operator.A(mean), sigma)
+        self.report.add_left(sigma, left, mean[0].numel())
+        return mean + image
+
+    def _correction(
+        self, covariance: Callable[[Tensor], Tensor], residual: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """V A^H (sigma_y^2 I + A V A^H)^-1 residual, and an estimate of the norm of its error, (B,)."""
         noise = self.sigma_y**2
         scale = row_scale(noise, expand(prior_spread(sigma, self.prior.data_std), residual) ** 2)
 
@@ -137,7 +162,9 @@ class MMPS:
             max_iterations=self.max_iterations,
         )
         self.report.add(solution.residual, solution.iterations, solution.stopped, self.tolerance)
-        return torch.zeros(()).to(residual) if solution.image is None else solution.image
+        if solution.image is None or solution.image_left is None:
+            return torch.zeros(()).to(residual), torch.zeros(len(residual)).to(residual)
+        return solution.image, solution.image_left
 
 
 class PiGDM:

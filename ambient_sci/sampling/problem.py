@@ -17,6 +17,7 @@ from ambient_sci.noise import ChainNoise, draw_noise
 from ambient_sci.operators.base import RowMaskedOperator
 from ambient_sci.precision import Precision, precision_context
 from ambient_sci.priors.base import Prior
+from ambient_sci.sampling.notes import merge
 
 
 class RepeatedPhysics(LinearPhysics):
@@ -97,6 +98,44 @@ class Problem:
         with precision_context(precision, x.device):
             return self.prior(x, self.level(sigma)).to(x.dtype)
 
+    def of(self, images: list[int]) -> Problem:
+        """The chains of some images; of an operator of this library, or one that is the same for all."""
+        operator = self.image_operator
+        if isinstance(operator, RowMaskedOperator) and operator.batch_size > 1:
+            operator = operator[torch.tensor(images)]
+        seeds = torch.tensor(self.seeds).reshape(self.samples, self.images)[:, images].flatten().tolist()
+        return Problem(
+            self.prior, operator, self.image_y[images], self.image_sigma_y[images], self.sigmas, seeds
+        )
+
+    def by_image(self, ways: dict[Any, Callable[[Problem], Draws]], chosen: list[Any]) -> Draws:
+        """Each image sampled in its own way, all of one way at a time.
+
+        Args:
+            ways: how a problem is sampled, by key; all with means or all without.
+            chosen: key of each image.
+        """
+        keys = list(dict.fromkeys(chosen))
+        if len(keys) == 1:
+            return ways[keys[0]](self)
+        found = Draws(self.like_images())
+        for key in keys:
+            images = [i for i, k in enumerate(chosen) if k == key]
+            part = self.of(images)
+            own = ways[key](part)
+            index = torch.arange(len(self.y)).reshape(self.samples, self.images)[:, images].flatten()
+            found.samples[index] = own.samples
+            for name in ("means", "controls"):
+                if (value := getattr(own, name)) is not None:
+                    # Images without a control have one of zero.
+                    whole = getattr(found, name)
+                    whole = torch.zeros_like(found.samples) if whole is None else whole
+                    whole[index] = value
+                    setattr(found, name, whole)
+            found.left |= own.left
+            self.report.update(merge(self.report, part.report))
+        return found
+
     def with_samples(self, samples: int) -> Problem:
         """The same images with ``samples`` new chains each; seeds derive from those of each image's first
         chain.
@@ -113,12 +152,33 @@ class Problem:
         )
 
 
+@dataclass
+class Draws:
+    """What a posterior sampler returns of its chains.
+
+    Attributes:
+        samples: one image for each chain, (chains, C, H, W).
+        means: what each sample is the mean of, given less than decides the sample: E[sample | state of the
+            chain], or E[sample | y]; their average estimates the posterior mean with less noise than that of
+            the samples (Rao-Blackwell). None where the sampler has none.
+        controls: images of mean zero that are like the deviations of the means, if there are any; see
+            `ambient_sci.sampling.moments`.
+        left: mean square per entry that linear solves left undone in the images, by noise level.
+    """
+
+    samples: Tensor
+    means: Tensor | None = None
+    controls: Tensor | None = None
+    left: dict[float, float] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class PosteriorSampler:
     """A posterior sampler and what the runner has to know about it.
 
     Attributes:
-        run: (problem, **options) -> images, one for each chain; puts its numbers into problem.report.
+        run: (problem, **options) -> `Draws`, or the images alone, one for each chain; puts its numbers into
+            problem.report.
         steps: default number of noise levels.
         rho: default bend of the grid of levels; infinite for equal ratios.
         conditioning: kind of prior it needs.
@@ -128,7 +188,7 @@ class PosteriorSampler:
         about: one line.
     """
 
-    run: Callable[..., Tensor]
+    run: Callable[..., Draws | Tensor]
     steps: int
     about: str
     rho: float = math.inf

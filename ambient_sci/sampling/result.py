@@ -1,11 +1,9 @@
 r"""What a reconstruction is: posterior mean, standard deviation and samples, in memory (`Reconstruction`) and
 on disk (`ResultFile`).
 
-Mean and standard deviation are running ones (Welford), so a file holds as many samples as wanted at the
-memory of one batch:
-
-    mean_k = mean_{k-1} + (x_k - mean_{k-1}) / k
-    M_k = M_{k-1} + (x_k - mean_{k-1})(x_k - mean_k),        std = sqrt(M_S / (S - 1))
+How mean and standard deviation follow from samples, and from what a sampler knows besides them, is in
+`ambient_sci.sampling.moments`. The sums are running ones, so a file holds as many samples as wanted at the
+memory of one batch.
 
 HDF5 keeps a checksum of every image (its Fletcher-32 filter) and of its own structures; the attribute
 ``verified`` is a digest of the attributes and of what datasets there are. ``source`` says what the result was
@@ -17,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +31,8 @@ from ambient_sci.data.hdf5_file import one_line, parse_json, plain
 from ambient_sci.data.hdf5_safety import entries
 from ambient_sci.data.survey import fingerprint
 from ambient_sci.errors import InputError
+from ambient_sci.sampling.moments import Moments, add_to
+from ambient_sci.sampling.problem import Draws
 from ambient_sci.whole_files import Part, check_output
 
 FORMAT = "ambient_sci reconstruction 1"
@@ -44,8 +44,9 @@ class Reconstruction:
     """Posterior samples and what follows from them.
 
     Attributes:
-        mean: (B, C, H, W).
-        std: (B, C, H, W) with S - 1 in the denominator; zero for a single sample or a point estimate.
+        mean: posterior mean, (B, C, H, W): the average of "conditional means", or of "draws" where the
+            sampler has no such means; ``report["mean_of"]`` says which.
+        std: posterior standard deviation, (B, C, H, W); zero for a single sample or a point estimate.
         samples: (S, B, C, H, W).
         report: how it was made and how well the solves went; JSON types.
         subjects: who each image is of, if known.
@@ -76,16 +77,15 @@ class Reconstruction:
 
     @classmethod
     def from_samples(cls, samples: Tensor, report: dict[str, Any]) -> Reconstruction:
-        """From samples (S, B, C, H, W)."""
+        """From samples alone, (S, B, C, H, W): their mean and their standard deviation (S - 1)."""
         std = samples.std(0) if len(samples) > 1 else torch.zeros_like(samples[0])
         return cls(samples.mean(0), std, samples, report)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write to an HDF5 file, whole or not at all."""
-        shape = (*self.samples.shape[:2], *self.samples.shape[2:])
         about = (self.subjects, self.scale, self.geometry, self.source)
-        with ResultWriter(path, shape, *about, overwrite=overwrite) as writer:
-            writer.add(slice(0, shape[1]), self.samples)
+        with ResultWriter(path, tuple(self.samples.shape), *about, overwrite=overwrite) as writer:
+            writer.put(slice(0, len(self.mean)), self.samples, self.mean, self.std)
             writer.report.update(self.report)
 
     @classmethod
@@ -257,34 +257,54 @@ class ResultWriter:
         except BaseException:
             self._part.discard()
             raise
-        self._moments: dict[int, tuple[int, Tensor, Tensor]] = {}
+        self._moments: dict[int, Moments] = {}
+        self._variances: list[float] = []
         self._missing = shape[0] * shape[1]
         self.report: dict[str, Any] = {}
 
-    def add(self, images: slice, samples: Tensor) -> None:
-        """More samples (s, n, C, H, W) of the images ``images``; those of one image come in any number of
-        parts.
+    def add(self, images: slice, draws: Draws | Tensor) -> None:
+        """More samples (s, n, C, H, W) of the images ``images``, alone or with their conditional means; those
+        of one image come in any number of parts.
+        """
+        draws = draws if isinstance(draws, Draws) else Draws(draws)
+        with self._writing():
+            self._add(images, draws.samples.detach().cpu())
+            chosen = [self._moments.setdefault(i, Moments()) for i in range(images.start, images.stop)]
+            add_to(chosen, draws)
+            for image in range(images.start, images.stop):
+                if self._moments[image].count == self._file["samples"].shape[0]:
+                    done = self._moments.pop(image)
+                    self._finish(slice(image, image + 1), done.mean(), done.std())
+
+    def put(self, images: slice, samples: Iterable[Tensor], mean: Tensor, std: Tensor) -> None:
+        """Images that are finished.
+
+        Args:
+            images: which.
+            samples: all S of them, one (n, C, H, W) after the other.
+            mean, std: (n, C, H, W).
         """
         with self._writing():
-            self._add(images, samples.detach().to("cpu", torch.float64))
+            for k, sample in enumerate(samples):
+                self._file["samples"][k, images] = sample.detach().cpu().float().numpy()
+                self._missing -= len(sample)
+            self._finish(images, mean.detach(), std.detach())
 
-    def _add(self, images: slice, data: Tensor) -> None:
-        self._missing -= data.shape[0] * data.shape[1]
+    def spread(self) -> float:
+        """Root mean square of the standard deviations of images that are finished; 0 if there are none."""
+        return (sum(self._variances) / max(len(self._variances), 1)) ** 0.5
+
+    def _add(self, images: slice, samples: Tensor) -> None:
+        """Samples behind those that there are."""
+        self._missing -= samples.shape[0] * samples.shape[1]
         for k, image in enumerate(range(images.start, images.stop)):
-            count, mean, square = self._moments.pop(
-                image, (0, torch.zeros_like(data[0, k]), torch.zeros_like(data[0, k]))
-            )
-            self._file["samples"][count : count + len(data), image] = data[:, k].float().numpy()
-            for x in data[:, k]:
-                count += 1
-                delta = x - mean
-                mean = mean + delta / count
-                square = square + delta * (x - mean)
-            if count < self._file["samples"].shape[0]:
-                self._moments[image] = (count, mean, square)
-            else:
-                self._file["mean"][image] = mean.float().numpy()
-                self._file["std"][image] = (square / max(count - 1, 1)).sqrt().float().numpy()
+            count = self._moments[image].count if image in self._moments else 0
+            self._file["samples"][count : count + len(samples), image] = samples[:, k].float().numpy()
+
+    def _finish(self, images: slice, mean: Tensor, std: Tensor) -> None:
+        self._file["mean"][images] = mean.cpu().float().numpy()
+        self._file["std"][images] = std.cpu().float().numpy()
+        self._variances += std.double().square().flatten(1).mean(1).tolist()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -33,7 +33,7 @@ from ambient_sci.noise import ChainNoise, draw_noise
 from ambient_sci.precision import Precision
 from ambient_sci.priors.base import require_unconditional
 from ambient_sci.sampling.conditioning import Likelihood, prior_spread
-from ambient_sci.sampling.problem import Problem
+from ambient_sci.sampling.problem import Draws, Problem
 
 
 def sample_smc(
@@ -43,7 +43,7 @@ def sample_smc(
     resample_below: float = 0.5,
     data_std: float | None = None,
     precision: Precision = "fp32",
-) -> Tensor:
+) -> Draws:
     """Twisted SMC (equations above): a population of each image, and as many draws from it as samples are
     wanted.
 
@@ -97,8 +97,13 @@ def sample_smc(
     everyone = torch.ones(problem.images, dtype=torch.bool, device=x.device)
     _, index = resample(weights, everyone, problem.samples, streams)
     likelihood.report.evaluations += len(levels)
+    end = prior_spread(levels[-1], spread)
+    means = likelihood.mean(denoised, end).unflatten(0, weights.shape)
+    # Every sample comes from one population, whose weighted mean is the mean of each of them.
+    shares = weights.softmax(0).to(means.dtype)
+    whole = torch.einsum("pi,pi...->i...", shares, means).repeat(problem.samples, 1, 1, 1)
     problem.report.update(likelihood.report.to_dict(), smallest_effective_sample_size=smallest)
-    return likelihood.draw(denoised, prior_spread(levels[-1], spread), population.noise)[index]
+    return Draws(likelihood.draw(denoised, end, population.noise)[index], whole)
 
 
 def effective_size(weights: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ class Solution:
         iterations: applications of K.
         stopped: systems that broke down or lost progress before the tolerance was met, (B,) bool.
         image: L u, from `minimal_residual`.
+        image_left: estimate of ||L u* - L u||, (B,), u* the exact solution, from `minimal_residual`.
     """
 
     u: Tensor
@@ -46,10 +47,11 @@ class Solution:
     iterations: int
     stopped: Tensor
     image: Tensor | None = None
+    image_left: Tensor | None = None
 
 
-def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) as a tensor that broadcasts over the (B, ...) tensor ``like``."""
+def broadcast(values: Tensor, like: Tensor) -> Tensor:
+    """(B,), numbers or truth values, as a tensor that broadcasts over the (B, ...) tensor ``like``."""
     return values.reshape(-1, *([1] * (like.ndim - 1)))
 
 
@@ -67,6 +69,9 @@ def minimal_residual(
 ) -> Solution:
     """Solve K u = r for each sample of the batch from u = 0, for any K; the residual never grows.
 
+    What is left of L u is estimated at no product more: along the last direction p a residual of norm |K p|
+    was worth |L p|, so one of norm |e| is taken to be worth |e| |L p| / |K p|.
+
     Args:
         apply: u -> (K u, L u) on the whole batch, treating samples independently. L is another linear map
             whose value at the solution is wanted: it comes along the way without one more product.
@@ -77,6 +82,7 @@ def minimal_residual(
     r, start, stopped = _finite(r)
     u, residual, square = torch.zeros_like(r), r, start
     image: Tensor | None = None
+    worth = torch.zeros_like(start)
     active = ~stopped & (start > 0)
     known: list[tuple[Tensor, Tensor, Tensor]] = []
     while len(known) < max_iterations and bool(active.any()):
@@ -86,7 +92,7 @@ def minimal_residual(
         for earlier in known:
             share = _dot(earlier[1], product)
             direction, product, side = (
-                x - per_sample(share, x) * e for x, e in zip((direction, product, side), earlier, strict=True)
+                x - broadcast(share, x) * e for x, e in zip((direction, product, side), earlier, strict=True)
             )
         norm = _dot(product, product)
         # What is left of the product is rounding: the system can do no better than it has.
@@ -95,18 +101,20 @@ def minimal_residual(
         active &= sound
         scale = torch.where(active, norm, 1.0).rsqrt()
         direction, product, side = (
-            torch.where(per_sample(active, x), per_sample(scale, x) * x, 0.0)
+            torch.where(broadcast(active, x), broadcast(scale, x) * x, 0.0)
             for x in (direction, product, side)
         )
         known.append((direction, product, side))
         step = _dot(product, residual)
-        u = u + per_sample(step, r) * direction
-        residual = residual - per_sample(step, r) * product
-        gain = per_sample(step, side) * side
+        u = u + broadcast(step, r) * direction
+        residual = residual - broadcast(step, r) * product
+        worth = torch.where(active, _dot(side, side).sqrt(), worth)
+        gain = broadcast(step, side) * side
         image = gain if image is None else image + gain
         square = _dot(residual, residual)
         active = active & (square > tolerance**2 * start)
-    return Solution(u, _relative(square, start), len(known), stopped, image)
+    left = worth * torch.where(torch.isfinite(square), square, 0.0).sqrt()
+    return Solution(u, _relative(square, start), len(known), stopped, image, left)
 
 
 def conjugate_gradient(
@@ -145,12 +153,12 @@ def conjugate_gradient(
         residual = _advance(residual, product, -step, active)
         new = _dot(residual, residual)
         improved = active & (new < best)
-        best_u = torch.where(per_sample(improved, r), u, best_u)
+        best_u = torch.where(broadcast(improved, r), u, best_u)
         best = torch.where(improved, new, best)
         lost = active & ~(new <= growth**2 * best)
         stopped |= lost
         active &= ~lost & (new > tolerance**2 * start)
-        direction = residual + per_sample(torch.where(active, new / square, 0.0), r) * direction
+        direction = residual + broadcast(torch.where(active, new / square, 0.0), r) * direction
         square = torch.where(active, new, square)
     return Solution(best_u, _relative(best, start), iterations, stopped)
 
@@ -159,7 +167,7 @@ def _finite(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """r with systems that are not finite set to zero, |r|^2 (infinite for those), and which they are."""
     start = _dot(r, r)
     broken = ~torch.isfinite(start)
-    return torch.where(per_sample(broken, r), 0.0, r), torch.where(broken, float("inf"), start), broken
+    return torch.where(broadcast(broken, r), 0.0, r), torch.where(broken, float("inf"), start), broken
 
 
 def _relative(square: Tensor, start: Tensor) -> Tensor:
@@ -170,7 +178,7 @@ def _relative(square: Tensor, start: Tensor) -> Tensor:
 
 def _advance(x: Tensor, direction: Tensor, step: Tensor, active: Tensor) -> Tensor:
     """x + step direction for the active samples; the others keep x even where the direction is not finite."""
-    return torch.where(per_sample(active, x), x + per_sample(step, x) * direction, x)
+    return torch.where(broadcast(active, x), x + broadcast(step, x) * direction, x)
 
 
 def gaussian_draw(apply: Callable[[Tensor], Tensor], z: Tensor, *, iterations: int = 6) -> Tensor:
@@ -188,7 +196,7 @@ def gaussian_draw(apply: Callable[[Tensor], Tensor], z: Tensor, *, iterations: i
     """
     norm = _dot(z, z).sqrt()
     tiny = torch.finfo(z.dtype).tiny
-    basis = [z / per_sample(norm.clamp(min=tiny), z)]
+    basis = [z / broadcast(norm.clamp(min=tiny), z)]
     products: list[Tensor] = []
     while len(products) < iterations:
         product = torch.nan_to_num(apply(basis[-1]), 0.0, 0.0, 0.0)
@@ -200,14 +208,12 @@ def gaussian_draw(apply: Callable[[Tensor], Tensor], z: Tensor, *, iterations: i
             2
         ):  # twice is enough: full orthogonality although the products are only nearly symmetric
             for q in basis:
-                remainder = remainder - per_sample(_dot(q, remainder), z) * q
+                remainder = remainder - broadcast(_dot(q, remainder), z) * q
         length = _dot(remainder, remainder).sqrt()
         # An invariant space is exhausted: nothing but rounding is left to go on with.
         alive = length > 1e-5 * _dot(product, product).sqrt()
-        basis.append(
-            torch.where(per_sample(alive, z), remainder / per_sample(length.clamp(min=tiny), z), 0.0)
-        )
+        basis.append(torch.where(broadcast(alive, z), remainder / broadcast(length.clamp(min=tiny), z), 0.0))
     small = torch.stack([torch.stack([_dot(q, p) for p in products], 1) for q in basis], 1)
     values, vectors = torch.linalg.eigh((small + small.mT) / 2)
     root = (vectors * values.clamp(min=0).sqrt()[:, None]) @ vectors[:, 0, :, None]
-    return torch.stack([per_sample(norm * root[:, i, 0], z) * q for i, q in enumerate(basis)]).sum(0)
+    return torch.stack([broadcast(norm * root[:, i, 0], z) * q for i, q in enumerate(basis)]).sum(0)

@@ -18,9 +18,11 @@ from ambient_sci.data.exporters import select_geometry
 from ambient_sci.data.sources import as_complex
 from ambient_sci.priors.base import Prior
 from ambient_sci.progress import track
+from ambient_sci.sampling.notes import merge, notes
 from ambient_sci.sampling.parts import Parts, fingerprint
-from ambient_sci.sampling.reconstruct import POINT_ESTIMATES, Run, merge, notes
 from ambient_sci.sampling.result import ResultFile, ResultWriter, made_from
+from ambient_sci.sampling.run import Run
+from ambient_sci.sampling.samplers import POINT_ESTIMATES
 from ambient_sci.sampling.unconditional import (
     chain_seeds,
     chains,
@@ -31,6 +33,8 @@ from ambient_sci.sampling.unconditional import (
 )
 from ambient_sci.whole_files import check_output
 
+#: What seeds mean: parts that another version of the samplers began are not gone on with.
+STREAMS = 2
 #: subjects, scale, geometry and source of a `Reconstruction`
 About = tuple[list[str], float | np.ndarray, dict[str, Any], dict[str, Any]]
 
@@ -84,6 +88,7 @@ def reconstruct_to_file(
     seeds = chain_seeds(len(starts), generator)
     request = {"samples": samples, "sampler": sampler, **settings}
     plan = {"first": chosen.start, "last": chosen.stop, "images_at_once": images_at_once, "seeds": seeds}
+    plan["streams"] = STREAMS
     # The batch size decides speed, not samples.
     plan |= {k: v for k, v in request.items() if k != "batch_size"}
     device = torch.device(device)
@@ -93,9 +98,9 @@ def reconstruct_to_file(
             index = list(chosen[starts[k] : starts[k] + images_at_once])
             run = prepare(prior, measurements, index, seeds[k], device, request)
             with ResultWriter(parts.paths[k], (samples, len(index), *prior.shape)) as writer:
-                for chunk, x in run.parts(progress=progress and len(starts) == 1):
-                    writer.add(slice(chunk.images.start, chunk.images.stop), x)
-                writer.report = run.report()
+                for chunk, draws in run.parts(progress=progress and len(starts) == 1):
+                    writer.add(slice(chunk.images.start, chunk.images.stop), draws)
+                writer.report = run.report(writer.spread())
             request["batch_size"] = run.batch_size  # what has fitted once is not tried out again
         parts.wait()
         if parts.main:
@@ -161,13 +166,14 @@ def join(
         start, report = 0, {}
         for part in parts:
             with ResultFile(part) as file:
-                for sample in file.each_sample():
-                    writer.add(slice(start, start + len(file)), sample[None])
+                every = slice(None)
+                where = slice(start, start + len(file))
+                writer.put(where, file.each_sample(), file.mean(every), file.std(every))
                 start += len(file)
                 report = file.report
                 totals = merge(totals, {k: v for k, v in report.items() if k not in ("options", "notes")})
         totals = {**{k: v for k, v in report.items() if k != "notes"}, **totals}
-        writer.report = {**totals, **notes(prior, totals["sigma_min"], totals)}
+        writer.report = {**totals, **notes(prior, totals)}
 
 
 @torch.no_grad()

@@ -258,7 +258,8 @@ class Laps:
             generator = seeded(self.config.seed, _E_STEP, lap, index)
             result = self.drawn(prior, operator, y, self.data.sigma(rows), 1, generator)
             draws.add(index, rows, result.samples[0])
-            report = {k: v for k, v in result.report.items() if k.startswith(("solve", "worst", "network"))}
+            kept = ("solve", "worst", "network", "direct")
+            report = {k: v for k, v in result.report.items() if k.startswith(kept)}
         self.accelerator.wait_for_everyone()
         return draws.images, report
 
@@ -288,6 +289,7 @@ class Laps:
             tolerance=settings.tolerance,
             precision=settings.sampler_precision,
             batch_size=settings.sampler_batch,
+            antithetic=False,  # draws are wanted here, and no mean
             generator=generator,
         )
 

@@ -65,6 +65,7 @@ def measure(prior: Prior, problem: tuple[float, int, float], seed: int, samples:
     generator = torch.Generator().manual_seed(seed)
     begun, busy = time.perf_counter(), time.process_time()
     options = {**SETTINGS, "precision": "auto"}
+    options |= {"direct": False, "antithetic": False}  # what counts here are the solves of samples
     result = asci.reconstruct(
         prior, operator, y, sigma_y, samples=samples, generator=generator, progress=True, **options
     )
