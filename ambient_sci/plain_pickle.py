@@ -23,6 +23,9 @@ from typing import Any
 
 from ambient_sci.errors import InputError
 
+#: The name of an identifier of something outside the pickle (a persistent id), where a format has such.
+PERSISTENT = "<persistent id>"
+
 
 @dataclass(frozen=True)
 class Global:
@@ -61,7 +64,8 @@ def read_plain(
 
     Args:
         source: a file, or the bytes of a pickle.
-        allowed: names ("module.attribute") that the format may refer to.
+        allowed: names that the format may refer to, "module.attribute", or "module.*" for all in and below a
+            module; names stay names, whatever is allowed. `PERSISTENT` allows identifiers of things outside.
         what: names the format in errors.
         label: names the source in errors; default: its path.
 
@@ -79,6 +83,15 @@ def read_plain(
                 return _run(content, allowed, what, label)
     except OSError as error:
         raise InputError(f"{label}: cannot be opened ({error.strerror or error})") from None
+
+
+def plain_sequence(
+    data: bytes, count: int, allowed: Collection[str], *, what: str = "pickle", label: str = "pickle"
+) -> tuple[list[Any], bytes]:
+    """What ``count`` pickles say that follow one another, and the bytes behind them; see `read_plain`."""
+    content = _Bytes(data)
+    found = [_run(content, allowed, what, label) for _ in range(count)]
+    return found, data[content.tell() :]
 
 
 class _Bytes:
@@ -138,6 +151,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.allowed, self.what, self.label = allowed, what, label
+        self.packages = tuple(name[:-1] for name in allowed if name.endswith(".*"))
 
     def step(self, name: str, argument: Any) -> None:
         """One instruction."""
@@ -259,7 +273,7 @@ class _Machine:
     # -- names, and what would be called ---------------------------------------------------------------------
 
     def _refer(self, name: str) -> None:
-        if name not in self.allowed:
+        if name not in self.allowed and not name.startswith(self.packages):
             raise InputError(
                 f"{self.label}: expected a {self.what}, got a pickle that refers to {name!r:.120}, which no "
                 f"{self.what} does; refused (nothing of it was run)"
@@ -282,6 +296,11 @@ class _Machine:
             self.stack.append(Record(name, args))
 
     _newobj = _reduce
+
+    def _binpersid(self, _: Any) -> None:
+        if PERSISTENT not in self.allowed:
+            raise ValueError("it refers to things outside")
+        self.stack.append(Record(PERSISTENT, (self.stack.pop(),)))
 
     def _build(self, _: Any) -> None:
         state = self.stack.pop()

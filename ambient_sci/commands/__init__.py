@@ -4,6 +4,7 @@ the rooms."""
 from __future__ import annotations
 
 from ambient_sci.commands.data import Import, Inspect, Simulate
+from ambient_sci.commands.importing import ImportPrior
 from ambient_sci.commands.memorization import (
     MemorizationAttackCommand,
     MemorizationErrorCommand,
@@ -17,6 +18,7 @@ COMMANDS = {
     "simulate": Simulate,
     "import": Import,
     "inspect": Inspect,
+    "import-prior": ImportPrior,
     "train": Train,
     "generate": Generate,
     "reconstruct": Reconstruct,
