@@ -11,6 +11,7 @@ from ambient_sci.commands.memorization import (
     MemorizationScoreCommand,
 )
 from ambient_sci.commands.model import Generate, Reconstruct, Train
+from ambient_sci.commands.protocol import EvaluatePrior
 from ambient_sci.commands.results import Evaluate, Export, Quickstart
 
 #: By name; a name of two words is a command of a group.
@@ -23,6 +24,7 @@ COMMANDS = {
     "generate": Generate,
     "reconstruct": Reconstruct,
     "evaluate": Evaluate,
+    "evaluate-prior": EvaluatePrior,
     "memorization score": MemorizationScoreCommand,
     "memorization attack": MemorizationAttackCommand,
     "memorization error": MemorizationErrorCommand,
