@@ -260,23 +260,18 @@ def _tensor(value: Any, name: str, path: Path) -> Tensor:
         raise InputError(f"{path}: expected a tensor {name!r:.80}, got something else")
     storage, offset, size, stride = value.args[:4]
     flat = _storage(storage, name, path)
-    size, stride = (tuple(s.args[0]) if isinstance(s, Record) and s.args else s for s in (size, stride))
-    good = (
-        isinstance(size, tuple)
-        and isinstance(stride, tuple)
-        and len(size) == len(stride)
-        and type(offset) is int
-    )
-    good = good and all(type(n) is int and n >= 0 for n in (*size, *stride, offset))
+    shape = [tuple(s.args[0]) if isinstance(s, Record) and s.args else s for s in (size, stride)]
+    whole = all(isinstance(s, tuple) and all(type(n) is int and n >= 0 for n in s) for s in shape)
+    good = whole and len(shape[0]) == len(shape[1]) and type(offset) is int and offset >= 0
     count, last = 1, 0
-    for n, step in zip(size, stride, strict=True) if good else ():
+    for n, step in zip(*shape, strict=True) if good else ():
         count, last = count * n, last + (n - 1) * step
     if not good or count > len(flat) or (count and offset + last >= len(flat)):
         raise InputError(
             f"{path}: expected sizes of {name!r:.80} that its {len(flat)} numbers fill, got {size!r:.80} "
             f"from {offset!r:.40}"
         )
-    return flat.as_strided(size, stride, offset).clone(memory_format=torch.contiguous_format)
+    return flat.as_strided(*shape, offset).clone(memory_format=torch.contiguous_format)
 
 
 def _storage(record: Any, name: str, path: Path) -> Tensor:
@@ -294,10 +289,10 @@ def _storage(record: Any, name: str, path: Path) -> Tensor:
         record.args[0], 5, ("torch.*", PERSISTENT, "collections.OrderedDict"), what="storage", label=label
     )
     magic, protocol, _, about, keys = parts
-    claim = about.args[0] if isinstance(about, Record) and about.name == PERSISTENT else ()
-    kind = claim[1] if isinstance(claim, tuple) and len(claim) >= 5 else None
+    claim = about.args[0] if isinstance(about, Record) and about.name == PERSISTENT else None
+    _, kind, key, *_ = claim if isinstance(claim, tuple) and len(claim) >= 5 else (None, None, None)
     dtype = _STORAGES.get(kind.name.rpartition(".")[2]) if isinstance(kind, Global) else None
-    if (magic, protocol) != (_MAGIC, _PROTOCOL) or dtype is None or keys != [claim[2]]:
+    if (magic, protocol) != (_MAGIC, _PROTOCOL) or dtype is None or keys != [key]:
         raise InputError(f"{label}: expected one storage of torch's, got {kind!r:.80}")
     count = int.from_bytes(data[:8], "little", signed=True)
     if count < 0 or count * dtype.itemsize != len(data) - 8:
