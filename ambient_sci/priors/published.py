@@ -33,10 +33,10 @@ class _Published(Prior):
         network: NetworkConfig,
         shape: tuple[int, ...],
         data_std: float,
-        sigma_min: float = 0.0,
-        sigma_max: float | None = None,
-        about: dict[str, Any] | None = None,
-        generator: torch.Generator | None = None,
+        sigma_min: float,
+        sigma_max: float | None,
+        about: dict[str, Any] | None,
+        generator: torch.Generator | None,
     ) -> None:
         super().__init__()
         self.config, self.about = network, about or {}
@@ -83,8 +83,17 @@ class VEPrior(_Published):
 
     kind = "ve"
 
-    def __init__(self, network: NetworkConfig, *args: Any, **settings: Any) -> None:
-        super().__init__(network, *args, **settings)
+    def __init__(
+        self,
+        network: NetworkConfig,
+        shape: tuple[int, ...],
+        data_std: float,
+        sigma_min: float = 0.0,
+        sigma_max: float | None = None,
+        about: dict[str, Any] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(network, shape, data_std, sigma_min, sigma_max, about, generator)
         self.takes = getattr(self.network, "takes", None)
 
     def forward(self, x: Tensor, sigma: float | Tensor, given: Given | None = None) -> Tensor:  # type: ignore[override]
@@ -114,6 +123,18 @@ class AmbientDiffusionPrior(_Published):
 
     kind = "ambient-diffusion"
     takes = KeptRows
+
+    def __init__(
+        self,
+        network: NetworkConfig,
+        shape: tuple[int, ...],
+        data_std: float,
+        sigma_min: float = 0.0,
+        sigma_max: float | None = None,
+        about: dict[str, Any] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(network, shape, data_std, sigma_min, sigma_max, about, generator)
 
     def _extra(self) -> int:
         return self.shape[0]
