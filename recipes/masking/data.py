@@ -83,9 +83,9 @@ def load(part: str, size: int, seed: int, folder: Path, data: Path, features: st
     if part == "digits":
         return _digits(size, folder)
     if part == "faces":
-        return _faces(size, seed, "efficientnet-lite0")
+        return _faces(size, seed, "efficientnet-lite0", folder / "features")
     if part in FILES:
-        return _files(part, size, seed, data, features)
+        return _files(part, size, seed, data, features, folder / "features")
     raise InputError(f"part: expected digits, faces, {', '.join(FILES)}, got {part!r}")
 
 
@@ -108,16 +108,16 @@ def _faces_script() -> Any:
     return module
 
 
-def _faces(size: int, seed: int, features: str, pixels: int = 32) -> Images:
+def _faces(size: int, seed: int, features: str, cache: Path, pixels: int = 32) -> Images:
     script = _faces_script()
     x, people = script.load(pixels)
     train, held = script.split("person")
     x = torch.from_numpy(x) * 2 - 1
     rows = _some(train.tolist(), size, seed)
-    return _of(x[rows], x[held.tolist()], features, (-1.0, 1.0))
+    return _of(x[rows], x[held.tolist()], features, (-1.0, 1.0), cache)
 
 
-def _files(part: str, size: int, seed: int, data: Path, features: str) -> Images:
+def _files(part: str, size: int, seed: int, data: Path, features: str, cache: Path) -> Images:
     train, held, command = FILES[part]
     for path in (data / train, data / held):
         if not path.exists():
@@ -129,7 +129,7 @@ def _files(part: str, size: int, seed: int, data: Path, features: str) -> Images
         x = file.images(_some(list(range(len(file))), size, seed))
     with ReferenceFile(data / held) as file:
         others = file.images(slice(0, min(len(file), 10_000)))
-    return _of(x, others, features, (-1.0, 1.0))
+    return _of(x, others, features, (-1.0, 1.0), cache)
 
 
 def _some(rows: list[int], size: int, seed: int) -> list[int]:
@@ -140,11 +140,11 @@ def _some(rows: list[int], size: int, seed: int) -> list[int]:
     return sorted(rows[int(k)] for k in order[:size])
 
 
-def _of(train: Tensor, held: Tensor, features: str, value_range: tuple[float, float]) -> Images:
-    """Images that are judged on an extractor's features."""
+def _of(train: Tensor, held: Tensor, features: str, value_range: tuple[float, float], cache: Path) -> Images:
+    """Images that are judged on an extractor's features, each computed once."""
 
     def found(x: Tensor) -> Tensor:
-        return torch.from_numpy(features_of(x.cpu(), features, value_range=value_range).copy())
+        return torch.from_numpy(features_of(x.cpu(), features, cache, value_range=value_range).copy())
 
     real = found(held)
 
