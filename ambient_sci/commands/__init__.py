@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from ambient_sci.commands.data import Import, Inspect, Simulate
 from ambient_sci.commands.distill import Distill
+from ambient_sci.commands.importing import ImportPrior
 from ambient_sci.commands.memorization import (
     MemorizationAttackCommand,
     MemorizationErrorCommand,
     MemorizationScoreCommand,
 )
 from ambient_sci.commands.model import Generate, Reconstruct, Train
+from ambient_sci.commands.protocol import EvaluatePrior
 from ambient_sci.commands.results import Evaluate, Export, Quickstart
 
 #: By name; a name of two words is a command of a group.
@@ -18,11 +20,13 @@ COMMANDS = {
     "simulate": Simulate,
     "import": Import,
     "inspect": Inspect,
+    "import-prior": ImportPrior,
     "train": Train,
     "distill": Distill,
     "generate": Generate,
     "reconstruct": Reconstruct,
     "evaluate": Evaluate,
+    "evaluate-prior": EvaluatePrior,
     "memorization score": MemorizationScoreCommand,
     "memorization attack": MemorizationAttackCommand,
     "memorization error": MemorizationErrorCommand,

@@ -58,7 +58,9 @@ _NO_ROWS = np.zeros(1, np.int64)
 
 def _numbers(dataset: h5py.Dataset, attributes: dict[str, Any]) -> Numbers:
     name = _TYPES["c" if dataset.dtype.kind == "c" else dataset.dtype.str[1:]]
-    return Numbers(name, float(attributes.get("step", 1.0)) if name == "uint8" else 1.0)
+    if name != "uint8":
+        return Numbers(name)
+    return Numbers(name, float(attributes.get("step", 1.0)), float(attributes.get("offset", 0.0)))
 
 
 class MeasurementFile(Hdf5File):
@@ -366,6 +368,11 @@ class ReferenceFile(Hdf5File):
     def _check_values(self, name: str, block: np.ndarray, rows: np.ndarray) -> None:
         if not np.isfinite(block).all():
             raise InputError("images: NaN or infinite values")
+
+    @property
+    def eight_bits(self) -> tuple[float, float] | None:
+        """Step and offset of images stored as uint8, value = stored * step + offset; None for others."""
+        return (self._numbers.step, self._numbers.offset) if self._numbers.name == "uint8" else None
 
     def images(self, indices: Indices = None) -> Tensor:
         """Images (B, C, H, W) float32; complex ones as two channels."""

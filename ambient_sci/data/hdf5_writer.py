@@ -123,7 +123,9 @@ class Hdf5Writer:
         """What turns uint8 into values, as an attribute and in words."""
         if numbers.name == "uint8":
             file.attrs["step"] = numbers.step
-            self._say(f"stored as uint8, value = stored x {numbers.step:.9g}")
+            file.attrs["offset"] = numbers.offset
+            plus = f" {numbers.offset:+.9g}" if numbers.offset else ""
+            self._say(f"stored as uint8, value = stored x {numbers.step:.9g}{plus}")
 
     def _finish(self, file: h5py.File) -> None:
         """What is known when all samples are there; subclasses add to it."""
@@ -141,7 +143,7 @@ class Hdf5Writer:
         self._text("history", self.history)
         self._text("geometry", json.dumps(self.geometry))
         for name, value in self.attributes.items():
-            if name in file.attrs or name in (MARK, "step", "complex_pairs"):
+            if name in file.attrs or name in (MARK, "step", "offset", "complex_pairs"):
                 raise InputError(f"attributes: {name!r} is a name of the format")
             if isinstance(value, str):
                 self._text(name, value)

@@ -23,7 +23,8 @@ class ImageWriter(Hdf5Writer):
         path: the file; it appears when the writer is closed.
         history, geometry, attributes, overwrite: as of `MeasurementWriter`.
         dtype: numbers on disk, "float32" or, for real images, "uint8".
-        step: of uint8: value = stored * step. An array of uint8 given to `append` holds stored numbers.
+        step, offset: of uint8: value = stored * step + offset (2/255 and -1: images in [-1, 1]). An array of
+            uint8 given to `append` holds stored numbers.
     """
 
     kind = IMAGE_FORMAT
@@ -38,11 +39,12 @@ class ImageWriter(Hdf5Writer):
         overwrite: bool = False,
         dtype: str = "float32",
         step: float = 1 / 255,
+        offset: float = 0.0,
     ):
         super().__init__(path, history, geometry, attributes, overwrite)
         if dtype == "float16":
             raise InputError("images: expected dtype float32 or uint8, got float16")
-        self._numbers = Numbers(dtype, step if dtype == "uint8" else 1.0)
+        self._numbers = Numbers(dtype, step, offset) if dtype == "uint8" else Numbers(dtype)
 
     def append(
         self,
@@ -85,12 +87,13 @@ def write_images(
     attributes: Mapping[str, Any] | None = None,
     dtype: str = "float32",
     step: float = 1 / 255,
+    offset: float = 0.0,
     labels: Any = None,
 ) -> Path:
     """Write a reference file (or file of samples) from (N, C, H, W) real or (N, H, W) complex images.
 
     Args:
-        path, history, overwrite, geometry, attributes, dtype, step: see `ImageWriter`.
+        path, history, overwrite, geometry, attributes, dtype, step, offset: see `ImageWriter`.
         images, subjects, scale, labels: see `ImageWriter.append`.
 
     Returns:
@@ -107,6 +110,7 @@ def write_images(
         overwrite=overwrite,
         dtype=dtype,
         step=step,
+        offset=offset,
     ) as writer:
         writer.append(images, subjects=subjects, scale=scale, labels=labels)
     return writer.path

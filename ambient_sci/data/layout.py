@@ -77,17 +77,20 @@ class Numbers:
 
     Attributes:
         name: "float32" (complex64 for complex data), "float16" or "uint8".
-        step: value = stored * step, for uint8.
+        step, offset: value = stored * step + offset, for uint8.
     """
 
     name: str = "float32"
     step: float = 1.0
+    offset: float = 0.0
 
     def __post_init__(self) -> None:
         if self.name not in NUMBERS:
             raise InputError(f"dtype: expected one of {', '.join(NUMBERS)}, got {self.name!r}")
         if not (np.isfinite(self.step) and self.step > 0):
             raise InputError(f"step: expected a positive number, got {self.step}")
+        if not np.isfinite(self.offset):
+            raise InputError(f"offset: expected a number, got {self.offset}")
 
     def dtype(self, is_complex: bool) -> np.dtype:
         """The type of a dataset."""
@@ -99,7 +102,7 @@ class Numbers:
         """(B, ...) numbers as they are stored.
 
         Raises:
-            InputError: values beyond float16, or values that are no multiple of the step from 0 to 255.
+            InputError: values beyond float16, or values that are not offset + 0 to 255 steps.
         """
         is_complex = block.dtype.kind == "c"
         goal = self.dtype(is_complex)
@@ -116,13 +119,15 @@ class Numbers:
             return half
         if block.dtype == np.uint8:
             return block
-        steps = block / self.step
+        steps = (block - np.float32(self.offset)) / self.step
         whole = np.rint(steps)
         if not np.isfinite(steps).all():
             raise InputError(f"{what}: NaN or infinite values")
         if whole.min() < 0 or whole.max() > 255 or np.abs(steps - whole).max() > 1e-2:
+            from_where = f" from {self.offset:.6g}" if self.offset else ""
             raise InputError(
-                f"{what}: expected multiples of {self.step:.6g}, 0 to 255 times that, for uint8, got others"
+                f"{what}: expected multiples of {self.step:.6g}{from_where}, 0 to 255 times that, for uint8, "
+                "got others"
             )
         return whole.astype(np.uint8)
 
@@ -133,7 +138,8 @@ class Numbers:
         if is_complex:
             return complex_to_channels(block)
         if self.name == "uint8":
-            return torch.from_numpy(np.multiply(block, np.float32(self.step), dtype=np.float32))
+            values = np.multiply(block, np.float32(self.step), dtype=np.float32)
+            return torch.from_numpy(values + np.float32(self.offset) if self.offset else values)
         return torch.from_numpy(np.ascontiguousarray(block, dtype=np.float32))
 
 

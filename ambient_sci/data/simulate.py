@@ -175,7 +175,7 @@ def simulate(
         MeasurementWriter(
             out, operator=operator, image_shape=shape, design=plan, **drawn.shared, **common
         ) as file,
-        ImageWriter(reference, **common) as truth,
+        ImageWriter(reference, **common, **_as_stored(images, complex_images)) as truth,
     ):
         _fill(file, truth, images, drawn, levels)
     return out
@@ -192,8 +192,17 @@ def _fill(
         if drawn.complex_images:
             x, y = as_complex(x), as_complex(y)
         subjects, scale = [images.subjects[r] for r in rows], images.scale_of(rows)
-        truth.append(x, subjects=subjects, scale=scale)
-        file.append(y, noise_std=levels[rows], subjects=subjects, scale=scale, **own)
+        labels = images.labels_of(rows)
+        truth.append(x, subjects=subjects, scale=scale, labels=labels)
+        file.append(y, noise_std=levels[rows], subjects=subjects, scale=scale, labels=labels, **own)
+
+
+def _as_stored(images: ImageSource, complex_images: bool) -> dict[str, Any]:
+    """How the clean images are written: as 8 bits where they came so and stay what they are."""
+    if images.eight_bits is None or complex_images:
+        return {}
+    step, offset = images.eight_bits
+    return {"dtype": "uint8", "step": step, "offset": offset}
 
 
 def _check_outputs(out: Any, reference: Any, overwrite: bool) -> tuple[Path, Path]:

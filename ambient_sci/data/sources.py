@@ -47,6 +47,10 @@ class ImageSource:
     notes: list[str] = field(default_factory=list)
     #: noise level that the source states, in its original units; one number or (N,)
     noise_std: float | np.ndarray | None = None
+    #: class of each image (N,), None where the source has no classes
+    labels: np.ndarray | None = None
+    #: step and offset of images that are stored as 8 bits, None for any others
+    eight_bits: tuple[float, float] | None = None
 
     def __len__(self) -> int:
         return len(self.subjects)
@@ -64,6 +68,10 @@ class ImageSource:
                 f"{self.origin}: NaN or infinite values in image {int(rows[int(bad.nonzero()[0, 0])])}"
             )
         return images
+
+    def labels_of(self, rows: np.ndarray) -> np.ndarray | None:
+        """The classes of some images, None where the source has none."""
+        return None if self.labels is None else self.labels[rows]
 
     def scale_of(self, rows: np.ndarray) -> Any:
         """The scale of some samples."""
@@ -178,6 +186,7 @@ def _resized(source: ImageSource, size: int | None) -> ImageSource:
     read = source.read
     source.read = lambda rows: torch.from_numpy(resize(read(rows).numpy(), size))
     source.image_shape = (source.image_shape[0], size, size)
+    source.eight_bits = None
     source.geometry = {k: v for k, v in source.geometry.items() if k == "orientation"}
     source.notes.append(f"resized to {size} pixels; the noise is no longer white")
     return source
@@ -223,7 +232,11 @@ def _from_numpy(path: Path) -> ImageSource:
 
 def _from_reference(path: Path) -> ImageSource:
     file = ReferenceFile(path)
-    return ImageSource(file.image_shape, file.subjects, file.images, str(path), file.scale, file.geometry)
+    found = ImageSource(file.image_shape, file.subjects, file.images, str(path), file.scale, file.geometry)
+    labels = file.labels()
+    found.labels = None if labels is None else labels.numpy()
+    found.eight_bits = file.eight_bits
+    return found
 
 
 def _from_pictures(path: Path, size: int | None) -> ImageSource:

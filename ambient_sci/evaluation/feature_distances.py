@@ -49,6 +49,25 @@ class FeatureMoments:
             moments.update(block)
         return moments
 
+    @classmethod
+    def stated(cls, mean: Rows, covariance: Rows, n: int) -> FeatureMoments:
+        """Moments as published: mean (d,) and unbiased covariance (d, d) of ``n`` features.
+
+        Raises:
+            InputError: other shapes, values that are not finite, or n < 2.
+        """
+        moments = cls()
+        m, c = _tensor(mean), _tensor(covariance)
+        finite = bool(torch.isfinite(m).all()) and bool(torch.isfinite(c).all())
+        if m.ndim != 1 or c.shape != (len(m), len(m)) or not finite or n < 2:
+            raise InputError(
+                f"moments: expected a finite mean (d,) and covariance (d, d) of at least 2 features, got "
+                f"{tuple(m.shape)}, {tuple(c.shape)} and {n}"
+            )
+        moments.n, moments._shift, moments._sum = n, m, torch.zeros_like(m)
+        moments._outer = c * (n - 1)
+        return moments
+
     def update(self, block: Rows) -> None:
         """Take in features (b, d)."""
         x = _tensor(block)

@@ -27,7 +27,8 @@ from ambient_sci.data import ReferenceFile
 from ambient_sci.errors import InputError
 from ambient_sci.evaluation.extractors import Extractor, Range, get_extractor, natural_range
 from ambient_sci.progress import track
-from ambient_sci.whole_files import write_json
+from ambient_sci.sampling.parts import Parts, process_share
+from ambient_sci.whole_files import whole_file, write_json
 
 Images = Tensor | np.ndarray | ReferenceFile | str | os.PathLike[str]
 Number = Literal["float16", "float32"]
@@ -84,6 +85,71 @@ def features_of(
                 work.fill(file)
                 return _mapped(file)
         return _cached(work, Path(cache))
+
+
+def share_features(
+    images: str | os.PathLike[str],
+    extractor: str | Extractor,
+    cache: str | os.PathLike[str],
+    *,
+    value_range: Range | None = None,
+    dtype: Number = "float32",
+    batch_size: int = 64,
+    images_at_once: int = 1024,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> np.memmap:
+    """`features_of` a file, by all processes of one ``torchrun`` together.
+
+    Interrupted, it goes on where it was; by one process it is `features_of`.
+
+    Args:
+        images: the file of images.
+        extractor, cache, value_range, dtype, batch_size, progress: see `features_of`.
+        images_at_once: images of one part: what an interruption can lose, and what is shared out.
+        device: where this process computes.
+
+    Raises:
+        InputError: as `features_of`.
+    """
+    device = torch.device(device)
+    settings: dict[str, Any] = {"value_range": value_range, "dtype": dtype, "batch_size": batch_size}
+    if process_share(device)[1] > 1:
+        with _opened(images) as source:
+            found = get_extractor(extractor).to(device)
+            if found.rgb and value_range is None:
+                value_range = natural_range(source(0, min(len(source), BLOCK)))
+                settings["value_range"] = value_range
+            kept_range = value_range if found.rgb else None
+            work = _Work(source, found, kept_range, np.dtype(dtype), batch_size, device, False)
+            _by_parts(work, Path(cache), images_at_once, device, progress)
+    return features_of(images, extractor, cache, device=device, progress=progress, **settings)
+
+
+def _by_parts(work: _Work, folder: Path, images_at_once: int, device: torch.device, progress: bool) -> None:
+    """Fill the cache from parts that the processes share."""
+    whole, description = _place(work, folder)
+    if whole.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(work.source), images_at_once)
+    with Parts(whole, whole.stem[:12], len(starts), device, ".npy") as parts:
+        missing = parts.missing(lambda p: contextlib.nullcontext(np.load(p, mmap_mode="r")))
+        for k in track(missing, f"features ({work.extractor.name})", enabled=progress and parts.main):
+            block = work.rows(starts[k], min(starts[k] + images_at_once, len(work.source)))
+            with whole_file(parts.paths[k]) as part, part.open("wb") as file:
+                np.save(file, block)
+        parts.wait()
+        if parts.main:
+            with whole_file(whole) as part, part.open("wb") as file:
+                for k, path in enumerate(parts.paths):
+                    block = np.load(path, mmap_mode="r")
+                    if k == 0:
+                        work.write_header(file, block.shape[1])
+                    file.write(block.tobytes())
+            write_json(whole.with_suffix(".json"), description)
+            parts.remove()
+        parts.wait()
 
 
 class _Source:
@@ -166,12 +232,7 @@ class _Work:
                 clipped, entries = clipped + int(outside.sum()), entries + images.numel()
             block = self._features(images, start)
             if start == 0:
-                header = {
-                    "descr": self.dtype.str,
-                    "fortran_order": False,
-                    "shape": (len(self.source), block.shape[1]),
-                }
-                np.lib.format.write_array_header_1_0(file, header)
+                self.write_header(file, block.shape[1])
             file.write(block.tobytes())
         file.flush()
         if clipped > CLIPPED_WORTH_SAYING * max(entries, 1):
@@ -181,6 +242,17 @@ class _Work:
                 "and were clipped",
                 stacklevel=4,
             )
+
+    def write_header(self, file: IO[bytes], dim: int) -> None:
+        """Begin the .npy file of all features, ``dim`` each."""
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (len(self.source), dim)}
+        np.lib.format.write_array_header_1_0(file, header)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Features of some images."""
+        starts = range(start, stop, self.batch_size)
+        blocks = [self._features(self.source(a, min(a + self.batch_size, stop)), a) for a in starts]
+        return np.concatenate(blocks)
 
     def _features(self, images: Tensor, start: int) -> np.ndarray:
         found = self.extractor(images.to(self.device), self.value_range)
@@ -217,7 +289,8 @@ class _Work:
         return done
 
 
-def _cached(work: _Work, folder: Path) -> np.memmap:
+def _place(work: _Work, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of finished features in a cache, and what they are of."""
     if not work.extractor.fingerprint:
         raise InputError(
             f"features: {work.extractor.name!r} expected a fingerprint to be kept in a cache; give "
@@ -227,7 +300,12 @@ def _cached(work: _Work, folder: Path) -> np.memmap:
         raise InputError(f"{folder}: expected a folder for features, got a file")
     description = work.description()
     key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]
-    whole, part = folder / f"{key}.npy", folder / f"{key}.part"
+    return folder / f"{key}.npy", description
+
+
+def _cached(work: _Work, folder: Path) -> np.memmap:
+    whole, description = _place(work, folder)
+    part = whole.with_suffix(".part")
     if whole.exists():
         return _read(whole, len(work.source))
     folder.mkdir(parents=True, exist_ok=True)
@@ -238,7 +316,7 @@ def _cached(work: _Work, folder: Path) -> np.memmap:
         else:
             work.fill(file)
             os.fsync(file.fileno())
-            write_json(folder / f"{key}.json", description)
+            write_json(whole.with_suffix(".json"), description)
             os.replace(part, whole)
     return _read(whole, len(work.source))
 

@@ -9,14 +9,17 @@ from ambient_sci.priors.base import Prior, require_mask_conditional, require_unc
 from ambient_sci.priors.config import NetworkConfig, PriorConfig
 from ambient_sci.priors.empirical import EmpiricalPrior
 from ambient_sci.priors.given import Given, KeptRows, Labels, Prompt
+from ambient_sci.priors.import_edm import import_prior
 from ambient_sci.priors.network import NetworkPrior
 from ambient_sci.priors.one_step import OneStepPrior
 from ambient_sci.priors.pretrained import pretrained_folder, pretrained_names
+from ambient_sci.priors.published import AmbientDiffusionPrior, VEPrior
 from ambient_sci.priors.stationary import StationaryGaussianPrior
 from ambient_sci.priors.storage import load_prior, save_prior
 from ambient_sci.priors.wrappers import DeepinvPrior, Guided, StagedPrior, VPPrior
 
 __all__ = [
+    "AmbientDiffusionPrior",
     "ConditionalMean",
     "DeepinvPrior",
     "EmpiricalPrior",
@@ -35,8 +38,10 @@ __all__ = [
     "Prompt",
     "StagedPrior",
     "StationaryGaussianPrior",
+    "VEPrior",
     "VPPrior",
     "backbones",
+    "import_prior",
     "load_prior",
     "operator_matrix",
     "pretrained_folder",

@@ -1,4 +1,9 @@
-"""Networks of other libraries as backbones: deepinv's NCSN++ and ADM, diffusers' U-Nets."""
+"""Networks of other libraries as backbones: deepinv's NCSN++ and ADM, diffusers' U-Nets.
+
+deepinv's two take two options beside their own. ``group_channels``: least channels of a group of the
+normalisation, 4 in EDM; deepinv always makes 32 groups, which is the same from 128 channels on. ``gated``:
+every convolution is multiplied by a gate, as in Ambient Diffusion's networks (Daras et al. 2023).
+"""
 
 from __future__ import annotations
 
@@ -62,6 +67,56 @@ class EDMNetwork(Backbone):
         return self
 
 
+def _gated(model: nn.Module) -> None:
+    """Replace every convolution by a gated one."""
+    from deepinv.models.utils import UpDownConv2d
+
+    class Gated(UpDownConv2d):
+        """conv(x) g, with g = sigmoid(sigmoid(conv_gate(x))): twice, as published networks have it."""
+
+        def __init__(self, plain: UpDownConv2d) -> None:
+            nn.Module.__init__(self)
+            self.__dict__.update({k: v for k, v in vars(plain).items() if not k.startswith("_")})
+            for key in ("weight", "bias"):
+                self.register_parameter(key, plain._parameters.get(key))
+            self.register_buffer("resample_filter", plain.resample_filter)
+            weight = None if plain.weight is None else nn.Parameter(torch.randn_like(plain.weight) * 0.02)
+            self.register_parameter("gate_weight", weight)
+
+        def _resampled(self, x: Tensor) -> Tensor:
+            f, count = self.resample_filter.to(x.dtype), x.shape[1]
+            pad = (f.shape[-1] - 1) // 2
+            if self.up:
+                f = f.mul(4).tile([count, 1, 1, 1])
+                return nn.functional.conv_transpose2d(x, f, groups=count, stride=2, padding=pad)
+            return nn.functional.conv2d(x, f.tile([count, 1, 1, 1]), groups=count, stride=2, padding=pad)
+
+        def forward(self, x: Tensor) -> Tensor:
+            after = self.fused_resample and self.down and self.weight is not None
+            if self.resample_filter is not None and not after:
+                x = self._resampled(x)
+            if self.weight is not None:
+                pad = self.weight.shape[-1] // 2 + ((self.resample_filter.shape[-1] - 1) // 2 if after else 0)
+                gate = nn.functional.conv2d(x, self.gate_weight.to(x.dtype), padding=pad).sigmoid().sigmoid()
+                x = nn.functional.conv2d(x, self.weight.to(x.dtype), padding=pad) * gate
+            if after:
+                f = self.resample_filter.to(x.dtype).tile([x.shape[1], 1, 1, 1])
+                x = nn.functional.conv2d(x, f, groups=x.shape[1], stride=2)
+            return x if self.bias is None else x + self.bias.to(x.dtype).reshape(1, -1, 1, 1)
+
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if isinstance(child, UpDownConv2d):
+                parent._modules[key] = Gated(child)
+
+
+def _regroup(model: nn.Module, least: int) -> None:
+    """Group norms of at most 32 groups with at least ``least`` channels each."""
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.num_groups = min(32, max(1, module.num_channels // least))
+
+
 def _edm(name: str) -> Callable[..., EDMNetwork]:
     def factory(in_channels: int, out_channels: int, shape: tuple[int, ...], **options: Any) -> EDMNetwork:
         import deepinv
@@ -81,21 +136,26 @@ def _edm(name: str) -> Callable[..., EDMNetwork]:
             "pretrained": None,
             "img_resolution": shape[1],
         }
-        unknown = [key for key in options if key not in kind.__init__.__code__.co_varnames]
+        group, gated = settings.pop("group_channels", None), bool(settings.pop("gated", False))
+        unknown = [key for key in settings if key not in kind.__init__.__code__.co_varnames]
         if unknown:  # their constructors take any keyword and drop what they do not know
             raise InputError(
                 f"network {name}: expected options of deepinv's {kind.__name__}, got {', '.join(unknown)}"
             )
         least = options.get("model_channels", 128) * min(options.get("channel_mult", (1,)))
-        if name == "ncsnpp" and least < 64:
+        if name == "ncsnpp" and least < 64 and (group or 1) < 2:
             # Group norms have 32 groups: at 32 channels each channel is normalised by itself, and with it
             # goes what the level added.
             raise InputError(
                 f"network ncsnpp: expected at least 64 channels at every resolution, got {least}: narrower, "
                 "its normalisation removes "
-                "the noise level from what the network sees"
+                "the noise level from what the network sees; or group_channels of at least 2"
             )
         model = kind(in_channels=in_channels, out_channels=out_channels, **settings)
+        if group is not None:
+            _regroup(model, int(group))
+        if gated:
+            _gated(model)
         return EDMNetwork(model, settings["label_dim"])
 
     return factory

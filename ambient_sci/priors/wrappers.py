@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ambient_sci.errors import InputError
-from ambient_sci.noise import Prediction, VPSchedule, expand, sample_from_ve_state
+from ambient_sci.noise import Prediction, expand, sample_from_ve_state
 from ambient_sci.priors.backbones import build
 from ambient_sci.priors.base import (
     Prior,
@@ -26,6 +26,7 @@ from ambient_sci.priors.base import (
 from ambient_sci.priors.config import NetworkConfig
 from ambient_sci.priors.given import Given, KeptRows
 from ambient_sci.priors.network import call_network
+from ambient_sci.priors.vp_times import Schedule, schedule_from_dict, schedule_to_dict
 
 
 class DeepinvPrior(Prior):
@@ -77,11 +78,13 @@ class VPPrior(Prior):
         shape: (C, H, W) of one image.
         data_std: standard deviation of the data per entry.
         prediction: what F predicts: "epsilon", "v" or "sample".
-        time: a `VPSchedule`, whose time is interpolated in log sigma; or a function of the VP noise scale
-            (B,); default: the noise scale itself.
+        time: a `VPSchedule`, whose time is interpolated in log sigma, or another schedule of
+            `ambient_sci.priors.vp_times`; or a function of the VP noise scale (B,); default: the noise scale
+            itself.
         sigma_min: lowest VE level it was trained for.
         sigma_max: highest VE level it was trained for.
         generator: source of a backbone's initial weights.
+        about: what a model card should say.
     """
 
     kind = "vp"
@@ -92,12 +95,14 @@ class VPPrior(Prior):
         shape: tuple[int, ...],
         data_std: float,
         prediction: Prediction = "epsilon",
-        time: VPSchedule | Callable[[Tensor], Tensor] | None = None,
+        time: Schedule | Callable[[Tensor], Tensor] | None = None,
         sigma_min: float = 0.0,
         sigma_max: float | None = None,
         generator: torch.Generator | None = None,
+        about: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.about = about or {}
         if prediction not in ("epsilon", "v", "sample"):
             raise InputError(f"prediction: expected 'sample', 'epsilon' or 'v', got {prediction!r}")
         self.config = network if isinstance(network, NetworkConfig) else None
@@ -115,7 +120,7 @@ class VPPrior(Prior):
         z = at_least_single(x)
         levels = per_sample(sigma, z)
         alpha = (1 + levels**2).rsqrt()
-        if isinstance(self.time, VPSchedule):
+        if isinstance(self.time, Schedule):
             t = self.time.time(levels)
         else:
             t = levels * alpha if self.time is None else self.time(levels * alpha)
@@ -124,7 +129,7 @@ class VPPrior(Prior):
 
     def describe(self) -> dict[str, Any]:
         """Network, prediction, times and range."""
-        if self.config is None or not (self.time is None or isinstance(self.time, VPSchedule)):
+        if self.config is None or not (self.time is None or isinstance(self.time, Schedule)):
             raise InputError(
                 "saving a VP prior: expected a backbone by name (NetworkConfig) and time = VPSchedule or "
                 "None, got a network or a time "
@@ -135,10 +140,11 @@ class VPPrior(Prior):
             "shape": list(self.shape),
             "data_std": self.data_std,
             "prediction": self.prediction,
-            "time": None if self.time is None else asdict(self.time),
+            "time": None if self.time is None else schedule_to_dict(self.time),
             "sigma_min": self.sigma_min,
             "sigma_max": self.sigma_max,
             "network": asdict(self.config),
+            "about": self.about,
         }
 
     @classmethod
@@ -146,7 +152,7 @@ class VPPrior(Prior):
         """Inverse of `describe`."""
         values = dict(description)
         network, time = NetworkConfig(**values.pop("network")), values.pop("time")
-        schedule = None if time is None else VPSchedule(**time)
+        schedule = None if time is None else schedule_from_dict(time)
         return filled(lambda: cls(network, time=schedule, **values), tensors)
 
 

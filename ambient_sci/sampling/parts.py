@@ -48,16 +48,17 @@ class Parts:
         key: fingerprint of the work.
         count: number of parts.
         device: where this process computes.
+        suffix: of the parts' files.
 
     Attributes:
         paths: a file for each part.
         main: whether this is the process that joins them.
     """
 
-    def __init__(self, out: Path, key: str, count: int, device: torch.device) -> None:
+    def __init__(self, out: Path, key: str, count: int, device: torch.device, suffix: str = ".h5") -> None:
         self.out, self.device = out, device
         self.folder = out.parent / f".{out.name}.parts-{key}"
-        self.paths = [self.folder / f"{k:08d}.h5" for k in range(count)]
+        self.paths = [self.folder / f"{k:08d}{suffix}" for k in range(count)]
         self.rank, self.processes = process_share(device)
         self.main = self.rank == 0
         self._lock: int | None = None

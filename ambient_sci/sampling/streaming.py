@@ -7,6 +7,7 @@ processes of one ``torchrun`` share them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ambient_sci.data import ImageWriter, ReferenceFile
 from ambient_sci.data.exporters import select_geometry
 from ambient_sci.data.sources import as_complex
 from ambient_sci.priors.base import Prior
+from ambient_sci.priors.given import Given, Labels
 from ambient_sci.progress import track
 from ambient_sci.sampling.notes import merge, notes
 from ambient_sci.sampling.parts import Parts, fingerprint
@@ -24,14 +26,16 @@ from ambient_sci.sampling.result import ResultFile, ResultWriter, made_from
 from ambient_sci.sampling.run import Run
 from ambient_sci.sampling.samplers import POINT_ESTIMATES
 from ambient_sci.sampling.unconditional import (
+    Denoise,
     chain_seeds,
     chains,
     check_generation,
     generation_grid,
     require_generator,
     state_like,
+    told,
 )
-from ambient_sci.whole_files import check_output
+from ambient_sci.whole_files import check_output, digest_of
 
 #: What seeds mean: parts that another version of the samplers began are not gone on with.
 STREAMS = 2
@@ -189,6 +193,8 @@ def generate_to_file(
     rho: float = 7.0,
     batch_size: int = 64,
     images_at_once: int = 256,
+    given: Given | None = None,
+    guidance: float = 1.0,
     history: str = "",
     overwrite: bool = False,
     generator: torch.Generator | None = None,
@@ -208,6 +214,7 @@ def generate_to_file(
         steps, sampler, sigma_min, sigma_max, rho, batch_size, generator, progress: as for `generate`.
         images_at_once: images of one part: what an interruption can lose, and what is shared out to
             processes.
+        given, guidance: as for `generate`; class labels go into the file.
         history: how the file was made, in words, to be stored in it.
         overwrite: replace an existing file.
 
@@ -220,24 +227,38 @@ def generate_to_file(
     require_generator(prior, "generate")
     check_generation("generate", num, sampler, min(batch_size, images_at_once))
     grid = generation_grid(prior, steps, sigma_min, sigma_max, rho)
+    denoiser_of = None if given is None and guidance == 1 else told(prior, num, given, guidance)
     out = Path(out)
     check_output(out, overwrite)
     seeds, starts = chain_seeds(num, generator), range(0, num, images_at_once)
-    key = fingerprint(prior, [images_at_once, seeds, grid.tolist(), sampler])
+    plan = [images_at_once, seeds, grid.tolist(), sampler]
+    if given is not None:
+        told_what = {k: v for k, v in vars(given).items() if isinstance(v, torch.Tensor)}
+        plan += [digest_of(told_what), guidance]
+    key = fingerprint(prior, plan)
+    labels = given.index.cpu() if isinstance(given, Labels) and bool((given.index >= 0).all()) else None
     with Parts(out, key, len(starts), state_like(prior).device) as parts:
         shown = progress and parts.main
         for k in track(parts.missing(ReferenceFile), "generating", enabled=shown and len(starts) > 1):
             some = seeds[starts[k] : starts[k] + images_at_once]
             alone = shown and len(starts) == 1
-            images = chains(prior, some, grid, sampler, batch_size, progress=alone).float().cpu()
+            own = None if denoiser_of is None else _shifted(denoiser_of, starts[k])
+            images = chains(prior, some, grid, sampler, batch_size, denoiser_of=own, progress=alone)
+            stored = as_complex(images.float().cpu()) if prior.shape[0] == 2 else images.float().cpu()
+            classes = None if labels is None else labels[starts[k] : starts[k] + len(some)]
             with ImageWriter(parts.paths[k]) as writer:
-                writer.append(as_complex(images) if prior.shape[0] == 2 else images, subjects="generated")
+                writer.append(stored, subjects="generated", labels=classes)
         parts.wait()
         if parts.main:
             join_images(parts.paths, out, history, overwrite)
             parts.remove()
         parts.wait()
     return out
+
+
+def _shifted(denoiser_of: Callable[[slice], Denoise], start: int) -> Callable[[slice], Denoise]:
+    """The denoisers of a part's chains, numbered from its beginning."""
+    return lambda some: denoiser_of(slice(start + some.start, start + some.stop))
 
 
 def join_images(parts: list[Path], out: Path, history: str, overwrite: bool) -> None:
@@ -247,4 +268,4 @@ def join_images(parts: list[Path], out: Path, history: str, overwrite: bool) -> 
             with ReferenceFile(part) as file:
                 images = file.images()
                 stored = as_complex(images) if images.shape[1] == 2 else images
-                writer.append(stored, subjects=file.subjects)
+                writer.append(stored, subjects=file.subjects, labels=file.labels())

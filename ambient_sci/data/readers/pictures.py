@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +192,12 @@ def _values(picture: Any, whole_png: bool, name: str) -> tuple[np.ndarray, float
 # -- many pictures
 
 
-def open_pictures(path: Path) -> PictureSet:
+def open_pictures(path: Path, expected: Collection[str] = ()) -> PictureSet:
     """The pictures in a folder, a zip or a single file.
+
+    Args:
+        path: which.
+        expected: names or patterns ("*.txt", without folders) of other files that need no mention.
 
     Raises: InputError when there are none, or the zip is damaged, encrypted or a bomb.
     """
@@ -201,6 +206,7 @@ def open_pictures(path: Path) -> PictureSet:
     entries, others = _members(path) if check else _files(path)
     if not entries:
         raise InputError(f"{path}: no pictures ({', '.join(PICTURES)}) in it")
+    others = [n for n in others if not any(fnmatch(Path(n).name, pattern) for pattern in expected)]
     if others:
         say(notes, path, f"{len(others)} files are no pictures and are left out: {listed(sorted(others))}")
     entries.sort(key=lambda e: e.name)
