@@ -10,6 +10,7 @@ from ambient_sci.priors.config import NetworkConfig, PriorConfig
 from ambient_sci.priors.empirical import EmpiricalPrior
 from ambient_sci.priors.given import Given, KeptRows, Labels, Prompt
 from ambient_sci.priors.network import NetworkPrior
+from ambient_sci.priors.presets import PRESETS, preset
 from ambient_sci.priors.pretrained import pretrained_folder, pretrained_names
 from ambient_sci.priors.stationary import StationaryGaussianPrior
 from ambient_sci.priors.storage import load_prior, save_prior
@@ -26,6 +27,7 @@ __all__ = [
     "KeptRows",
     "Labels",
     "LoraPrior",
+    "PRESETS",
     "NetworkConfig",
     "NetworkPrior",
     "Prior",
@@ -37,6 +39,7 @@ __all__ = [
     "backbones",
     "load_prior",
     "operator_matrix",
+    "preset",
     "pretrained_folder",
     "pretrained_names",
     "require_mask_conditional",

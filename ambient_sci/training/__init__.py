@@ -29,6 +29,7 @@ _NAMES = {
     "Reporter": "report",
     "RunFolder": "run_folder",
     "Stage": "loop",
+    "explicit_config": "trainer",
     "fit": "trainer",
     "make_accelerator": "trainer",
     "open_source": "source",
@@ -56,6 +57,7 @@ __all__ = [
     "TrainingDiverged",
     "TrainingInterrupted",
     "em_report",
+    "explicit_config",
     "fit",
     "fit_em",
     "initial_prior",
@@ -76,7 +78,7 @@ if TYPE_CHECKING:
     from ambient_sci.training.source import open_source
     from ambient_sci.training.stage_configs import ConsistencyConfig, EMConfig, JointConfig, StagedConfig
     from ambient_sci.training.stages import AmbientStage, initial_prior
-    from ambient_sci.training.trainer import fit, fit_em, make_accelerator
+    from ambient_sci.training.trainer import explicit_config, fit, fit_em, make_accelerator
 
 
 def __getattr__(name: str) -> Any:
