@@ -13,7 +13,7 @@ from ambient_sci.cli import main, parse
 from ambient_sci.data import MeasurementArrays, write_measurements
 from ambient_sci.errors import InputError
 from ambient_sci.operators import MRI, Identity, Masking, make_design
-from ambient_sci.priors import PRESETS, NetworkConfig, NetworkPrior, load_prior, preset
+from ambient_sci.priors import PRESETS, KeptRows, NetworkConfig, NetworkPrior, load_prior, preset
 from ambient_sci.training import TrainConfig, auto, explicit_config, fit, make_accelerator, open_source
 from ambient_sci.training.orientation import SYMMETRIES, contradicted, sign_flip_p, systematic
 
@@ -184,16 +184,82 @@ def test_labelled_images_are_not_mirrored(tmp_path):
     assert names == () and "classes" in said
 
 
+# -- the mean of the images ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_prior_around_a_mean_is_the_one_around_zero_moved_there(masked):
+    """D_m(x, s) = m + D_0(x - m, s); h_m(A_B^H y, s, B) = m + h_0(A_B^H (y - A m 1), s, B)."""
+    network = NetworkConfig(channels=(8,), norm_groups=4, head_channels=8)
+    about = ("mask-conditional", 1) if masked else ("unconditional", 1)
+    options = {"conditioning": about[0], "network": network, "generator": rng(2)}
+    zero = NetworkPrior((1, 8, 8), 0.5, **options).double()
+    moved = NetworkPrior((1, 8, 8), 0.5, data_mean=0.7, **{**options, "generator": rng(2)}).double()
+    for p, q in zip(zero.parameters(), moved.parameters(), strict=True):
+        p.data = q.data = torch.randn(p.shape, generator=rng(3), dtype=p.dtype) * 0.3
+    x = torch.randn(3, 1, 8, 8, generator=rng(4), dtype=torch.float64)
+    given, one = None, torch.ones_like(x)
+    if masked:
+        mask = (torch.rand(3, 1, 8, 8, generator=rng(5)) < 0.5).double()
+        given, one, x = KeptRows(Masking(mask, (1, 8, 8))), mask, x * mask
+    expected = 0.7 + zero(x - 0.7 * one, 0.4, given)
+    torch.testing.assert_close(moved(x, 0.4, given), expected, rtol=0, atol=1e-12)
+    assert (moved(x, 0.4, given) - zero(x, 0.4, given)).abs().max() > 0.1
+
+
+def test_the_mean_is_learned_from_noisy_data_saved_and_told(tmp_path):
+    operator, y, sigma = noisy(200)
+    data, out = (operator, y + 0.6, sigma), tmp_path / "run"
+    prior = fit(data, TrainConfig(max_steps=1, device="cpu"), out=out, progress=False)
+    assert isinstance(prior, NetworkPrior) and prior.data_mean == pytest.approx(0.6, abs=0.05)
+    loaded = load_prior(out)
+    assert isinstance(loaded, NetworkPrior) and loaded.data_mean == prior.data_mean
+    plain = fit(data, TrainConfig(max_steps=1, device="cpu", centre=False), progress=False)
+    assert isinstance(plain, NetworkPrior) and plain.data_mean == 0
+    complexes = source_of((Identity((2, 16, 16)), blobs(40, (2, 16, 16)) + 1, 0.1))
+    assert complexes.data_mean == 0
+
+
+def test_runs_of_before_there_was_a_mean_go_on_without(tmp_path):
+    out = tmp_path / "run"
+    fit(noisy(), TrainConfig(max_steps=2, device="cpu", centre=False), out=out, progress=False)
+    old = json.loads((out / "config.json").read_text())
+    del old["centre"]
+    (out / "config.json").write_text(json.dumps(old))
+    run = json.loads((out / "run.json").read_text())
+    del run["settings"]["centre"], run["sha256"], run["format"]
+    (out / "run.json").write_text(json.dumps(run))
+    prior = fit(noisy(), TrainConfig(max_steps=3, device="cpu"), out=out, resume=True, progress=False)
+    assert isinstance(prior, NetworkPrior) and prior.data_mean == 0
+
+
+def test_recipes_leave_nothing_to_be_chosen():
+    from recipes.exactness.methods import configuration as exactness
+    from recipes.exactness.parts import load_settings
+    from recipes.mri.priors import configuration as mri
+    from recipes.mri.profiles import load_profile
+
+    for name in ("two-core", "gpu", "fastmri", "miniature"):
+        profile = load_profile(name)
+        for entry in profile["priors"].values():
+            assert not mri(entry, profile, "cpu").open_settings
+    for part in ("ring", "masked-mixture", "digits", "masked"):
+        for run in ("clean", "staged", "em"):
+            settings = load_settings("two-core", part)
+            if run in settings or run == "clean":
+                assert not exactness(run, settings, 0, "cpu").open_settings
+
+
 # -- network and rate ----------------------------------------------------------------------------------------
 
 
-def choose(monkeypatch, num: int, seconds: dict[int, float], shape=(1, 32, 32), **settings):
+def choose(monkeypatch, num: int, seconds: dict[tuple[int, int], float], shape=(1, 32, 32), **settings):
     """The network that is chosen where a step takes ``seconds``, by width, and which were timed."""
-    timed: list[int] = []
+    timed: list[tuple[int, int]] = []
 
     def step_seconds(config, network, source, device):
-        timed.append(network.channels[0])
-        return seconds[network.channels[0]]
+        timed.append(size_of(network))
+        return seconds[timed[-1]]
 
     monkeypatch.setattr(auto, "step_seconds", step_seconds)
     x = torch.zeros(1, *shape).expand(num, *shape)
@@ -203,7 +269,11 @@ def choose(monkeypatch, num: int, seconds: dict[int, float], shape=(1, 32, 32), 
     return network, took, said, timed
 
 
-WIDTHS = {name: preset(name, 32, 32).channels[0] for name in PRESETS}
+def size_of(network: NetworkConfig) -> tuple[int, int]:
+    return network.channels[0], network.patch
+
+
+WIDTHS = {name: size_of(preset(name, 32, 32)) for name in PRESETS}
 
 
 def test_short_runs_get_a_small_network_and_time_nothing_else(monkeypatch):

@@ -7,8 +7,10 @@ r"""Settings that are "auto": chosen when a run begins, from data, limit and the
     network          "small" for small or few images and for short runs, "medium" and "large" for more, see
                      `suited` and `affordable`
     batch_size       16, or the next number that processes and micro_batches can share
-    learning_rate    0.004 (16 / width)^(1/2) for a U-Net of that width at full resolution, 0.001 for others
+    learning_rate    0.002 (16 patch / width)^(1/2) for a U-Net of that width at its first level, 0.001 for
+                     other networks
     warmup_steps     a twentieth of the run, 50 at most
+    centre           true: the network works around the mean of the images
     ema_decay        0.9999: the average then spans the last ninth of the run, whatever its length
 
 The length of a run is its ``max_steps``; where only time limits it, the number of steps that fit, by the time
@@ -98,6 +100,7 @@ def _choose(config: TrainConfig, source: Source, accelerator: Accelerator, start
         "augmentations": names,
         "batch_size": math.ceil(_BATCH / shares) * shares,
         "ema_decay": _EMA,
+        "centre": True,
     }
     left = config.open_settings
     config = _with(config, chosen)
@@ -206,7 +209,8 @@ def _affordable(
 
 
 def _described(name: str, network: NetworkConfig, why: str) -> str:
-    return f"network {name} (channels {', '.join(map(str, network.channels))}; {why})"
+    folded = f", patch {network.patch}" if network.patch > 1 else ""
+    return f"network {name} (channels {', '.join(map(str, network.channels))}{folded}; {why})"
 
 
 def _limited_by_time(config: TrainConfig) -> bool:
@@ -227,7 +231,7 @@ def learning_rate(network: NetworkConfig) -> float:
     """Learning rate for a network; see the module."""
     if network.kind != "unet":
         return 1e-3
-    return float(f"{_RATE * math.sqrt(16 / network.channels[0]):.2g}")
+    return float(f"{_RATE * math.sqrt(16 * network.patch / network.channels[0]):.2g}")
 
 
 # -- time ----------------------------------------------------------------------------------------------------

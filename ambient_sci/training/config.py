@@ -106,6 +106,7 @@ _PLAIN: dict[str, Any] = {
     "ema_decay": 0.999,
     "augmentations": (),
     "network": NetworkConfig(),
+    "centre": False,
 }
 
 
@@ -146,6 +147,8 @@ class TrainConfig:
         device: "auto" is CUDA where there is one.
         network: a `NetworkConfig`, or the name of one: "small", "medium", "large" (see
             `ambient_sci.priors.presets`), or "auto".
+        centre: the network works around the mean of the images, see `ambient_sci.priors.network`; "auto" is
+            true. Complex images have a mean of 0.
         levels, loss: see there.
         consistency: learn what lies below the noise of the data, too: `StagedConfig` or `JointConfig`
             (``mode`` in a file says which); None: do not.
@@ -174,6 +177,7 @@ class TrainConfig:
     log_interval: int = 20
     device: Literal["auto", "cpu", "cuda"] = "auto"
     network: NetworkConfig = AUTO
+    centre: bool = AUTO
     levels: LevelConfig = field(default_factory=LevelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     consistency: StagedConfig | JointConfig | None = None
@@ -181,7 +185,7 @@ class TrainConfig:
 
     #: Settings that may be left to be chosen, with the words that leave them.
     OPEN: ClassVar[dict[str, tuple[str, ...]]] = {
-        **dict.fromkeys(("batch_size", "learning_rate", "warmup_steps", "ema_decay"), ("auto",)),
+        **dict.fromkeys(("batch_size", "learning_rate", "warmup_steps", "ema_decay", "centre"), ("auto",)),
         "augmentations": ("auto",),
         "network": ("auto", *PRESETS),
     }
@@ -239,8 +243,8 @@ class TrainConfig:
         Args:
             chosen: values of settings that are open; those that are not keep theirs. What is open and not
                 among them takes a plain value: 16 samples a step, learning rate 0.001 after 50 steps, decay
-                0.999, no augmentations, a U-Net of `NetworkConfig`'s defaults. Stages that are run by
-                themselves, not by `fit`, do so.
+                0.999, no augmentations, images as they are, a U-Net of `NetworkConfig`'s defaults. Stages
+                that are run by themselves, not by `fit`, do so.
         """
         plain = {**_PLAIN, **chosen}
         found = {key: plain[key] for key in self.open_settings}

@@ -169,13 +169,13 @@ class RunFolder:
         """
         if not (self.path / "config.json").exists():
             raise InputError(f"run folder {self.path}: expected a run to resume, got none (no config.json)")
-        return TrainConfig.load(self.path / "config.json")
+        # What an earlier version did not know of, it did not do.
+        return TrainConfig.load(self.path / "config.json").explicit()
 
     def chosen(self, config: TrainConfig) -> dict[str, Any]:
         """The run's values of what ``config`` leaves to be chosen ("auto")."""
         own = self.config
-        left = [key for key in config.open_settings if getattr(config, key) == "auto"]
-        return {key: getattr(own, key) for key in left if not own.is_open(key)}
+        return {key: getattr(own, key) for key in config.open_settings if getattr(config, key) == "auto"}
 
     def reopen(self, config: TrainConfig, description: dict[str, Any]) -> None:
         """Continue a run, after checking that configuration and data are those it began with.
@@ -242,7 +242,7 @@ class RunFolder:
         run = self.read_json("run.json")
         if "settings" not in run:  # of a version that did not record them
             return False
-        changed = differences(TrainConfig.from_dict(run["settings"]), ours)
+        changed = differences(TrainConfig.from_dict(run["settings"]).explicit(), ours)
         if run.get("unfinished"):
             if changed:
                 raise InputError(
