@@ -76,8 +76,8 @@ class Train:
         Literal["small", "medium", "large"] | None,
         arg(
             metavar="{small,medium,large}",
-            help="Network by name: of some 0.2, 1 and 10 million parameters. Larger ones learn more detail "
-            "and take 3 and 30 times as long a step.",
+            help="Network by name: 0.7, 1.1 and 6 million parameters at 64 x 64. A step of medium takes 4 "
+            "times as long as one of small, one of large 16 times; they learn more where there is time.",
             help_behavior_hint="(default: chosen by the images and the time there is)",
         ),
     ] = None
