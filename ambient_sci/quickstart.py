@@ -186,6 +186,9 @@ def train(out: Path, settings: Settings, seed: int, resume: bool, overwrite: boo
         max_steps=settings.train_steps,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
+        warmup_steps=50,
+        ema_decay=0.999,
+        centre=False,
         precision="bf16" if native_bfloat16(make_accelerator(device).device) else "fp32",
         # Exact for white noise; a prior from one person has to be told that others differ in pose, brightness
         # and phase.

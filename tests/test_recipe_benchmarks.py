@@ -10,6 +10,7 @@ import pytest
 from ambient_sci.errors import InputError
 from ambient_sci.quickstart import Settings
 from ambient_sci.quickstart import run as quickstart
+from recipes.benchmarks import first_hour
 from recipes.benchmarks.posterior import capacity, run
 
 
@@ -53,3 +54,30 @@ def test_capacity_goes_on_to_the_number_of_solves(folder, tmp_path, capsys, monk
     found = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("*.json"))]
     assert sum(f["solves"] for f in found) >= 40 > sum(f["solves"] for f in found[:-1])
     assert "| 2.5 | 1 | 0.05 | 16 |" in capsys.readouterr().out
+
+
+def test_the_first_hour_in_two_steps(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(first_hour, "KINDS", ("ellipses",))
+    monkeypatch.setattr(first_hour, "NUM", 20)
+    monkeypatch.setattr(first_hour, "WEIGHTS", (0.02, 0.12, 0.6))
+    commands: list[list[str]] = []
+
+    def command(*words: object) -> None:
+        from ambient_sci.cli import main
+
+        commands.append([str(w) for w in words])
+        assert main(commands[-1]) == 0
+
+    monkeypatch.setattr(first_hour, "command", command)
+    arguments = ["--steps", "2", "--new", "2", "--out", str(tmp_path), "--device", "cpu"]
+    first_hour.main(arguments)
+    found = json.loads((tmp_path / "ellipses-steps-2.json").read_text())
+    assert found["steps_made"] == 2 and "network small" in found["chosen"]
+    assert found["sigma"] == pytest.approx(0.15, abs=0.02)
+    for scores in found["scores"].values():
+        assert scores["tv"] > scores["measured"] and scores["weight"] == 0.12
+    assert [words[0] for words in commands] == ["import", "train"]
+    assert not {"--config", "--preset", "--lr"} & set(commands[1]), "nothing else is given"
+    assert "| ellipses | denoising | 2 | 2 |" in capsys.readouterr().out
+    first_hour.main(arguments)
+    assert len(commands) == 2, "what is there is not made again"

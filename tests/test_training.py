@@ -193,7 +193,7 @@ def test_the_command_line_can_catch_errors_without_torch():
 
 
 def test_schedule():
-    config = TrainConfig(max_steps=100, learning_rate=2.0, warmup_steps=10, final_ratio=0.1)
+    config = TrainConfig(max_steps=100, learning_rate=2.0, warmup_steps=10, final_ratio=0.1, ema_decay=0.99)
     assert config.learning_rate_at(0, 0.0) == pytest.approx(0.2)
     assert config.learning_rate_at(50, config.progress(50, 1e9)) == pytest.approx(2.0 * 0.55)
     assert config.learning_rate_at(99, 1.0) == pytest.approx(0.2)
@@ -740,7 +740,9 @@ def test_a_run_folder_is_complete_and_protected(tmp_path):
         "prior",
         "run.json",
     ]
-    assert TrainConfig.load(out / "config.json") == small()
+    explicit = TrainConfig.load(out / "config.json")
+    assert not explicit.open_settings and small().network == explicit.network
+    assert small(**{key: getattr(explicit, key) for key in TrainConfig.OPEN}) == explicit
     described = json.loads((out / "run.json").read_text())
     assert "Ambient loss" in described["stages"][0]["reason"] and described["data"]["samples"] == 24
     x = torch.randn(2, 2, 8, 8, generator=rng())

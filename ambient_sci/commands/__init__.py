@@ -11,9 +11,10 @@ from ambient_sci.commands.memorization import (
     MemorizationErrorCommand,
     MemorizationScoreCommand,
 )
-from ambient_sci.commands.model import Generate, Reconstruct, Train
+from ambient_sci.commands.model import Generate, Reconstruct
 from ambient_sci.commands.protocol import EvaluatePrior
 from ambient_sci.commands.results import Evaluate, Export, Quickstart
+from ambient_sci.commands.train import Train
 
 #: By name; a name of two words is a command of a group.
 COMMANDS = {

@@ -1,16 +1,15 @@
-"""Commands around a prior: train, generate, reconstruct."""
+"""Commands that use a prior: generate, reconstruct."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from tyro.conf import FlagCreatePairsOff, arg
+from tyro.conf import arg
 
 from ambient_sci.commands.common import (
-    Device,
     DeviceOption,
     MeasurementsArgument,
     OverwriteOption,
@@ -29,109 +28,6 @@ from ambient_sci.errors import InputError
 if TYPE_CHECKING:
     from ambient_sci.data import MeasurementFile
     from ambient_sci.priors import Prior
-    from ambient_sci.training import TrainConfig
-
-
-@dataclass(kw_only=True)
-class Train:
-    """A diffusion prior from measurements alone.
-
-    Complete data give an unconditional prior (for generate, and reconstruct with mmps); incomplete data a
-    mask-conditional one (reconstruct with one-step), or by expectation maximisation (settings with "em") an
-    unconditional one. SIGINT (Ctrl-C) and SIGTERM finish the step at hand, save, and exit; --resume goes on.
-    """
-
-    shared: ClassVar[bool] = True
-    measurements: MeasurementsArgument
-    out: Annotated[
-        Path,
-        arg(metavar="RUN", help="Run folder to write: prior/ (usable at any time), checkpoint/, log.jsonl."),
-    ]
-    config: Annotated[
-        Path | None,
-        arg(
-            metavar="FILE",
-            help="Settings as JSON or YAML, in the form of a run's config.json; what is left out takes "
-            "its default.",
-            help_behavior_hint="(default: the defaults; with --resume, those of the run)",
-        ),
-    ] = None
-    max_steps: Annotated[
-        int | None,
-        arg(
-            metavar="N",
-            help="Stop after this many steps in all, >= 1.",
-            help_behavior_hint="(default: the configuration's, else 20000 unless minutes are limited)",
-        ),
-    ] = None
-    max_minutes: Annotated[
-        float | None,
-        arg(
-            metavar="T",
-            help="Stop after this many minutes of training in all, > 0; with --max-steps, at whichever "
-            "comes first.",
-            help_behavior_hint="(default: the configuration's, else none)",
-        ),
-    ] = None
-    seed: Annotated[
-        int | None,
-        arg(
-            metavar="N",
-            help="Seed of initial weights, batches, noise and splits, an integer >= 0.",
-            help_behavior_hint="(default: the configuration's, else 0)",
-        ),
-    ] = None
-    device: Annotated[
-        Device | None,
-        arg(
-            metavar="{auto,cpu,cuda}",
-            help="Where to compute; auto is CUDA where there is one and else the CPU.",
-            help_behavior_hint="(default: the configuration's, else auto)",
-        ),
-    ] = None
-    resume: Annotated[
-        bool, FlagCreatePairsOff, arg(help="Continue the run in RUN from its last checkpoint.")
-    ] = False
-    overwrite: Annotated[bool, FlagCreatePairsOff, arg(help="Replace an earlier run in RUN.")] = False
-
-    def run(self) -> None:
-        """Train and say what was learned."""
-        from ambient_sci.training import fit
-
-        require(not (self.resume and self.overwrite), "--resume", "either --resume or --overwrite", "both")
-        prior = fit(self.measurements, self._config(), self.out, resume=self.resume, overwrite=self.overwrite)
-        print(f"training: {_last_line(self.out / 'log.jsonl')}")
-        print(
-            f"prior: {self.out / 'prior'}, {prior.conditioning}, noise levels from {prior.sigma_min:.3g} up"
-        )
-
-    def started(self) -> bool:
-        """Whether there is a run to resume."""
-        return (self.out / "config.json").exists()
-
-    def _config(self) -> TrainConfig:
-        """The configuration's file (or that of the run to resume), with the options of the command line in
-        front."""
-        from ambient_sci.training import RunFolder, TrainConfig
-
-        if self.config is not None:
-            config = TrainConfig.load(self.config)
-        else:
-            config = RunFolder(self.out).config if self.resume else TrainConfig()
-        given = {k: getattr(self, k) for k in ("max_steps", "max_minutes", "seed", "device")}
-        return replace(config, **{k: v for k, v in given.items() if v is not None})
-
-
-def _last_line(log: Path) -> str:
-    """The end of the log in words."""
-    lines = log.read_text().splitlines() if log.exists() else []
-    if not lines:
-        return "nothing left to do"
-    last = json.loads(lines[-1])
-    what = "held-out CRPS" if last["stage"] == "em" else "loss"
-    return (
-        f"stage {last['stage']}, {last['step']} steps in {last['seconds']:.0f} s, {what} {last['loss']:.4g}"
-    )
 
 
 @dataclass(kw_only=True)

@@ -146,7 +146,14 @@ def as_noisy_images(
 
 
 def data_std(data: Measurements, complete: bool) -> float:
-    """Estimate the standard deviation of the clean images (equation of the module) from 512 samples.
+    """The standard deviation of the clean images, see `data_moments`."""
+    return data_moments(data, complete)[1]
+
+
+def data_moments(data: Measurements, complete: bool) -> tuple[float, float]:
+    """Estimate mean m and standard deviation d of the clean images (equation of the module) from 512 samples.
+
+    The mean of k-space is not that of images: for incomplete MRI m is 0, and d is the root mean square.
 
     Args:
         data: measurements.
@@ -178,7 +185,7 @@ def data_std(data: Measurements, complete: bool) -> float:
             "measurements: expected a variance above that of the noise, got one below it "
             f"(difference {power - mean**2:.3g}): the data hold no signal, or noise_std is too large"
         )
-    return math.sqrt(power - mean**2)
+    return mean, math.sqrt(power - mean**2)
 
 
 def fingerprint(data: Measurements) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ambient_sci.priors.given import Given, KeptRows, Labels, Prompt
 from ambient_sci.priors.import_edm import import_prior
 from ambient_sci.priors.network import NetworkPrior
 from ambient_sci.priors.one_step import OneStepPrior
+from ambient_sci.priors.presets import PRESETS, preset
 from ambient_sci.priors.pretrained import pretrained_folder, pretrained_names
 from ambient_sci.priors.published import AmbientDiffusionPrior, VEPrior
 from ambient_sci.priors.stationary import StationaryGaussianPrior
@@ -30,6 +31,7 @@ __all__ = [
     "KeptRows",
     "Labels",
     "LoraPrior",
+    "PRESETS",
     "NetworkConfig",
     "NetworkPrior",
     "OneStepPrior",
@@ -44,6 +46,7 @@ __all__ = [
     "import_prior",
     "load_prior",
     "operator_matrix",
+    "preset",
     "pretrained_folder",
     "pretrained_names",
     "require_mask_conditional",

@@ -126,6 +126,7 @@ class PriorConfig:
         shape: (C, H, W).
         data_std: standard deviation of the clean data per entry, estimated from noisy data as sqrt(var -
             sigma^2).
+        data_mean: mean of the clean data over all entries, which the network works around.
         conditioning: "unconditional" or "mask-conditional".
         sigma_min: lowest noise level that was trained; samplers stop there.
         sigma_max: highest noise level that was trained.
@@ -136,6 +137,7 @@ class PriorConfig:
 
     shape: tuple[int, ...]
     data_std: float
+    data_mean: float = 0.0
     conditioning: Literal["unconditional", "mask-conditional"] = "unconditional"
     sigma_min: float = 0.0
     sigma_max: float | None = None
@@ -153,6 +155,8 @@ class PriorConfig:
             raise InputError(f"prior: expected a shape of positive sizes, got {self.shape}")
         if not 1e-18 < self.data_std < 1e18:  # its square is a number in single precision
             raise InputError(f"prior: expected a positive data_std, 1e-18 to 1e18, got {self.data_std}")
+        if not abs(self.data_mean) < 1e18:
+            raise InputError(f"prior: expected a data_mean between -1e18 and 1e18, got {self.data_mean}")
         high = math.inf if self.sigma_max is None else self.sigma_max
         if not 0 <= self.sigma_min <= high or math.isinf(self.sigma_min):
             raise InputError(

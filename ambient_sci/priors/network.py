@@ -4,10 +4,13 @@ r"""The learned prior: a network in EDM preconditioning.
     c_skip = d^2 / (d^2 + sigma^2),     c_in = 1 / sqrt(d^2 + sigma^2),
     c_out = d sigma / sqrt(d^2 + sigma^2)
 
-with d the standard deviation of the clean data [Karras et al. 2022]. A mask-conditional prior is shown x =
-A_B^H y~ and the mask. What is left to learn after the best scaling has standard deviation c_out on kept rows
-and d on missing ones, which nothing was seen of; with G = A_B^H A_B, the projection on kept rows (masks, one
-coil) or nearly one (several coils),
+with d the standard deviation of the clean data [Karras et al. 2022]. Data of mean m are seen around it:
+D(x, sigma) = m + D_0(x - m, sigma), with D_0 the above; a mask-conditional prior answers m + h_0(x - m G 1)
+(G below). Images in [0, 1] vary less than they are bright, and a network would have to learn m first.
+
+A mask-conditional prior is shown x = A_B^H y~ and the mask. What is left to learn after the best scaling has
+standard deviation c_out on kept rows and d on missing ones, which nothing was seen of; with G = A_B^H A_B,
+the projection on kept rows (masks, one coil) or nearly one (several coils),
 
     h(x, sigma, B) = c_skip x + d u + (c_out - d) G u,     u = F(c_in x / sqrt(f), sigma, B),
 
@@ -67,7 +70,8 @@ class NetworkPrior(Prior):
 
     Args:
         shape: (C, H, W) of one image.
-        data_std: standard deviation d of the clean data per entry.
+        data_std: standard deviation d of the clean data per entry, about their mean.
+        data_mean: mean m of the clean data.
         conditioning: "unconditional" or "mask-conditional".
         network: the backbone, a `NetworkConfig`.
         sigma_min: lowest noise level trained; samplers stop there.
@@ -94,11 +98,13 @@ class NetworkPrior(Prior):
         mask_channels: int = 1,
         about: dict[str, Any] | None = None,
         generator: torch.Generator | None = None,
+        data_mean: float = 0.0,
     ) -> None:
         super().__init__()
         self.config = PriorConfig(
             shape=tuple(shape),
             data_std=float(data_std),
+            data_mean=float(data_mean),
             conditioning=conditioning,  # type: ignore[arg-type]
             sigma_min=float(sigma_min),
             sigma_max=sigma_max,
@@ -116,6 +122,7 @@ class NetworkPrior(Prior):
     # Settings live in `config` alone: what is seen is what is saved.
     shape = _setting("shape")
     data_std = _setting("data_std")
+    data_mean = _setting("data_mean")
     sigma_min = _setting("sigma_min")
     sigma_max = _setting("sigma_max")
 
@@ -143,6 +150,9 @@ class NetworkPrior(Prior):
         """
         self.check_given(given)
         z = at_least_single(x)
+        mean = self.data_mean
+        if mean:  # without one, nothing is computed
+            z = z - mean * (given.gram(torch.ones_like(z)) if isinstance(given, KeptRows) else 1)
         levels = per_sample(sigma, z)
         level = expand(levels, z)
         variance = self.data_std**2 + level**2
@@ -160,7 +170,8 @@ class NetworkPrior(Prior):
             ) + kept * seen  # in this order: on kept rows nothing is left of the first term to round
         else:
             rest = kept * call_network(self.network, z * scale, levels, given)
-        return (skip * z + self.data_std * rest).to(x.dtype)
+        answer = skip * z + self.data_std * rest
+        return (answer + mean if mean else answer).to(x.dtype)
 
     def _expanded_mask(self, mask: Tensor, x: Tensor) -> Tensor:
         if mask.ndim != x.ndim or mask.shape[1] != self.config.mask_channels:

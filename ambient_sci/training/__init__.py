@@ -33,6 +33,7 @@ _NAMES = {
     "RunFolder": "run_folder",
     "Selection": "selection",
     "Stage": "loop",
+    "explicit_config": "trainer",
     "fit": "trainer",
     "make_accelerator": "trainer",
     "open_source": "source",
@@ -64,6 +65,7 @@ __all__ = [
     "TrainingInterrupted",
     "distill",
     "em_report",
+    "explicit_config",
     "fit",
     "fit_em",
     "initial_prior",
@@ -92,7 +94,7 @@ if TYPE_CHECKING:
         StagedConfig,
     )
     from ambient_sci.training.stages import AmbientStage, initial_prior
-    from ambient_sci.training.trainer import distill, fit, fit_em, make_accelerator
+    from ambient_sci.training.trainer import distill, explicit_config, fit, fit_em, make_accelerator
 
 
 def __getattr__(name: str) -> Any:

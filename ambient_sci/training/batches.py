@@ -110,6 +110,7 @@ class Batches:
     """
 
     def __init__(self, source: Source, config: TrainConfig, accelerator: Accelerator) -> None:
+        config = config.explicit()
         self.source, self.config, self.device = source, config, accelerator.device
         self.shares = accelerator.num_processes * config.micro_batches
         self._first = accelerator.process_index * config.micro_batches

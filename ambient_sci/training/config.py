@@ -23,12 +23,15 @@ from typing import Any, ClassVar, Literal
 
 from ambient_sci.errors import InputError
 from ambient_sci.priors.config import NetworkConfig
+from ambient_sci.priors.presets import PRESETS
 from ambient_sci.training.settings import check_types, parse_dataclass, require
 from ambient_sci.training.stage_configs import DistillConfig, EMConfig, JointConfig, StagedConfig
 from ambient_sci.whole_files import write_text
 
 AUGMENTATIONS = ("flip-horizontal", "flip-vertical", "transpose", "phase", "gain")
 DEFAULT_STEPS = 20_000
+#: Value of a setting that is chosen when the run begins, see `ambient_sci.training.auto`.
+AUTO: Any = "auto"
 
 
 @dataclass(frozen=True)
@@ -96,35 +99,57 @@ class LossConfig:
         require(self.keep is None or 0 < self.keep <= 1, "loss.keep", "a value in (0, 1]", self.keep)
 
 
+_PLAIN: dict[str, Any] = {
+    "batch_size": 16,
+    "learning_rate": 1e-3,
+    "warmup_steps": 50,
+    "ema_decay": 0.999,
+    "augmentations": (),
+    "network": NetworkConfig(),
+    "centre": False,
+}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. Defaults suit 64-pixel scans on a small machine.
+    """A training run.
+
+    Settings that are "auto" are chosen when the run begins, from the data, the limit and, where time limits
+    the run, the speed of this machine; ``config.json`` of the run has the numbers, so that a resumed or
+    repeated run chooses nothing. See `ambient_sci.training.auto` for the rules.
 
     Attributes:
         seed: decides the initial weights and everything drawn during the run.
         max_steps, max_minutes: the run ends at whichever comes first; neither means 20,000 steps.
-        batch_size: samples a step, over all processes together.
+        batch_size: samples a step, over all processes together; "auto": 16, or the next number that the
+            processes can share.
         micro_batches: parts that each process takes its share of a batch in, one after the other: less
             memory, the same gradient to rounding. P processes with m parts train like one process with P m
             parts.
         learning_rate, schedule, warmup_steps, final_ratio: see the module's equation; "constant" has no
-            cosine.
+            cosine. "auto" learning rates suit the width of the network, "auto" warm-ups the length of the
+            run.
         betas, weight_decay: of AdamW.
         ema_decay: the saved prior is the exponential moving average of the weights, with decay
-            min(ema_decay, (1 + s) / (10 + s)) at step s: the start of the run is forgotten quickly.
+            min(ema_decay, (1 + s) / (10 + s)) at step s: the start of the run is forgotten quickly. "auto"
+            is 0.9999, with which the average spans about the last ninth of the run, however long it is.
         ema_half_life_images: in place of ema_decay, the decay 2^(-batch_size / half life): images after which
             a weight counts half, whatever the batch. None: ema_decay.
         gradient_clip: largest norm of the gradient.
         precision: "bf16" runs the network under autocast; weights, losses and averages stay in fp32.
         augmentations: drawn per batch ("phase" per sample) from those that keep white noise white and move
-            the mask along; see ambient_sci.training.augment. They state symmetries that the anatomy must
-            have.
+            the mask along; see ambient_sci.training.augment. They state symmetries that the images must
+            have. "auto": those that are exact for the data, see `ambient_sci.training.auto`; (): none.
         drop_labels: probability that a sample's class label is withheld from a network that takes labels, so
             that it also learns the images of all classes together, which guidance needs.
         checkpoint_minutes: time between checkpoints; 0 writes one every step.
         log_interval: steps between lines of log.jsonl.
         device: "auto" is CUDA where there is one.
-        network, levels, loss: see there.
+        network: a `NetworkConfig`, or the name of one: "small", "medium", "large" (see
+            `ambient_sci.priors.presets`), or "auto".
+        centre: the network works around the mean of the images, see `ambient_sci.priors.network`; "auto" is
+            true. Complex images have a mean of 0.
+        levels, loss: see there.
         consistency: learn what lies below the noise of the data, too: `StagedConfig` or `JointConfig`
             (``mode`` in a file says which); None: do not.
         em: learn an unconditional prior from incomplete (or any) measurements by expectation maximisation;
@@ -136,29 +161,37 @@ class TrainConfig:
     seed: int = 0
     max_steps: int | None = None
     max_minutes: float | None = None
-    batch_size: int = 16
+    batch_size: int = AUTO
     micro_batches: int = 1
-    learning_rate: float = 1e-3
+    learning_rate: float = AUTO
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: int = 50
+    warmup_steps: int = AUTO
     final_ratio: float = 0.02
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
-    ema_decay: float = 0.999
+    ema_decay: float = AUTO
     ema_half_life_images: float | None = None
     gradient_clip: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
-    augmentations: tuple[str, ...] = ()
+    augmentations: tuple[str, ...] = AUTO
     drop_labels: float = 0.1
     checkpoint_minutes: float = 2.0
     log_interval: int = 20
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    network: NetworkConfig = field(default_factory=NetworkConfig)
+    network: NetworkConfig = AUTO
+    centre: bool = AUTO
     levels: LevelConfig = field(default_factory=LevelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     consistency: StagedConfig | JointConfig | None = None
     em: EMConfig | None = None
     distillation: DistillConfig | None = None
+
+    #: Settings that may be left to be chosen, with the words that leave them.
+    OPEN: ClassVar[dict[str, tuple[str, ...]]] = {
+        **dict.fromkeys(("batch_size", "learning_rate", "warmup_steps", "ema_decay", "centre"), ("auto",)),
+        "augmentations": ("auto",),
+        "network": ("auto", *PRESETS),
+    }
 
     def __post_init__(self) -> None:
         check_types(self, "")
@@ -167,15 +200,18 @@ class TrainConfig:
             value = getattr(self, key)
             require(value is None or value > 0, key, "a value > 0", value)
         for key in ("batch_size", "micro_batches", "learning_rate", "gradient_clip", "log_interval"):
-            require(getattr(self, key) > 0, key, "a value > 0", getattr(self, key))
+            value = getattr(self, key)
+            require(self.is_open(key) or value > 0, key, "a value > 0", value)
         for key in ("warmup_steps", "weight_decay", "checkpoint_minutes"):
-            require(getattr(self, key) >= 0, key, "a value >= 0", getattr(self, key))
+            value = getattr(self, key)
+            require(self.is_open(key) or value >= 0, key, "a value >= 0", value)
         require(0 <= self.drop_labels <= 1, "drop_labels", "a value in [0, 1]", self.drop_labels)
         require(0 <= self.final_ratio <= 1, "final_ratio", "a value in [0, 1]", self.final_ratio)
         require(all(0 <= beta < 1 for beta in self.betas), "betas", "two values in [0, 1)", self.betas)
-        require(0 <= self.ema_decay < 1, "ema_decay", "a value in [0, 1)", self.ema_decay)
+        decay = self.ema_decay
+        require(self.is_open("ema_decay") or 0 <= decay < 1, "ema_decay", "a value in [0, 1)", decay)
         self._check_stages()
-        for name in self.augmentations:
+        for name in () if self.is_open("augmentations") else self.augmentations:
             require(
                 name in AUGMENTATIONS,
                 "augmentations",
@@ -196,6 +232,32 @@ class TrainConfig:
                 self.loss == LossConfig(), "em", "no loss settings beside it (its M-steps denoise)", self.loss
             )
 
+    # -- what is still to be chosen --------------------------------------------------------------------------
+
+    def is_open(self, key: str) -> bool:
+        """Whether a setting is still to be chosen."""
+        return key in self.OPEN and isinstance(getattr(self, key), str)
+
+    @property
+    def open_settings(self) -> list[str]:
+        """Names of the settings that are still to be chosen."""
+        return [key for key in self.OPEN if self.is_open(key)]
+
+    def explicit(self, **chosen: Any) -> TrainConfig:
+        """This configuration with nothing left to choose.
+
+        Args:
+            chosen: values of settings that are open; those that are not keep theirs. What is open and not
+                among them takes a plain value: 16 samples a step, learning rate 0.001 after 50 steps, decay
+                0.999, no augmentations, images as they are, a U-Net of `NetworkConfig`'s defaults. Stages
+                that are run by themselves, not by `fit`, do so.
+        """
+        plain = {**_PLAIN, **chosen}
+        found = {key: plain[key] for key in self.open_settings}
+        named = found.get("network") is _PLAIN["network"] and self.network != "auto"
+        require(not named, "network", "a NetworkConfig (ambient_sci.priors.preset makes it)", self.network)
+        return dataclasses.replace(self, **found) if found else self
+
     # -- what a step is told ---------------------------------------------------------------------------------
 
     @property
@@ -211,16 +273,18 @@ class TrainConfig:
 
     def learning_rate_at(self, step: int, progress: float) -> float:
         """Learning rate of ``step`` (counted from 0) when ``progress`` of the run is over."""
-        rate = self.learning_rate * min(1.0, (step + 1) / max(self.warmup_steps, 1))
+        own = self.explicit()
+        rate = own.learning_rate * min(1.0, (step + 1) / max(own.warmup_steps, 1))
         if self.schedule == "constant":
             return rate
         return rate * (self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
     def ema_decay_at(self, step: int) -> float:
         """Decay of the weight average after ``step`` (counted from 0)."""
-        decay = self.ema_decay
-        if self.ema_half_life_images is not None:
-            decay = 0.5 ** (self.batch_size / self.ema_half_life_images)
+        own = self.explicit()
+        decay = own.ema_decay
+        if own.ema_half_life_images is not None:
+            decay = 0.5 ** (own.batch_size / own.ema_half_life_images)
         return min(decay, (1 + step) / (10 + step))
 
     # -- files -----------------------------------------------------------------------------------------------

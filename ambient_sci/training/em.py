@@ -49,6 +49,7 @@ from ambient_sci.priors import GaussianPrior, NetworkPrior, Prior, StationaryGau
 from ambient_sci.randomness import seeded
 from ambient_sci.sampling import Reconstruction, reconstruct
 from ambient_sci.training.augment import exact_augmentations
+from ambient_sci.training.auto import settle
 from ambient_sci.training.config import TrainConfig
 from ambient_sci.training.draws import Draws
 from ambient_sci.training.gaussian_em import LARGEST_FULL, fit_initial
@@ -101,16 +102,20 @@ def run_em(
         "unconditional prior"
     )
     source = Source(data, complete=fraction == 1, design=data.design, reason=reason)
+    choice = settle(config, source, accelerator)
+    config = choice.config
     if config.em is not None and config.em.start == "ambient":
         # What it refuses is refused before anything is written.
         _source_of_start(data, config)
     if accelerator.is_main_process:
-        description = {"stages": [{"name": "em", "reason": reason}], "data": source.fingerprint()}
+        stages = [{"name": "em", "reason": reason}]
+        description = {"stages": stages, "data": source.fingerprint(), **choice.entry}
         folder.reopen(config, description) if resume else folder.create(config, description)
         if not (folder.path / "em.json").exists():  # also of a run that was killed before it
             folder.write_json("em.json", {"laps": []})
     accelerator.wait_for_everyone()
-    reporter.say(reason)
+    for said in (reason, *choice.sentences):
+        reporter.say(said)
     return Laps(data, config, folder, accelerator, reporter, selection).run()
 
 

@@ -144,6 +144,7 @@ class _Loop:
         folder: RunFolder | None,
         selection: Selection | None,
     ) -> None:
+        config = config.explicit()
         self.stage, self.config, self.folder, self.selection = stage, config, folder, selection
         # (score, step) of the state that is kept; scores since the last line of the log.
         self.best: tuple[float, int] | None = None
@@ -181,6 +182,7 @@ class _Loop:
     # -- the loop --------------------------------------------------------------------------------------------
 
     def run(self, reporter: Reporter) -> None:
+        reporter.ended[self.stage.name] = self.step, self.seconds
         if self.config.progress(self.step, self.seconds) >= 1:
             return
         shown = reporter.stage(self.stage.name, self.config, self.step, self.seconds)
@@ -200,6 +202,7 @@ class _Loop:
                 self._log()
             self.save()
         self.processes.wait()
+        reporter.ended[self.stage.name] = self.step, self.seconds
         if self.stop is not None:
             raise TrainingInterrupted(self.stop, self.step, str(self.folder.path) if self.folder else None)
 
@@ -348,6 +351,7 @@ class _Loop:
             tensors |= {f"{name}/{key}": value for key, value in player.state().items()}
         values = {"step": self.step, "seconds": self.seconds, "shares": self.processes.count * self.parts}
         values |= {"best": self.best, "judged": self.judged} if self.best else {}
+        values["progress"] = self.config.progress(self.step, self.seconds)
         self.folder.save_checkpoint(self.stage.name, tensors, values)
         self.prior().save(self.folder.prior)
 
@@ -377,6 +381,7 @@ class _Loop:
                 f"{self.stage.name}: expected the selection that the run keeps its best state by, got none"
             )
         self.best, self.judged = tuple(values.get("best") or ()) or None, values.get("judged", {})  # type: ignore[assignment]
+        self._say_schedule(values.get("progress", 0.0), reporter)
         for name, player in self.players.items():
             player.load_state(_below(tensors, f"{name}/"))
         if hasattr(self.stage, "load_state"):
@@ -384,6 +389,16 @@ class _Loop:
             self.stage.load_state(rows)  # type: ignore[attr-defined]
         if self.processes.is_main:  # a run that died between the two, or a prior that was damaged since
             self.folder.settle_prior(self.stage.name, self.prior())
+
+    def _say_schedule(self, before: float, reporter: Reporter) -> None:
+        """Where a new limit moves the end of the run, the learning rate moves with it: say so."""
+        now, config = self.config.progress(self.step, self.seconds), self.config
+        if now < before and config.schedule == "cosine":
+            rate, last = (config.learning_rate_at(self.step, p) for p in (now, 1.0))
+            reporter.say(
+                f"{self.stage.name}: resumed at step {self.step} with a later end: the learning rate goes on "
+                f"along the cosine to it, from {rate:.2g} here to {last:.2g}"
+            )
 
     def _of_version_0_1(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint of version 0.1, which had one module and numbered its parameters, in today's names."""

@@ -82,6 +82,7 @@ class Player:
         for key in own:
             if key not in OWN:
                 raise InputError(f"player {name!r}: expected settings among {', '.join(OWN)}, got {key!r}")
+        config = config.explicit()
         self.name, self.config = name, dataclasses.replace(config, **own)
         self.module = module.to(device).train()
         for part in module.modules():

@@ -20,6 +20,8 @@ class Reporter:
 
     def __init__(self, enabled: bool = True) -> None:
         self.console = Console(stderr=True, quiet=not enabled, highlight=False)
+        #: Steps and seconds of training after which each stage has ended, by its name.
+        self.ended: dict[str, tuple[int, float]] = {}
 
     def say(self, text: str) -> None:
         """One sentence."""

@@ -28,7 +28,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,7 @@ class RunFolder:
 
     def create(self, config: TrainConfig, description: dict[str, Any]) -> None:
         """Start a run: remove what an earlier run left here, write ``config.json`` and ``run.json``."""
+        config = config.explicit()
         description = {"settings": config.to_dict(), **description}
         self.path.mkdir(parents=True, exist_ok=True)
         recover(self.prior)
@@ -168,7 +169,13 @@ class RunFolder:
         """
         if not (self.path / "config.json").exists():
             raise InputError(f"run folder {self.path}: expected a run to resume, got none (no config.json)")
-        return TrainConfig.load(self.path / "config.json")
+        # What an earlier version did not know of, it did not do.
+        return TrainConfig.load(self.path / "config.json").explicit()
+
+    def chosen(self, config: TrainConfig) -> dict[str, Any]:
+        """The run's values of what ``config`` leaves to be chosen ("auto")."""
+        own = self.config
+        return {key: getattr(own, key) for key in config.open_settings if getattr(config, key) == "auto"}
 
     def reopen(self, config: TrainConfig, description: dict[str, Any]) -> None:
         """Continue a run, after checking that configuration and data are those it began with.
@@ -178,6 +185,7 @@ class RunFolder:
         Raises:
             InputError: there is no run here, or its settings or data differ; the message names what differs.
         """
+        config = config.explicit(**self.chosen(config))
         if self._begins(config):
             self.create(config, description)
             return
@@ -192,22 +200,32 @@ class RunFolder:
                 f"resume {self.path}: expected {limits[0]} as it was, since the next stage has begun "
                 f"(consistency.{limits[0]} is free)"
             )
-        data, now = self.read_json("run.json").get("data", {}), description["data"]
-        if not isinstance(data, dict):
-            raise InputError(
-                f"{self.path / 'run.json'}: expected the description of a run, got {data!r} as data"
-            )
-        for key in [*now, *(data.keys() - now.keys())]:
-            value = now.get(key)
-            if data.get(key) != value:
-                raise InputError(
-                    f"resume {self.path}: the run was trained on other data: {key} was {data.get(key)!r}, is "
-                    f"{value!r}"
-                )
+        now = description["data"]
+        self.check_data(now, [*now, *(self._data().keys() - now.keys())])
         recover(self.prior)
         for folder in [self.path, *(p for p in self.path.rglob("*") if p.is_dir())]:
             sweep(folder)
         config.save(self.path / "config.json")
+
+    def _data(self) -> dict[str, Any]:
+        """The fingerprint of the data that the run began with."""
+        data = self.read_json("run.json").get("data", {})
+        if not isinstance(data, dict):
+            raise InputError(
+                f"{self.path / 'run.json'}: expected the description of a run, got {data!r} as data"
+            )
+        return data
+
+    def check_data(self, now: dict[str, Any], keys: Iterable[str]) -> None:
+        """Raise unless a run that has begun was trained on the data of the fingerprint ``now``, as far as
+        ``keys`` say."""
+        data = self._data()
+        for key in keys:
+            if data.get(key) != now.get(key):
+                raise InputError(
+                    f"resume {self.path}: the run was trained on other data: {key} was {data.get(key)!r}, is "
+                    f"{now.get(key)!r}"
+                )
 
     def _begins(self, config: TrainConfig) -> bool:
         """Whether the run here has yet to begin.
@@ -224,7 +242,7 @@ class RunFolder:
         run = self.read_json("run.json")
         if "settings" not in run:  # of a version that did not record them
             return False
-        changed = differences(TrainConfig.from_dict(run["settings"]), ours)
+        changed = differences(TrainConfig.from_dict(run["settings"]).explicit(), ours)
         if run.get("unfinished"):
             if changed:
                 raise InputError(

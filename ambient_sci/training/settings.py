@@ -24,7 +24,7 @@ def check_types(config: Any, prefix: str) -> None:
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        if not dataclasses.is_dataclass(value):
+        if not dataclasses.is_dataclass(value) and not _left_open(type(config), f.name, value):
             object.__setattr__(config, f.name, _parse(hints[f.name], value, f"{prefix}{f.name}"))
 
 
@@ -44,7 +44,29 @@ def parse_dataclass(kind: type, values: Any, where: str) -> Any:
         raise InputError(
             f"configuration: {prefix}{unknown[0]}: unknown setting; expected one of {', '.join(names)}"
         )
-    return kind(**{key: _parse(hints[key], value, f"{prefix}{key}") for key, value in values.items()})
+    return kind(
+        **{
+            key: value if _left_open(kind, key, value) else _parse(hints[key], value, f"{prefix}{key}")
+            for key, value in values.items()
+        }
+    )
+
+
+def _left_open(kind: type, key: str, value: Any, prefix: str = "") -> bool:
+    """Whether ``value`` is a word that leaves a setting to be chosen later; ``kind.OPEN`` has those words."""
+    words = getattr(kind, "OPEN", {}).get(key, ())
+    if not words or not isinstance(value, str) or _is_number(value):
+        return False
+    require(value in words, prefix + key, f"its own values or {' | '.join(words)}", value)
+    return True
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 #: In ``RETIRED``: whatever value the setting has, it had no effect.

@@ -27,7 +27,7 @@ from ambient_sci.data.survey import (
     as_noisy_images,
     check_design,
     combine,
-    data_std,
+    data_moments,
     fingerprint,
     survey_masks,
 )
@@ -68,6 +68,7 @@ class Source:
         design: how masks were drawn (incomplete data only).
         reason: what will be trained and why, in words.
         data_std: standard deviation of the clean images, estimated.
+        data_mean: their mean, estimated; 0 where it is not known or, for complex images, has no meaning.
     """
 
     measurements: Measurements
@@ -75,6 +76,7 @@ class Source:
     design: MaskDesign | None
     reason: str
     data_std: float = math.nan
+    data_mean: float = 0.0
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -132,7 +134,9 @@ def judge(data: Measurements, config: TrainConfig) -> Source:
         check_design(design, masks, 1 if data.shared_mask else len(data))
         design.check_trainable(default_keep(complete) if keep is None else keep)
     source = Source(data, complete, design, _reason(data, fraction, design))
-    return replace(source, data_std=data_std(data, complete))
+    mean, std = data_moments(data, complete)
+    complex_images = data.image_shape[0] == 2
+    return replace(source, data_std=std, data_mean=0.0 if complex_images else mean)
 
 
 def open_measurements(measurements: Any) -> Measurements:

@@ -31,6 +31,7 @@ def initial_prior(batches: Batches) -> NetworkPrior:
     return NetworkPrior(
         source.image_shape,
         data_std=source.data_std,
+        data_mean=source.data_mean if config.centre else 0.0,
         conditioning="unconditional" if source.complete else "mask-conditional",
         network=config.network,
         sigma_min=_lowest_level(batches),

@@ -18,6 +18,7 @@ from ambient_sci._version import __version__
 from ambient_sci.errors import InputError
 from ambient_sci.operators import RowMaskedOperator
 from ambient_sci.priors import Prior
+from ambient_sci.training.auto import closing_line, settle
 from ambient_sci.training.batches import Batches
 from ambient_sci.training.below_noise import (
     ConsistencyStage,
@@ -62,7 +63,8 @@ def fit(
     Args:
         measurements: a measurement file, or (operator, y, sigma_y) with y (N, ...) and sigma_y a float or
             (N,), per real channel.
-        config: the run; default: `TrainConfig()`, or what the run was started with when resuming.
+        config: the run; default: `TrainConfig()`, or what the run was started with when resuming. What it
+            leaves open is chosen, see `ambient_sci.training.auto`, or taken from the run when resuming.
         out: run folder, see `ambient_sci.training.run_folder`; nothing is written without one.
         resume: continue the run in ``out`` from its last checkpoint. Step-limited runs end with the same bits
             as if they had not been interrupted (CPU, same number of threads). Limits, device and intervals
@@ -114,6 +116,8 @@ def _fit(
     selection: Selection | None,
 ) -> Prior:
     """`fit` in a folder that is held."""
+    if folder and resume:
+        config = replace(config, **folder.chosen(config))
     if config.em is not None:
         if initial is not None:
             raise InputError(
@@ -121,6 +125,11 @@ def _fit(
             )
         return run_em(measurements, config, folder, accelerator, reporter, resume, selection)
     source = open_source(measurements, config)
+    if folder and resume and folder.begun:  # other data may not even allow what the run was configured for
+        fingerprint = source.fingerprint()
+        folder.check_data(fingerprint, fingerprint)
+    choice = settle(config, source, accelerator, started=initial is not None)
+    config = choice.config
     if config.distillation is not None:
         return _distil(source, config, folder, resume, initial, accelerator, reporter, selection)
     kind = JointStage if isinstance(config.consistency, JointConfig) else AmbientStage
@@ -133,11 +142,11 @@ def _fit(
     fingerprint = source.fingerprint()
     if initial is not None:
         fingerprint["initial"] = digest_of(initial.saved_tensors())
-    description = describe_run(reasons, fingerprint, first)
+    description = describe_run(reasons, fingerprint, first) | choice.entry
     if folder and accelerator.is_main_process:
         folder.reopen(config, description) if resume else folder.create(config, description)
     Processes(accelerator).wait()
-    for reason in reasons.values():
+    for reason in [*reasons.values(), *choice.sentences]:
         reporter.say(reason)
     options: Any = {"accelerator": accelerator, "folder": folder, "resume": resume, "reporter": reporter}
     try:
@@ -147,6 +156,8 @@ def _fit(
             prior = run_stage(second, second_stage_config(config), selection=selection, **options)
     finally:
         first.batches.close()
+    if initial is None and first.name in reporter.ended:
+        reporter.say(closing_line(config, source, *reporter.ended[first.name]))
     return prior.eval()
 
 
@@ -208,6 +219,24 @@ def distill(
     config = config or TrainConfig()
     config = config if config.distillation else replace(config, distillation=DistillConfig())
     return fit(measurements, config, out, initial=prior, **options)
+
+
+def explicit_config(
+    measurements: str | os.PathLike[str] | tuple[RowMaskedOperator, Tensor, float | Tensor],
+    config: TrainConfig | None = None,
+) -> tuple[TrainConfig, str]:
+    """What `fit` would train with: ``config`` with nothing left to choose, and why, in a line.
+
+    Args:
+        measurements: as `fit` takes them.
+        config: the run; default: `TrainConfig()`.
+
+    Raises:
+        InputError: unusable data or configuration.
+    """
+    config = config or TrainConfig()
+    choice = settle(config, open_source(measurements, config), make_accelerator(config.device))
+    return choice.config, choice.sentence
 
 
 def fit_em(

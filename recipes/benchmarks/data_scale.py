@@ -60,7 +60,8 @@ from ambient_sci.training import TrainConfig
 torch.set_num_threads(1)
 network = NetworkConfig(channels=(8, 16), norm_groups=4, head_channels=8)
 start = memory("VmRSS")
-asci.fit(sys.argv[1], TrainConfig(batch_size=8, max_steps=20, network=network))
+plain = {"augmentations": (), "centre": False}
+asci.fit(sys.argv[1], TrainConfig(batch_size=8, max_steps=20, network=network, **plain))
 print(json.dumps([start, memory("VmHWM")]))
 """
 

@@ -40,6 +40,8 @@ def configuration(run: str, settings: dict[str, Any], seed: int, device: str) ->
         precision=settings.get("precision", "fp32"),
         betas=(0.9, 0.999),
         final_ratio=0.0,
+        warmup_steps=50,
+        centre=False,
         ema_decay=0.999,
         augmentations=tuple(settings.get("augmentations", ())),
         log_interval=200,
