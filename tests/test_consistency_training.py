@@ -414,6 +414,8 @@ def test_kept_rows_are_walked(kind):
     ("changes", "match"),
     [
         ({"draws": 1}, "draws"),
+        ({"draws": 2, "antithetic": True}, "draws"),
+        ({"draws": 5, "antithetic": True}, "draws"),
         ({"walk": (3, 1)}, "walk"),
         ({"max_steps": None}, "max_steps"),
         ({"kick_in": 5}, "kick_in"),

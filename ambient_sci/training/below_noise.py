@@ -138,7 +138,7 @@ class ConsistencyStage(OneModule):
         s = shrunk(t, settings.gap, uniform)
         denoised = self._hybrid(kept, drawn.given, x, t)
         there = moved(t, x), moved(s, x)
-        options: Any = {"draws": settings.draws, "operator": kept, "given": drawn.given, "generator": noise}
+        options: Any = {"operator": kept, "given": drawn.given, "generator": noise, **draws_of(settings)}
         loss = losses.consistency_step(self.module, x, *there, denoised, **options)  # type: ignore[arg-type]
         if settings.replay:
             self.chains[part] = (ancestral_step(x, denoised.detach(), *there, generator=noise), s)
@@ -290,9 +290,14 @@ class JointStage(AmbientStage):
                 x, t = walk(answer, kept, drawn.y, start, **steps, uniform=uniform, generator=noise)
             denoised = answer(x, t)
         s = shrunk(t, settings.gap, uniform)
-        options: Any = {"draws": settings.draws, "operator": kept, "given": drawn.given, "generator": noise}
+        options: Any = {"operator": kept, "given": drawn.given, "generator": noise, **draws_of(settings)}
         pairs = losses.consistency_step(prior, x, moved(t, x), moved(s, x), denoised, **options)
         return ambient.loss + weight * pairs
+
+
+def draws_of(settings: StagedConfig | JointConfig) -> dict[str, Any]:
+    """How a pair is drawn, as arguments of the loss."""
+    return {"draws": settings.draws, "antithetic": settings.antithetic}
 
 
 def draw_depth(walk: tuple[int, int], seed: int, step: int) -> int:

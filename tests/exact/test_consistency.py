@@ -138,6 +138,33 @@ def test_loss_of_a_gaussian_prior_is_zero_on_average(draws):
     assert abs(z_score(found)) < 4.5
 
 
+def test_antithetic_draws_leave_the_mean_and_take_the_noise_that_is_linear():
+    """Opposite noise cancels in an affine D: the loss is 0 in every sample at the exact Gaussian denoiser, and lambda |e|^2 / n at one
+    that is off by e. Independent draws have this only on average: their spread is some hundred times the value."""
+    num, t, s = 50, 0.9, 0.4
+    exact, direction = gaussian_prior(SHAPE), 0.2 * normal(*SHAPE, seed=4)
+    wrong, x_t = Distorted(exact, direction, below=0.6), normal(num, *SHAPE, seed=2)
+    options = {"draws": 4, "generator": seeded(3)}
+    assert losses.consistency(exact, x_t, t, s, antithetic=True, **options).abs().max() < 1e-12
+    expected = direction.square().mean() * (1 / s**2 + 1 / exact.data_std**2)
+    found = losses.consistency(wrong, x_t, t, s, antithetic=True, **options)
+    assert torch.allclose(found, expected.expand(num), rtol=1e-10)
+    assert losses.consistency(exact, x_t, t, s, **options).std() > 0.1 * expected
+
+
+def test_antithetic_draws_of_a_mixture_estimate_the_same_at_less_noise():
+    """One state many times: both estimates agree on the mean (|z| < 4.5), and close levels leave the antithetic one a small part of
+    the spread."""
+    num, prior = 20_000, mixture_prior(SHAPE)
+    x_t, t, s = normal(1, *SHAPE, seed=2).expand(num, *SHAPE), 0.8, 0.7
+    plain, paired = (
+        losses.consistency(prior, x_t, t, s, antithetic=a, generator=seeded(3)) for a in (False, True)
+    )
+    spread = (plain.var() + paired.var()).div(num).sqrt()
+    assert abs(float((plain.mean() - paired.mean()) / spread)) < 4.5
+    assert paired.std() < 0.2 * plain.std()
+
+
 def test_loss_of_a_wrong_denoiser_is_its_squared_violation():
     """D off by a vector e at levels below s' violates consistency by e across s': the loss is lambda(s) |e|^2 / n on average."""
     num, t, s = 4_000, 0.9, 0.4
@@ -320,6 +347,9 @@ def test_impossible_requests():
     prior, x_t = gaussian_prior(SHAPE), normal(2, *SHAPE)
     with pytest.raises(InputError, match="at least 2 draws"):
         losses.consistency(prior, x_t, 0.8, 0.3, draws=1)
+    for draws in (2, 5):
+        with pytest.raises(InputError, match="4 antithetic draws"):
+            losses.consistency(prior, x_t, 0.8, 0.3, draws=draws, antithetic=True)
     for t, s in ((0.3, 0.3), (0.3, 0.5), (0.3, 0.0)):
         with pytest.raises(InputError, match="0 < sigma_s < sigma_t"):
             losses.consistency(prior, x_t, t, s)
