@@ -84,6 +84,8 @@ def test_the_cost_of_training_counts_every_evaluation():
     assert cost("ambient full", 99, {**settings, "consistency": plain}) == 2000
     assert cost("staged", 99, {**settings, "consistency": plain}) == 2000 + 10 * 100 * 5
     assert cost("staged", 99, {**settings, "consistency": whole}) == 2000 + 10 * (40 * 2 + 60 * (3 + 1 + 2))
+    further = {**plain, "substeps": 3}
+    assert cost("staged", 99, {**settings, "consistency": further}) == 2000 + 10 * 100 * (1 + 2 * 3 + 2)
     # The pair and the Ambient loss share an evaluation in one of five walk lengths.
     assert cost("joint", 99, {**settings, "consistency": whole}) == 2000 + 10 * 150 * (5 - 1 / 5)
 

@@ -56,6 +56,7 @@ from ambient_sci.errors import InputError
 from ambient_sci.noise import ancestral_step, draw_noise, expand
 from ambient_sci.operators import RowMaskedOperator
 from ambient_sci.priors import Prior, StagedPrior
+from ambient_sci.priors.modes import evaluating
 from ambient_sci.randomness import seeded
 from ambient_sci.training.batches import Batches, Drawn
 from ambient_sci.training.config import TrainConfig
@@ -64,7 +65,7 @@ from ambient_sci.training.players import copy_sharing, trainable_names
 from ambient_sci.training.source import Source
 from ambient_sci.training.stage_configs import JointConfig, StagedConfig
 from ambient_sci.training.stages import AmbientStage, ambient_of
-from ambient_sci.training.walks import descend, evaluate, evaluating, moved, shrunk, walk
+from ambient_sci.training.walks import descend, evaluate, moved, shrunk, walk
 
 # Streams of randomness, beside those of the batches.
 _DEPTH, _GAPS, _CHAINS = 10, 11, 12
@@ -297,7 +298,8 @@ class JointStage(AmbientStage):
 
 def draws_of(settings: StagedConfig | JointConfig) -> dict[str, Any]:
     """How a pair is drawn, as arguments of the loss."""
-    return {"draws": settings.draws, "antithetic": settings.antithetic}
+    names = ("draws", "antithetic", "substeps")
+    return {name: getattr(settings, name) for name in names}
 
 
 def draw_depth(walk: tuple[int, int], seed: int, step: int) -> int:
