@@ -127,7 +127,13 @@ def test_interrupted_in_the_second_stage_and_resumed(tmp_path, monkeypatch, chan
 
 def test_network_evaluations_of_a_step():
     """k walk steps, D_t, and all draws in one call; with replay no walk at all."""
-    for settings, calls in ((below(walk=(2, 2)), 4), (below(walk=(0, 0)), 2), (below(replay=True), 2)):
+    further = below(walk=(0, 0), antithetic=True, substeps=3)
+    for settings, calls in (
+        (below(walk=(2, 2)), 4),
+        (further, 4),
+        (below(walk=(0, 0)), 2),
+        (below(replay=True), 2),
+    ):
         _, stage = stages(data(), small(settings))
         sizes = []
         for module in (stage.anchor, stage.module):
@@ -414,6 +420,9 @@ def test_kept_rows_are_walked(kind):
     ("changes", "match"),
     [
         ({"draws": 1}, "draws"),
+        ({"draws": 2, "antithetic": True}, "draws"),
+        ({"draws": 5, "antithetic": True}, "draws"),
+        ({"substeps": 0}, "substeps"),
         ({"walk": (3, 1)}, "walk"),
         ({"max_steps": None}, "max_steps"),
         ({"kick_in": 5}, "kick_in"),

@@ -11,8 +11,8 @@ import yaml
 
 from recipes.exactness import parts, run
 from recipes.exactness.costs import training_evaluations
-from recipes.exactness.digit_scores import scale, texture
 from recipes.exactness.methods import configuration
+from recipes.small_images import scale, texture
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +20,7 @@ def settings() -> dict:
     config = yaml.safe_load((parts.HERE / "config.yaml").read_text())["two-core"]
     small = {"steps": 4, "batch_size": 16, "samples": 50, "sampler_steps": 3, "sampler_batch": 50}
     small |= {"network": {"kind": "mlp", "channels": [16]}, "points": [40], "seeds": [0], "curve": [60]}
+    small |= {"sigma_n": [0.3]}
     em = {
         "laps": 1,
         "steps": 2,
@@ -83,6 +84,8 @@ def test_the_cost_of_training_counts_every_evaluation():
     assert cost("ambient full", 99, {**settings, "consistency": plain}) == 2000
     assert cost("staged", 99, {**settings, "consistency": plain}) == 2000 + 10 * 100 * 5
     assert cost("staged", 99, {**settings, "consistency": whole}) == 2000 + 10 * (40 * 2 + 60 * (3 + 1 + 2))
+    further = {**plain, "substeps": 3}
+    assert cost("staged", 99, {**settings, "consistency": further}) == 2000 + 10 * 100 * (1 + 2 * 3 + 2)
     # The pair and the Ambient loss share an evaluation in one of five walk lengths.
     assert cost("joint", 99, {**settings, "consistency": whole}) == 2000 + 10 * 150 * (5 - 1 / 5)
 

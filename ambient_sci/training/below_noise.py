@@ -56,6 +56,7 @@ from ambient_sci.errors import InputError
 from ambient_sci.noise import ancestral_step, draw_noise, expand
 from ambient_sci.operators import RowMaskedOperator
 from ambient_sci.priors import Prior, StagedPrior
+from ambient_sci.priors.modes import evaluating
 from ambient_sci.randomness import seeded
 from ambient_sci.training.batches import Batches, Drawn
 from ambient_sci.training.config import TrainConfig
@@ -64,7 +65,7 @@ from ambient_sci.training.players import copy_sharing, trainable_names
 from ambient_sci.training.source import Source
 from ambient_sci.training.stage_configs import JointConfig, StagedConfig
 from ambient_sci.training.stages import AmbientStage, ambient_of
-from ambient_sci.training.walks import descend, evaluate, evaluating, moved, shrunk, walk
+from ambient_sci.training.walks import descend, evaluate, moved, shrunk, walk
 
 # Streams of randomness, beside those of the batches.
 _DEPTH, _GAPS, _CHAINS = 10, 11, 12
@@ -138,7 +139,7 @@ class ConsistencyStage(OneModule):
         s = shrunk(t, settings.gap, uniform)
         denoised = self._hybrid(kept, drawn.given, x, t)
         there = moved(t, x), moved(s, x)
-        options: Any = {"draws": settings.draws, "operator": kept, "given": drawn.given, "generator": noise}
+        options: Any = {"operator": kept, "given": drawn.given, "generator": noise, **draws_of(settings)}
         loss = losses.consistency_step(self.module, x, *there, denoised, **options)  # type: ignore[arg-type]
         if settings.replay:
             self.chains[part] = (ancestral_step(x, denoised.detach(), *there, generator=noise), s)
@@ -290,9 +291,15 @@ class JointStage(AmbientStage):
                 x, t = walk(answer, kept, drawn.y, start, **steps, uniform=uniform, generator=noise)
             denoised = answer(x, t)
         s = shrunk(t, settings.gap, uniform)
-        options: Any = {"draws": settings.draws, "operator": kept, "given": drawn.given, "generator": noise}
+        options: Any = {"operator": kept, "given": drawn.given, "generator": noise, **draws_of(settings)}
         pairs = losses.consistency_step(prior, x, moved(t, x), moved(s, x), denoised, **options)
         return ambient.loss + weight * pairs
+
+
+def draws_of(settings: StagedConfig | JointConfig) -> dict[str, Any]:
+    """How a pair is drawn, as arguments of the loss."""
+    names = ("draws", "antithetic", "substeps")
+    return {name: getattr(settings, name) for name in names}
 
 
 def draw_depth(walk: tuple[int, int], seed: int, step: int) -> int:

@@ -21,7 +21,11 @@ class _PairsConfig:
     process, t <- max(t exp(-stride u), sigma_min); then s = t exp(-gap u'), with u and u' uniform on (0, 1).
 
     Attributes:
-        draws: m >= 2, independent draws of x_s for each pair, in one batched call.
+        draws: m >= 2 draws of x_s for each pair, in one batched call.
+        antithetic: they come as pairs of opposite noise (m >= 4, even): what of D is linear in the noise then
+            adds none to the loss, at no cost. The closer the levels, the more it is worth.
+        substeps: steps in which x_s is reached from t, so that a larger ``gap``, which sees what errors add
+            up to, does not bias mixtures. Each beyond the first costs m evaluations without gradient.
         walk: smallest and largest k; k is drawn once a batch. Reaching far below sigma_n takes about
             2 ln(sigma_n / sigma_min) steps, and each costs an evaluation without gradient.
         stride, gap: see above.
@@ -32,6 +36,8 @@ class _PairsConfig:
     """
 
     draws: int = 4
+    antithetic: bool = False
+    substeps: int = 1
     walk: tuple[int, int] = (0, 3)
     stride: float = 1.0
     gap: float = 0.5
@@ -46,6 +52,9 @@ class _PairsConfig:
             require(getattr(self, key) > 0, name + key, "a value > 0", getattr(self, key))
         require(self.sigma_n is None or self.sigma_n > 0, name + "sigma_n", "a value > 0", self.sigma_n)
         require(self.draws >= 2, name + "draws", "at least 2 (one draw gives a biased loss)", self.draws)
+        require(self.substeps >= 1, name + "substeps", "at least 1", self.substeps)
+        paired = not self.antithetic or (self.draws >= 4 and self.draws % 2 == 0)
+        require(paired, name + "draws", "an even number, 4 or more, with antithetic", self.draws)
         require(0 <= self.walk[0] <= self.walk[1], name + "walk", "0 <= smallest <= largest", self.walk)
 
 
@@ -55,7 +64,7 @@ class StagedConfig(_PairsConfig):
     levels below.
 
     Attributes:
-        draws, walk, stride, gap, sigma_n, sigma_min: how pairs of levels arise.
+        draws, antithetic, substeps, walk, stride, gap, sigma_n, sigma_min: how pairs of levels arise.
         mode: names this configuration in a file.
         max_steps, max_minutes: length of the second stage.
         learning_rate: of the second stage.
@@ -122,7 +131,7 @@ class JointConfig(_PairsConfig):
     """Joint consistency, as published: the loss is added to the Ambient loss on one network.
 
     Attributes:
-        draws, walk, stride, gap, sigma_n, sigma_min: how pairs of levels arise.
+        draws, antithetic, substeps, walk, stride, gap, sigma_n, sigma_min: how pairs of levels arise.
         mode: names this configuration in a file.
         weight: factor of the loss beside the Ambient loss.
         kick_in: first step at which it counts.

@@ -4,12 +4,11 @@ start."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ambient_sci import losses
 from ambient_sci.noise import ancestral_step
@@ -30,19 +29,6 @@ def evaluate(
     if kept is not None:
         return losses.denoise_measurement(prior, kept, x, level, given)
     return prior(x, level) if given is None else prior(x, level, given)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """``module`` in evaluation mode inside; after it each of its parts is in the mode it was."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def reverse_step(

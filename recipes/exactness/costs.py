@@ -15,7 +15,7 @@ def training_evaluations(row: str, size: int, settings: dict[str, Any]) -> float
     if row == "joint":
         consistency = {**consistency, **settings["joint"]}
     walked = 0 if consistency.get("replay") else sum(consistency["walk"]) / 2
-    pair = 1 + consistency["draws"] + walked
+    pair = 1 + consistency["draws"] * consistency.get("substeps", 1) + walked
     if row == "staged":
         # Data below a margin also give an Ambient loss; shrinkage takes an estimate and denoises it.
         denoising, warm = 2, consistency.get("warm_start", 0)

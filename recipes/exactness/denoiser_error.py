@@ -17,7 +17,7 @@ import torch
 
 from ambient_sci import load_prior
 from ambient_sci.priors import Prior, StagedPrior
-from recipes.exactness.digit_scores import images
+from recipes.small_images import images
 
 LEVELS = (0.01, 0.02, 0.05, 0.07, 0.1, 0.107, 0.115, 0.15, 0.2, 0.214, 0.23, 0.3, 0.5)
 

@@ -8,7 +8,7 @@ import torch
 
 from ambient_sci.operators import Identity
 from recipes.exactness import parts
-from recipes.exactness.digit_scores import Scores, images, spread
+from recipes.small_images import Scores, images, spread
 
 
 class Part(parts.Part):

@@ -20,8 +20,8 @@ from ambient_sci.operators import Identity, Independent, Masking
 from ambient_sci.priors import Prior
 from ambient_sci.sampling import generate_fixed_mask
 from recipes.exactness import parts
-from recipes.exactness.digit_scores import Scores, spread
 from recipes.exactness.toys import reference, sliced_wasserstein, truth
+from recipes.small_images import Scores, spread
 
 NOISE = 0.05
 

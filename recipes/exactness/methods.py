@@ -40,9 +40,11 @@ def configuration(run: str, settings: dict[str, Any], seed: int, device: str) ->
         precision=settings.get("precision", "fp32"),
         betas=(0.9, 0.999),
         final_ratio=0.0,
-        warmup_steps=50,
         centre=False,
+        warmup_steps=settings.get("warmup_steps", 50),
+        micro_batches=settings.get("micro_batches", 1),
         ema_decay=0.999,
+        ema_half_life_images=settings.get("ema_half_life_images"),
         augmentations=tuple(settings.get("augmentations", ())),
         log_interval=200,
         checkpoint_minutes=1.0,
@@ -115,11 +117,14 @@ def rows(
     settings: dict[str, Any],
     seed: int,
     score: Callable[[Prior, Tensor], dict],
+    keep: Callable[[str, Tensor], Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Sample and score every row that a run gives."""
+    """Sample and score every row that a run gives; ``keep`` is handed the samples of each."""
     found = {}
     for row in ROWS[run]:
         shown, low = shown_and_level(row, prior, sigma_n, settings)
         samples, evaluations = draw(shown, settings["samples"], low, settings, seed)
+        if keep is not None:
+            keep(row, samples)
         found[row] = {**score(shown, samples), "evaluations_per_sample": evaluations}
     return found

@@ -46,13 +46,21 @@ class Job:
 
 
 class Problem(NamedTuple):
-    """Measurements to learn from, (prior, samples) -> scores, the scores of draws of the truth, and rows that
-    samplers are shown."""
+    """What a cell needs.
+
+    Attributes:
+        data: measurements to learn from.
+        score: (prior, samples) -> scores.
+        floor: the scores of draws of the truth.
+        kept: rows that samplers are shown.
+        keep: (row of the table, samples), for who wants to see them.
+    """
 
     data: Any
     score: Callable[[Prior, Tensor], dict[str, Any]]
     floor: Callable[[], Any]
     kept: Any = None
+    keep: Callable[[str, Tensor], Any] | None = None
 
 
 class Part:
@@ -73,13 +81,17 @@ class Part:
         """Noise levels of the data, or fractions missing."""
         return settings[self.LEVELS]
 
+    def seeds(self, settings: dict[str, Any], level: float) -> list[int]:
+        """Seeds that are reported at a level."""
+        return settings["seeds"]
+
     def problem(self, job: Job, folder: Path) -> Problem:
         """What a cell learns from and is scored by; ``folder`` keeps what the cells of the part share."""
         raise TypeError(f"{type(self).__name__} does not say its problem")
 
     def rows(self, job: Job, prior: Prior, problem: Problem) -> dict[str, dict[str, Any]]:
         """Rows of the table: sampled by Heun's method and scored."""
-        return methods.rows(job.run, prior, job.level, job.settings, job.seed, problem.score)
+        return methods.rows(job.run, prior, job.level, job.settings, job.seed, problem.score, problem.keep)
 
     def run(self, job: Job, folder: Path, device: str) -> dict[str, Any]:
         """A cell; ``folder`` is its run folder, in the folder of the part."""

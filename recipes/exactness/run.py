@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from recipes.exactness.costs import training_evaluations
@@ -24,16 +25,51 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the cells asked for that are missing, then print the table."""
     options = parse(arguments)
     settings = load_settings(options.profile, options.part)
-    part, grid = load_part(options.part), Grid(options.out / options.profile / options.part)
+    part, out = load_part(options.part), options.out / options.profile / options.part
+    print(make(part, settings, options, out, {"part": options.part, "profile": options.profile}))
+
+
+def make(
+    part: Part, settings: dict[str, Any], options: argparse.Namespace, out: Path, common: dict[str, Any]
+) -> str:
+    """Run the cells asked for that are missing in ``out``; the table of those that are there.
+
+    Args:
+        part: what a cell is.
+        settings: of the part.
+        options: the command line, see `add_choices`.
+        out: folder of the cells.
+        common: what the file of every cell says.
+
+    Raises:
+        InputError: a cell that is there was made with other settings.
+    """
+    grid = Grid(out)
     jobs = {job_name(job): job for job in chosen(part, settings, options)}
-    common = {"part": options.part, "profile": options.profile}
     cells = [
-        Cell(name, {**common, "run": job.run, "level": job.level, "size": job.size, "seed": job.seed})
+        Cell(name, {**common, **of_job(job), "settings": told(job.run, settings)})
         for name, job in jobs.items()
     ]
     if not options.table_only:
         grid.run(cells, lambda cell: part.run(jobs[cell.name], grid.out / cell.name, options.device))
-    print(scores_table(grid.read(), settings))
+    shown = [
+        cell for cell in grid.read() if cell["seed"] in (options.seeds or part.seeds(settings, cell["level"]))
+    ]
+    return scores_table(shown, settings)
+
+
+def of_job(job: Job) -> dict[str, Any]:
+    """What tells a cell from the others."""
+    return {"run": job.run, "level": job.level, "size": job.size, "seed": job.seed}
+
+
+def told(run: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a run depends on, for its file: cells of other settings are not taken for its own."""
+    choices = ("seeds", "chosen_on", "points", "curve", "sigma_n", "relative", "missing")
+    stages = {"consistency": ("staged", "joint"), "joint": ("joint",), "em": ("em",)}
+    return {
+        key: value for key, value in settings.items() if key not in choices and run in stages.get(key, (run,))
+    }
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -41,15 +77,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     found = parser(__doc__, "runs/exactness")
     found.add_argument("--part", required=True, choices=list(MODULES))
     found.add_argument("--profile", default="two-core", choices=["two-core", "gpu"])
-    found.add_argument("--runs", nargs="+", help="only these runs (default: all of the part)")
-    found.add_argument(
-        "--levels", nargs="+", type=float, help="only these noise levels or fractions missing; 0: clean"
-    )
-    found.add_argument("--seeds", nargs="+", type=int)
+    add_choices(found)
     found.add_argument(
         "--curve", action="store_true", help="staged consistency for further sizes of the data, too"
     )
     return found.parse_args(arguments)
+
+
+def add_choices(found: argparse.ArgumentParser) -> None:
+    """--runs, --levels and --seeds: which cells."""
+    found.add_argument("--runs", nargs="+", help="only these runs (default: all of the part)")
+    found.add_argument(
+        "--levels", nargs="+", type=float, help="only these noise levels or fractions missing; 0: clean"
+    )
+    found.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        help="default: those that are reported; settings were chosen on others",
+    )
 
 
 def job_name(job: Job) -> str:
@@ -59,14 +105,14 @@ def job_name(job: Job) -> str:
 
 def chosen(part: Part, settings: dict[str, Any], options: argparse.Namespace) -> Iterator[Job]:
     """The cells that the options ask for. Clean data has no level: its run is trained once, at level 0."""
-    sizes = settings["points"] + (settings["curve"] if options.curve else [])
-    seeds = settings["seeds"] if options.seeds is None else options.seeds
+    sizes = settings["points"] + (settings["curve"] if getattr(options, "curve", False) else [])
     levels = [0.0, *part.levels(settings)]
-    for level, size, seed, run in itertools.product(levels, sizes, seeds, options.runs or part.RUNS):
+    for level, size, run in itertools.product(levels, sizes, options.runs or part.RUNS):
         wanted = options.levels is None or level in options.levels
         curve = size not in settings["points"]
         if wanted and (run == "clean") == (level == 0) and (run == "staged" or not curve):
-            yield Job(run, level, size, seed, settings)
+            for seed in options.seeds or part.seeds(settings, level):
+                yield Job(run, level, size, seed, settings)
 
 
 def scores_table(cells: list[dict[str, Any]], settings: dict[str, Any]) -> str:

@@ -15,10 +15,10 @@ import json
 from pathlib import Path
 
 from ambient_sci import load_prior
-from recipes.exactness.digit_scores import Scores
 from recipes.exactness.methods import draw, shown_and_level
 from recipes.exactness.parts import load_settings
 from recipes.grid import mean_std
+from recipes.small_images import Scores
 
 
 def main() -> None:

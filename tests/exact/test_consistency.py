@@ -138,6 +138,85 @@ def test_loss_of_a_gaussian_prior_is_zero_on_average(draws):
     assert abs(z_score(found)) < 4.5
 
 
+def test_antithetic_draws_leave_the_mean_and_take_the_noise_that_is_linear():
+    """Opposite noise cancels in an affine D: the loss is 0 in every sample at the exact Gaussian denoiser, and lambda |e|^2 / n at one
+    that is off by e. Independent draws have this only on average: their spread is some hundred times the value."""
+    num, t, s = 50, 0.9, 0.4
+    exact, direction = gaussian_prior(SHAPE), 0.2 * normal(*SHAPE, seed=4)
+    wrong, x_t = Distorted(exact, direction, below=0.6), normal(num, *SHAPE, seed=2)
+    options = {"draws": 4, "generator": seeded(3)}
+    assert losses.consistency(exact, x_t, t, s, antithetic=True, **options).abs().max() < 1e-12
+    expected = direction.square().mean() * (1 / s**2 + 1 / exact.data_std**2)
+    found = losses.consistency(wrong, x_t, t, s, antithetic=True, **options)
+    assert torch.allclose(found, expected.expand(num), rtol=1e-10)
+    assert losses.consistency(exact, x_t, t, s, **options).std() > 0.1 * expected
+
+
+def test_antithetic_draws_of_a_mixture_estimate_the_same_at_less_noise():
+    """One state many times: both estimates agree on the mean (|z| < 4.5), and close levels leave the antithetic one a small part of
+    the spread."""
+    num, prior = 20_000, mixture_prior(SHAPE)
+    x_t, t, s = normal(1, *SHAPE, seed=2).expand(num, *SHAPE), 0.8, 0.7
+    plain, paired = (
+        losses.consistency(prior, x_t, t, s, antithetic=a, generator=seeded(3)) for a in (False, True)
+    )
+    spread = (plain.var() + paired.var()).div(num).sqrt()
+    assert abs(float((plain.mean() - paired.mean()) / spread)) < 4.5
+    assert paired.std() < 0.2 * plain.std()
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_substeps_take_the_bias_of_far_levels_away(antithetic):
+    """An exact mixture denoiser from .8 to .3: one step violates its own kernel, eight small ones hardly do. Gaussians are exact in any
+    number of steps."""
+    num, t, s = 15_000, 0.8, 0.3
+    prior = GaussianMixturePrior(torch.tensor([-1.0, 0.4, 1.5], dtype=F64).reshape(3, 1, 1, 1), 0.3)
+    x_t = prior.sample(num, seeded(1)) + t * normal(num, 1, 1, 1, seed=2)
+    one, eight = (
+        losses.consistency(prior, x_t, t, s, draws=16, antithetic=antithetic, substeps=q, generator=seeded(3))
+        for q in (1, 8)
+    )
+    assert z_score(one) > 10 and eight.mean() < 0.2 * one.mean()
+    gaussian, x_t = gaussian_prior(SHAPE), normal(50, *SHAPE, seed=2)
+    found = losses.consistency(gaussian, x_t, t, s, antithetic=antithetic, substeps=3, generator=seeded(3))
+    assert found.abs().max() < 1e-12 if antithetic else abs(z_score(found)) < 4.5
+
+
+def test_substeps_are_steps_of_equal_factors_with_the_denoiser_as_it_is():
+    """By hand, with dropout off in between and the gradient through D_t, D_s and the first step alone."""
+
+    class Scaled(Prior):
+        shape, data_std = SHAPE, 1.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.tensor(0.7, dtype=F64))
+            self.seen: list[tuple[float, bool, bool]] = []
+
+        def forward(self, x: Tensor, sigma, given=None) -> Tensor:  # type: ignore[override]
+            self.seen.append(
+                (float(torch.as_tensor(sigma).flatten()[0]), self.training, torch.is_grad_enabled())
+            )
+            return self.gain * x
+
+    prior, x_t, t, s = Scaled().train(), normal(3, *SHAPE, seed=1), 0.8, 0.1
+    found = losses.consistency(prior, x_t, t, s, draws=4, substeps=3, generator=seeded(2))
+    levels = [0.8, 0.4, 0.2, 0.1]
+    assert [level for level, *_ in prior.seen] == pytest.approx(levels)
+    assert [flags for _, *flags in prior.seen] == [[True, True], [False, False], [False, False], [True, True]]
+    generator, x = seeded(2), x_t.repeat(4, 1, 1, 1)
+    centre, d_t = (prior.gain * x_t).repeat(4, 1, 1, 1), prior.gain * x_t
+    for a, b in zip(levels, levels[1:], strict=False):
+        x = ancestral_step(x, centre, a, b, generator=generator)
+        centre = (prior.gain * x).detach()
+    expected = (1 / s**2 + 1) * squared_expectation_gap(d_t, (prior.gain * x).unflatten(0, (4, 3))).flatten(
+        1
+    ).mean(1)
+    assert torch.allclose(found, expected, rtol=1e-10)
+    slopes = [torch.autograd.grad(v.sum(), prior.gain)[0] for v in (found, expected)]
+    assert torch.allclose(*slopes, rtol=1e-9)
+
+
 def test_loss_of_a_wrong_denoiser_is_its_squared_violation():
     """D off by a vector e at levels below s' violates consistency by e across s': the loss is lambda(s) |e|^2 / n on average."""
     num, t, s = 4_000, 0.9, 0.4
@@ -320,6 +399,11 @@ def test_impossible_requests():
     prior, x_t = gaussian_prior(SHAPE), normal(2, *SHAPE)
     with pytest.raises(InputError, match="at least 2 draws"):
         losses.consistency(prior, x_t, 0.8, 0.3, draws=1)
+    for draws in (2, 5):
+        with pytest.raises(InputError, match="4 antithetic draws"):
+            losses.consistency(prior, x_t, 0.8, 0.3, draws=draws, antithetic=True)
+    with pytest.raises(InputError, match="1 substep"):
+        losses.consistency(prior, x_t, 0.8, 0.3, substeps=0)
     for t, s in ((0.3, 0.3), (0.3, 0.5), (0.3, 0.0)):
         with pytest.raises(InputError, match="0 < sigma_s < sigma_t"):
             losses.consistency(prior, x_t, t, s)

@@ -1,61 +1,49 @@
-r"""Digits: the data, and distances on the features of a small classifier.
+r"""Digits and clothes, 28 x 28, and distances on the features of a small classifier of each.
 
-Data: the 10,000 images of MNIST's test part, 28 x 28, values in [-1, 1], are what priors learn from
-(corrupted). The 60,000 of its training part are held out: they are the reference of every distance, and the
-classifier is trained on them.
+Both have a training part of 60,000 images and a test part of 10,000 (MNIST's, or datasets/clothes.py's),
+values in [-1, 1]. Which of them priors learn from (corrupted) and which is the reference of distances is the
+recipe's choice; the classifier is trained on the 60,000.
 
-Features, 70 of them. Which digit it is: the 64 activations before the last layer of a convolutional network
-(two strided convolutions, two dense layers, 104,000 weights), trained for two epochs with a fixed seed on the
-held-out images. How it is drawn: the mean absolute Haar coefficients in three orientations on two scales; the
-activations alone hardly see noise or blur, a blurred seven is still a seven. Each is standardised over the
-reference; units of the classifier that never fire there (about half) count for nothing. Frechet distance and
-KID on these features compare with nothing but each other.
+Features, 70 of them. What is shown: the 64 activations before the last layer of a convolutional network (two
+strided convolutions, two dense layers, 104,000 weights), trained for two epochs with a fixed seed. How it is
+drawn: the mean absolute Haar coefficients in three orientations on two scales; the activations alone hardly
+see noise or blur, a blurred seven is still a seven. Each is standardised over the reference; units of the
+classifier that never fire there (about half of them on digits) count for nothing. Frechet distance and KID on
+these features compare with nothing but each other, on the same data.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ambient_sci.evaluation import distances
+from recipes.scripts import script
 
 EPOCHS, BATCH = 2, 128
 KID_REFERENCE = 10_000
 
 
-@lru_cache(maxsize=1)
-def digits() -> Any:
-    """The script datasets/digits.py; by its path, because another library has the name `datasets`."""
-    spec = importlib.util.spec_from_file_location(
-        "ambient_digits", Path(__file__).parents[2] / "datasets" / "digits.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@lru_cache(maxsize=2)
-def images(part: str) -> tuple[Tensor, Tensor]:
-    """Images (N, 1, 28, 28) and labels of "train60k" or "test10k"."""
-    x, labels = digits().load(part)
+@lru_cache(maxsize=4)
+def images(part: str, data: str = "digits") -> tuple[Tensor, Tensor]:
+    """Images (N, 1, 28, 28) and labels of "train60k" or "test10k", of "digits" or "clothes"."""
+    x, labels = script(data).load(part)
     return torch.from_numpy(x), torch.from_numpy(labels)
 
 
-def spread(num: int) -> Tensor:
-    """``num`` of the 10,000 images, evenly spread (their first half is by other writers, and easier)."""
-    x = images("test10k")[0]
+def spread(num: int, data: str = "digits", part: str = "test10k") -> Tensor:
+    """``num`` images of a part, evenly spread (the first half of the 10,000 digits is by other writers, and
+    easier)."""
+    x = images(part, data)[0]
     return x[torch.linspace(0, len(x) - 1, num).round().long()]
 
 
 class Classifier(nn.Module):
-    """Digits to 10 classes; `activations` are the 64 before the last layer."""
+    """Images to 10 classes; `activations` are the 64 before the last layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,9 +75,9 @@ def texture(x: Tensor) -> Tensor:
     return torch.stack(found, 1)
 
 
-def train_classifier() -> Classifier:
+def train_classifier(data: str = "digits") -> Classifier:
     """The classifier, from a fixed seed: the same bits on the same machine."""
-    x, labels = images("train60k")
+    x, labels = images("train60k", data)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model = Classifier()
@@ -103,13 +91,13 @@ def train_classifier() -> Classifier:
     return model.eval()
 
 
-def classifier(folder: Path) -> Classifier:
+def classifier(folder: Path, data: str = "digits") -> Classifier:
     """The classifier, trained once and kept in ``folder``; its accuracy on the 10,000 is printed."""
     path = folder / "classifier.safetensors"
     model = Classifier().eval()
     if not path.exists():
-        model = train_classifier()
-        x, labels = images("test10k")
+        model = train_classifier(data)
+        x, labels = images("test10k", data)
         with torch.no_grad():
             accuracy = float((model(x).argmax(1) == labels).float().mean())
         print(f"features: classifier with accuracy {accuracy:.4f}", flush=True)
@@ -129,13 +117,15 @@ def scale(reference: Tensor) -> Tensor:
 
 
 class Scores:
-    """Distances of samples to the 60,000 held-out digits."""
+    """Distances of samples to the images of a part, by default the 60,000; ``folder`` keeps classifier and
+    reference."""
 
-    def __init__(self, folder: Path) -> None:
-        self.model = classifier(folder)
+    def __init__(self, folder: Path, data: str = "digits", part: str = "train60k") -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model = classifier(folder, data)
         path = folder / "reference.safetensors"
         if not path.exists():
-            save_file({"features": self.features(images("train60k")[0])}, path)
+            save_file({"features": self.features(images(part, data)[0])}, path)
         reference = load_file(path)["features"]
         self.mean, self.std = reference.mean(0), scale(reference)
         self.reference = (reference - self.mean) / self.std
@@ -145,7 +135,7 @@ class Scores:
         return torch.cat([self.model.activations(x), texture(x.float())], 1)
 
     def __call__(self, samples: Tensor) -> dict[str, float]:
-        """Frechet distance to all 60,000, KID to 10,000 of them."""
+        """Frechet distance to all of them, KID to 10,000."""
         found = (self.features(samples.cpu()) - self.mean) / self.std
         return {
             "frechet": distances.frechet_distance(found, self.reference),
