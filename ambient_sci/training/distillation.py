@@ -34,12 +34,13 @@ from ambient_sci.noise import draw_noise, expand
 from ambient_sci.operators import RowMaskedOperator
 from ambient_sci.priors import OneStepPrior, Prior, StagedPrior
 from ambient_sci.priors.given import KeptRows
+from ambient_sci.priors.modes import evaluating
 from ambient_sci.randomness import seeded
 from ambient_sci.training.batches import Batches, Drawn
 from ambient_sci.training.config import TrainConfig
 from ambient_sci.training.players import copy_sharing
 from ambient_sci.training.stage_configs import DistillConfig
-from ambient_sci.training.walks import evaluate, evaluating, moved
+from ambient_sci.training.walks import evaluate, moved
 
 # Streams of randomness, beside those of the batches and of consistency.
 _LEVELS, _IMAGES = 20, 21
