@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ambient_sci.cli import main
+from ambient_sci.data import ReferenceFile
 from ambient_sci.errors import ConditioningError, InputError
 from ambient_sci.operators import Masking
 from ambient_sci.priors import (
@@ -601,7 +602,13 @@ def test_the_command(tmp_path, persistence, capsys):
     assert main(["import-prior", str(path), "--out", str(out)]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main(["import-prior", str(path), "--out", str(out), "--overwrite"]) == 0
-    assert main(["generate", str(out), "--num", "2", "--out", str(tmp_path / "s.h5"), "--steps", "2"]) == 0
+    drawn = tmp_path / "s.h5"
+    command = ["generate", str(out), "--num", "3", "--out", str(drawn), "--steps", "2"]
+    assert main([*command, "--classes", "1", "2"]) == 2
+    assert "classes from 0 to 1" in capsys.readouterr().err and not drawn.exists()
+    assert main([*command, "--classes", "1", "0"]) == 0
+    with ReferenceFile(drawn) as file:
+        assert file.labels().tolist() == [1, 0, 1]
 
 
 def test_copies_share_nothing_with_the_file(tmp_path, persistence):

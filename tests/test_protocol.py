@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +110,25 @@ def test_statistics_are_kept_under_what_they_are_of_and_by_version(tmp_path, mon
     monkeypatch.setattr(module, "VERSION", 2)
     run_protocol(gaussian(), real, tmp_path / "c", protocol=PLAN, extractor="pixels", cache=cache)
     assert len(list(cache.glob("statistics-*"))) == count + 2
+
+
+def test_many_processes_may_write_the_same_statistics(tmp_path):
+    """Processes at the same work at once: none takes another's file in the making for debris."""
+    code = """
+import sys, numpy as np
+from pathlib import Path
+from ambient_sci.evaluation.protocol import reference_statistics
+features = np.random.default_rng(0).standard_normal((50, 200)).astype(np.float32)
+for k in range(60):
+    reference_statistics(features, {"k": k}, Path(sys.argv[1]))
+"""
+    workers = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    errors = [worker.communicate()[1].decode() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0, 0], errors
+    assert len(list(tmp_path.glob("statistics-*"))) == 60 and not list(tmp_path.glob(".*"))
 
 
 def cache_of(path: Path) -> Path:

@@ -44,7 +44,8 @@ class ImportPrior:
 
     def run(self) -> None:
         """Read, write, and say what it is."""
-        from ambient_sci.priors import Labels, import_prior
+        from ambient_sci.priors import import_prior
+        from ambient_sci.priors.given import class_count
 
         require(not self.out.is_file(), "--out", "a folder for the prior", f"the file {self.out}")
         require(
@@ -56,6 +57,9 @@ class ImportPrior:
         prior = import_prior(self.file, self.preconditioning)
         prior.save(self.out)
         print(f"prior: {self.out}, {prior!r}")
-        classes = getattr(getattr(prior, "network", None), "label_dim", 0)
-        if prior.takes is Labels and classes:
-            print(f"note: told one of {classes} classes; it was not trained to do without one")
+        classes = class_count(prior)
+        if classes:
+            print(
+                f"note: told one of {classes} classes (generate --classes), which it was not trained to do "
+                "without"
+            )

@@ -27,7 +27,7 @@ from ambient_sci.errors import InputError
 
 if TYPE_CHECKING:
     from ambient_sci.data import MeasurementFile
-    from ambient_sci.priors import Prior
+    from ambient_sci.priors import Labels, Prior
 
 
 @dataclass(kw_only=True)
@@ -54,6 +54,14 @@ class Generate:
         ),
     ] = "heun"
     sigma_min: SigmaMinOption = None
+    classes: Annotated[
+        tuple[int, ...] | None,
+        arg(
+            metavar="C [C ...]",
+            help="Classes of the images, in turn, from 0; for priors that are told one.",
+            help_behavior_hint="(default: none told)",
+        ),
+    ] = None
     batch_size: Annotated[
         int, arg(metavar="B", help="Images at a time, >= 1: changes speed and memory, not the images.")
     ] = 64
@@ -87,6 +95,7 @@ class Generate:
                 sampler=self.sampler,
                 sigma_min=self.sigma_min,
                 batch_size=self.batch_size,
+                given=_in_turn(prior, self.classes, self.num),
                 history=f"generate {self.num} from {self.run_folder}: {self.sampler}, {len(grid)} levels "
                 f"down to {low:.4g}, "
                 f"seed {self.seed}",
@@ -104,6 +113,20 @@ class Generate:
                 "weaker than that "
                 "is averaged out"
             )
+
+
+def _in_turn(prior: Prior, classes: tuple[int, ...] | None, num: int) -> Labels | None:
+    """The classes of ``num`` images, in turn; what the prior has no use for is refused."""
+    import torch
+
+    from ambient_sci.priors.given import Labels, class_count
+
+    if classes is None:
+        return None
+    known = class_count(prior)
+    expected = f"classes from 0 to {known - 1}" if known else "none: this prior is told no class"
+    require(bool(classes) and all(0 <= c < known for c in classes), "--classes", expected, classes)
+    return Labels(torch.tensor(classes)[torch.arange(num) % len(classes)])
 
 
 def _check_sampling(steps: int, batch_size: int) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save
 
 from ambient_sci.data import ReferenceFile
 from ambient_sci.errors import InputError
@@ -33,9 +34,10 @@ from ambient_sci.evaluation.extractors import Extractor, Range, get_extractor, n
 from ambient_sci.evaluation.feature_distances import FeatureMoments, frechet, kid
 from ambient_sci.evaluation.features import share_features
 from ambient_sci.priors import Labels, Prior
+from ambient_sci.priors.given import class_count
 from ambient_sci.sampling import generate_to_file
 from ambient_sci.sampling.parts import fingerprint, process_share
-from ambient_sci.whole_files import read_tensors, whole_file, write_json, write_tensors
+from ambient_sci.whole_files import read_tensors, whole_file, write_json
 
 #: Of the statistics' file and of how they are computed. A change of either makes all anew.
 VERSION = 1
@@ -207,8 +209,8 @@ def _drawn(prior: Prior, plan: Protocol, seed: int, out: Path, progress: bool) -
 
 def _labels(prior: Prior, num: int, seed: int) -> Labels | None:
     """Classes drawn uniformly, for a prior that is told one."""
-    classes = int(getattr(getattr(prior, "network", None), "label_dim", 0) or 0)
-    if prior.takes is not Labels or not classes:
+    classes = class_count(prior)
+    if not classes:
         return None
     drawn = np.random.default_rng([seed, 1]).integers(0, classes, num)
     return Labels(torch.from_numpy(drawn))
@@ -293,7 +295,9 @@ def reference_statistics(features: np.ndarray, key: dict[str, Any], cache: Path)
     found = FeatureMoments.of(features)
     tensors = {"mean": found.mean.contiguous(), "covariance": found.covariance.contiguous()}
     with whole_file(path) as part:
-        write_tensors(part, tensors, {"of": text, "n": str(found.n)})
+        # Into the file that is there: `save_file` would put another one in its place, without the lock that
+        # keeps processes at the same work from taking it for debris.
+        part.write_bytes(save(tensors, metadata={"of": text, "n": str(found.n)}))
     return found
 
 

@@ -118,6 +118,16 @@ class Labels(_Tensors):
         return (self.index[:, None] == torch.arange(classes, device=self.index.device)).float()
 
 
+def class_count(prior: Any) -> int:
+    """Number of classes that a prior's network is told one of; 0 where it is told none."""
+    network = getattr(getattr(prior, "anchor", prior), "network", None)
+    told = getattr(network, "label_dim", None)
+    if told is None:  # diffusers' networks count one more, which means no label
+        embedded = getattr(getattr(getattr(network, "model", None), "config", None), "num_class_embeds", None)
+        told = max(int(embedded or 0) - 1, 0)
+    return int(told) if getattr(prior, "takes", None) is Labels else 0
+
+
 @dataclass(frozen=True)
 class Prompt(_Tensors):
     """Text as a diffusion network takes it.

@@ -96,8 +96,9 @@ def work(job: Job, data: Images, folder: Path, device: str) -> dict[str, Any]:
     near, similarity, index = nearest(data, samples)
     write_images(folder / "samples.h5", images=samples, overwrite=True)
     best = similarity.topk(min(PAIRS, len(samples)))
-    columns = {"generated": samples[best.indices], "nearest training image": data.train[index[best.indices]]}
-    notes = {"nearest training image": [f"{v:.3f}" for v in best.values.tolist()]}
+    # Shown as they are seen: what lies outside [-1, 1] is clipped in the picture, and nowhere else.
+    columns = {"generated": samples[best.indices].clamp(-1, 1), "nearest": data.train[index[best.indices]]}
+    notes = {"nearest": [f"{v:.3f}" for v in best.values.tolist()]}
     pairs_figure(folder / "pairs.png", columns, notes)
     truth = data.truth(job.settings["sampler"]["samples"])
     found: dict[str, Any] = {
