@@ -33,7 +33,7 @@ from ambient_sci.training.players import trainable_names
 from ambient_sci.training.processes import Processes
 from ambient_sci.training.report import Reporter
 from ambient_sci.training.run_folder import RunFolder
-from ambient_sci.training.source import open_source
+from ambient_sci.training.source import Source, open_source
 from ambient_sci.training.stage_configs import EMConfig, JointConfig, StagedConfig
 from ambient_sci.training.stages import AmbientStage, started_from
 from ambient_sci.whole_files import digest_of
@@ -117,10 +117,7 @@ def _fit(
                 "initial: expected no prior to start from with em, whose laps start from one another, got one"
             )
         return run_em(measurements, config, folder, accelerator, reporter, resume)
-    source = open_source(measurements, config)
-    if folder and resume and folder.begun:  # other data may not even allow what the run was configured for
-        fingerprint = source.fingerprint()
-        folder.check_data(fingerprint, fingerprint)
+    source = _opened(measurements, config, folder if resume else None)
     choice = settle(config, source, accelerator, started=initial is not None)
     config = choice.config
     kind = JointStage if isinstance(config.consistency, JointConfig) else AmbientStage
@@ -150,6 +147,16 @@ def _fit(
     if initial is None and first.name in reporter.ended:
         reporter.say(closing_line(config, source, *reporter.ended[first.name]))
     return prior.eval()
+
+
+def _opened(measurements: Any, config: TrainConfig, resumed: RunFolder | None) -> Source:
+    """The data, judged: those of the run that is resumed. Others may not even allow what it was configured
+    for."""
+    source = open_source(measurements, config)
+    if resumed and resumed.begun:
+        fingerprint = source.fingerprint()
+        resumed.check_data(fingerprint, fingerprint)
+    return source
 
 
 def explicit_config(
