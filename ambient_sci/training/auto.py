@@ -7,8 +7,8 @@ r"""Settings that are "auto": chosen when a run begins, from data, limit and the
     network          "small" for small or few images and for short runs, "medium" and "large" for more, see
                      `suited` and `affordable`
     batch_size       16, or the next number that processes and micro_batches can share
-    learning_rate    0.064 patch / width for a U-Net of that width at its first level (0.004 "small", 0.002
-                     "medium", 0.001 "large"), 0.001 for other networks
+    learning_rate    0.08 patch / width for a U-Net of that width at its first level (0.005 "small", 0.0025
+                     "medium", 0.00125 "large"), but 0.005 at most; 0.001 for other networks
     warmup_steps     a twentieth of the run, 50 at most
     centre           true: the network works around the mean of the images
     ema_decay        0.9999: the average then spans the last ninth of the run, whatever its length
@@ -41,7 +41,7 @@ from ambient_sci.training.source import Source
 
 #: Steps below which a network of this name does worse than the next smaller one in the same time.
 LEAST_STEPS = {"small": 0, "medium": 8_000, "large": 40_000}
-_BATCH, _WARMUP, _EMA, _RATE = 16, 50, 0.9999, 0.064
+_BATCH, _WARMUP, _EMA, _RATE = 16, 50, 0.9999, 0.08
 _TIMED = 3
 _IMAGES_SEEN = 32_000
 
@@ -231,7 +231,7 @@ def learning_rate(network: NetworkConfig) -> float:
     """Learning rate for a network; see the module."""
     if network.kind != "unet":
         return 1e-3
-    return float(f"{min(_RATE * network.patch / network.channels[0], 4e-3):.2g}")
+    return float(f"{min(_RATE * network.patch / network.channels[0], 5e-3):.3g}")
 
 
 # -- time ----------------------------------------------------------------------------------------------------

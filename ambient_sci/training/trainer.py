@@ -124,10 +124,7 @@ def _fit(
                 "initial: expected no prior to start from with em, whose laps start from one another, got one"
             )
         return run_em(measurements, config, folder, accelerator, reporter, resume, selection)
-    source = open_source(measurements, config)
-    if folder and resume and folder.begun:  # other data may not even allow what the run was configured for
-        fingerprint = source.fingerprint()
-        folder.check_data(fingerprint, fingerprint)
+    source = _opened(measurements, config, folder if resume else None)
     choice = settle(config, source, accelerator, started=initial is not None)
     config = choice.config
     if config.distillation is not None:
@@ -219,6 +216,16 @@ def distill(
     config = config or TrainConfig()
     config = config if config.distillation else replace(config, distillation=DistillConfig())
     return fit(measurements, config, out, initial=prior, **options)
+
+
+def _opened(measurements: Any, config: TrainConfig, resumed: RunFolder | None) -> Source:
+    """The data, judged: those of the run that is resumed. Others may not even allow what it was configured
+    for."""
+    source = open_source(measurements, config)
+    if resumed and resumed.begun:
+        fingerprint = source.fingerprint()
+        resumed.check_data(fingerprint, fingerprint)
+    return source
 
 
 def explicit_config(
