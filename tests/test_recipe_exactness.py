@@ -11,7 +11,9 @@ import yaml
 
 from recipes.exactness import parts, run
 from recipes.exactness.costs import training_evaluations
+from recipes.exactness.limits import visible, without_modes
 from recipes.exactness.methods import configuration
+from recipes.exactness.toys import MODE_STD, truth
 from recipes.small_images import scale, texture
 
 
@@ -111,3 +113,23 @@ def test_features_that_never_vary_count_for_nothing():
     sample = torch.tensor([1.0, 0.3, 1.0])
     assert torch.equal((sample / std) == 0, torch.tensor([False, True, False]))
     assert torch.allclose(std[[0, 2]], reference.std(0)[[0, 2]])
+
+
+def test_what_noise_leaves_of_the_ring():
+    """The harmonics of its characteristic function, from the modes themselves: J_0 on average over directions, 2 J_5 cos(5 angle) next;
+    the largest over k, damped by the noise, times sqrt(n)."""
+    sigma, points = 0.6, 20_000
+    k = torch.linspace(0.01, 12.0, 800, dtype=torch.float64)[:, None]
+    angle = 2 * torch.pi * torch.arange(360, dtype=torch.float64) / 360
+    direction = torch.stack([angle.cos(), angle.sin()], 1)
+    modes = truth("ring").means.reshape(5, 2)
+    phi = torch.exp(1j * k[..., None] * (direction @ modes.T)).mean(-1) * torch.exp(-0.5 * k**2 * MODE_STD**2)
+    seen = phi * torch.exp(-0.5 * k**2 * sigma**2)
+    fifth = 2 * (seen * torch.exp(-5j * angle)).mean(1).abs()
+    gauss = torch.exp(-0.5 * k[:, 0] ** 2 * (0.5 + MODE_STD**2 + sigma**2))
+    hole = (seen.mean(1) - gauss).abs()
+    expected = [float(part.max()) * points**0.5 for part in (hole, fifth)]
+    assert visible(sigma, points) == pytest.approx(expected, rel=1e-3)
+    assert visible(1.2, points)[1] < 0.2 < 10 < visible(0.3, points)[1]
+    blind = without_modes(4_000)
+    assert float(blind.square().sum(-1).mean()) == pytest.approx(1 + 2 * MODE_STD**2, rel=0.03)
