@@ -15,6 +15,7 @@ _NAMES = {
     "StagedConfig": "stage_configs",
     "fit_em": "trainer",
     "em_report": "em",
+    "FrozenNoiseConfig": "config",
     "LevelConfig": "config",
     "LossConfig": "config",
     "TrainConfig": "config",
@@ -42,6 +43,7 @@ __all__ = [
     "ConsistencyStage",
     "Drawn",
     "EMConfig",
+    "FrozenNoiseConfig",
     "JointConfig",
     "JointStage",
     "LevelConfig",
@@ -67,7 +69,7 @@ __all__ = [
 if TYPE_CHECKING:
     from ambient_sci.training.batches import Batches, Drawn
     from ambient_sci.training.below_noise import ConsistencyStage, JointStage
-    from ambient_sci.training.config import LevelConfig, LossConfig, TrainConfig
+    from ambient_sci.training.config import FrozenNoiseConfig, LevelConfig, LossConfig, TrainConfig
     from ambient_sci.training.em import em_report
     from ambient_sci.training.errors import ProcessLost, TrainingDiverged, TrainingInterrupted
     from ambient_sci.training.loop import OneModule, Stage, run_stage
