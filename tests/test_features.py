@@ -386,7 +386,9 @@ def test_the_interval_of_a_frechet_distance_holds_where_its_error_can_be_compute
     reference = torch.randn(50_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     distances, halves = [], []
     for seed in range(40):
-        x = 0.5 + torch.randn(400, 1, generator=torch.Generator().manual_seed(100 + seed), dtype=torch.float64)
+        x = 0.5 + torch.randn(
+            400, 1, generator=torch.Generator().manual_seed(100 + seed), dtype=torch.float64
+        )
         found = frechet_interval(x, reference, features="mine")
         distances.append(found["distance"])
         halves.append((found["interval"][1] - found["interval"][0]) / 2)

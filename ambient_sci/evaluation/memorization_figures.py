@@ -156,10 +156,9 @@ def frontier_figure(
             x, y, xerr=reach[0], yerr=reach[1], fmt="o" + style, color=colour, markersize=4, linewidth=1,
             elinewidth=0.7, alpha=0.85, label=name,
         )  # fmt: skip
+        style_of_text: dict[str, Any] = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 8}
         for p in points:
-            axes.annotate(
-                p["text"], (p["x"], p["y"]), xytext=(4, 4), textcoords="offset points", fontsize=8, color=colour
-            )
+            axes.annotate(p["text"], (p["x"], p["y"]), color=colour, **style_of_text)
     axes.set_yscale("log")
     axes.legend(fontsize=8, frameon=False)
     _labelled(axes, *labels)
