@@ -139,6 +139,8 @@ def frontier_figure(
             ``y_interval``, ``text``; the first curve is drawn full, the others dashed.
         labels: of the axes.
         none: what the horizontal measure is without any effect, drawn as a line.
+
+    The vertical axis is logarithmic where all its intervals are above 0.
     """
     figure = _figure(5.2, 3.8)
     axes = figure.add_subplot()
@@ -159,7 +161,8 @@ def frontier_figure(
         style_of_text: dict[str, Any] = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 8}
         for p in points:
             axes.annotate(p["text"], (p["x"], p["y"]), color=colour, **style_of_text)
-    axes.set_yscale("log")
+    if all(p["y_interval"][0] > 0 for points in curves.values() for p in points):
+        axes.set_yscale("log")
     axes.legend(fontsize=8, frameon=False)
     _labelled(axes, *labels)
     figure.tight_layout()

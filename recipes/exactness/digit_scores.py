@@ -14,37 +14,24 @@ KID on these features compare with nothing but each other.
 
 from __future__ import annotations
 
-import importlib.util
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ambient_sci.evaluation import distances
+from recipes.scripts import script
 
 EPOCHS, BATCH = 2, 128
 KID_REFERENCE = 10_000
 
 
-@lru_cache(maxsize=1)
-def digits() -> Any:
-    """The script datasets/digits.py; by its path, because another library has the name `datasets`."""
-    spec = importlib.util.spec_from_file_location(
-        "ambient_digits", Path(__file__).parents[2] / "datasets" / "digits.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @lru_cache(maxsize=2)
 def images(part: str) -> tuple[Tensor, Tensor]:
     """Images (N, 1, 28, 28) and labels of "train60k" or "test10k"."""
-    x, labels = digits().load(part)
+    x, labels = script("digits").load(part)
     return torch.from_numpy(x), torch.from_numpy(labels)
 
 
