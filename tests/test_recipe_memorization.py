@@ -12,6 +12,7 @@ import yaml
 from ambient_sci.data import write_images
 from ambient_sci.errors import InputError
 from ambient_sci.training import TrainingInterrupted
+from recipes.attacks import run as attacks
 from recipes.memorization import cells, data, report, run
 
 SETTINGS = {
@@ -57,7 +58,9 @@ def test_cells_table_and_figures(settings, tmp_path, capsys):
     arguments = ["--part", "small", "--out", str(tmp_path / "runs"), "--device", "cpu"]
     run.main([*arguments, "--images", "8", "--seeds", "0"])
     out = tmp_path / "runs" / "two-core" / "small"
-    assert {p.stem for p in out.glob("*.json")} == {f"n8-sigma{s}-s0-{k}" for s in ("0", "0.4") for k in (3, 6)}
+    assert {p.stem for p in out.glob("*.json")} == {
+        f"n8-sigma{s}-s0-{k}" for s in ("0", "0.4") for k in (3, 6)
+    }
     last = json.loads((out / "n8-sigma0.4-s0-6.json").read_text())
     assert set(last["scores"]) == {"means", "pixels"} and "frechet" in last["scores"]["means"]
     assert 0 <= last["scores"]["pixels"]["memory"]["ratio"]["copies"]["fraction"] <= 1
@@ -146,3 +149,51 @@ def test_data_that_are_missing_say_how_to_get_them(tmp_path):
 
 def test_a_report_of_nothing(tmp_path):
     assert report.write_report(run.Grid(tmp_path), {**SETTINGS, "data": {}}) == "no cells yet"
+
+
+def test_attacks_on_what_was_trained_and_on_any_prior(settings, tmp_path, monkeypatch, capsys):
+    own = {"level": None, "hidden": 0.5, "num": 4, "samples": 2, "steps": 3, "plain": 6, "plain_steps": 3}
+    own |= {
+        "batch_size": 8,
+        "features": "pixels",
+        "runs": {"part": "small", "images": 8, "sigma_n": [0, 0.4]},
+    }
+    monkeypatch.setattr(attacks, "load_settings", lambda profile, part: own)
+    where = ["--memorization", str(tmp_path / "runs"), "--out", str(tmp_path / "attacks"), "--device", "cpu"]
+    with pytest.raises(
+        InputError, match=r"recipes\.memorization\.run --part small --images 8 --levels 0 0\.4"
+    ):
+        attacks.main(["--part", "small", *where])
+    run.main(
+        [
+            "--part",
+            "small",
+            "--out",
+            str(tmp_path / "runs"),
+            "--device",
+            "cpu",
+            "--images",
+            "8",
+            "--seeds",
+            "0",
+        ]
+    )
+    attacks.main(["--part", "small", *where])
+    out = tmp_path / "attacks" / "two-core" / "small"
+    assert {p.stem for p in out.glob("*.json")} == {"DSM-s0", "sigma_n-0.4-s0"}
+    assert (out / "similarity.png").exists() and (out / "DSM-s0" / "inpaint.png").exists()
+    said = capsys.readouterr().out
+    for question in ("noise", "noise, MMSE", "hidden", "hidden, MMSE", "plain samples"):
+        assert (
+            f"| DSM-s0 | {question} | trained on |" in said and f"| DSM-s0 | {question} | held out |" in said
+        )
+    # Made once; and any prior by its run folder.
+    times = {p: p.stat().st_mtime_ns for p in out.glob("*.json")}
+    folder = tmp_path / "runs" / "two-core" / "small" / "n8-sigma0-s0"
+    files = ["--train", settings["data"]["train"], "--held-out", settings["data"]["held_out"]]
+    attacks.main(["--part", "small", *where])
+    attacks.main(["--part", "small", *where, "--prior", f"mine={folder}", *files])
+    assert all(p.stat().st_mtime_ns == time for p, time in times.items())
+    assert json.loads((out / "mine.json").read_text())["attack"]["suspects"] == 4
+    with pytest.raises(InputError, match="NAME=RUN"):
+        attacks.main(["--part", "small", *where, "--prior", str(folder)])
