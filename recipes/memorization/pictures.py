@@ -16,7 +16,7 @@ from recipes.memorization.cells import Job
 
 #: Of the figure of denoised images, in published units.
 LEVELS = (0.2, 0.5, 1.0, 2.0, 4.0)
-IMAGES, SAMPLES = 3, 8
+IMAGES, SAMPLES = 2, 8
 
 
 def write_pictures(out: Path, jobs: list[Job], show: list[float]) -> list[Path]:
