@@ -133,6 +133,9 @@ def test_every_part_has_a_configuration_and_its_levels_fit():
         assert set(own["show"]) <= set(own["sigma_n"])
         for _, features in own["frontier"].values():
             assert features in own["features"]
+    for folder in (run.HERE, attacks.HERE):  # what --readme fills in
+        text = (folder / "README.md").read_text()
+        assert all(f"<!-- two-core {part} -->" in text for part in ("digits", "faces"))
     with pytest.raises(InputError, match="expected one of digits, faces with --profile two-core"):
         run.load_settings("two-core", "ffhq")
 

@@ -28,7 +28,7 @@ from ambient_sci.evaluation.memorization_report import write_attack
 from ambient_sci.priors import load_prior
 from ambient_sci.sampling import generate
 from recipes.attacks.report import write_report
-from recipes.grid import Cell, Grid, parser
+from recipes.grid import Cell, Grid, fill, parser
 from recipes.memorization import run as memorization
 from recipes.memorization.cells import Job, jobs
 
@@ -64,7 +64,10 @@ def main(arguments: list[str] | None = None) -> None:
     cells = [Cell(name, {"prior": name, "settings": told}) for name in found]
     if not options.table_only:
         grid.run(cells, lambda cell: work(found[cell.name], settings, grid.out, options.device))
-    print(write_report(grid, list(found)))
+    text = write_report(grid, list(found))
+    print(text)
+    if options.readme:
+        fill(HERE / "README.md", f"{options.profile} {options.part}", text)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -77,6 +80,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     found.add_argument("--prior", nargs="+", metavar="NAME=RUN", default=[], help="other priors instead")
     found.add_argument("--train", type=Path, help="what they were trained on")
     found.add_argument("--held-out", type=Path, help="what they were not trained on")
+    found.add_argument("--readme", action="store_true", help="put the table into the recipe's README")
     return found.parse_args(arguments)
 
 

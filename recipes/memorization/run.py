@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from ambient_sci.errors import InputError
-from recipes.grid import Grid, parser
+from recipes.grid import Grid, fill, parser
 from recipes.memorization.cells import jobs, work
 from recipes.memorization.report import write_report
 
@@ -41,7 +41,10 @@ def main(arguments: list[str] | None = None) -> None:
         }
         cells = [job.cell() for job in chosen.values()]
         grid.run(cells, lambda cell: work(chosen[cell.name], grid.out, options.device))
-    print(write_report(grid, settings))
+    text = write_report(grid, settings)
+    print(text)
+    if options.readme:
+        fill(HERE / "README.md", f"{options.profile} {options.part}", text)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -61,6 +64,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="measure on these instead (inception:FILE dinov2:FILE): the first is the figure's quality, the "
         "last its memory",
     )
+    found.add_argument("--readme", action="store_true", help="put the table into the recipe's README")
     return found.parse_args(arguments)
 
 
