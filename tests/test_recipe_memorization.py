@@ -187,9 +187,8 @@ def test_attacks_on_what_was_trained_and_on_any_prior(settings, tmp_path, monkey
     assert (out / "similarity.png").exists() and (out / "DSM-s0" / "inpaint.png").exists()
     said = capsys.readouterr().out
     for question in ("noise", "noise, MMSE", "hidden", "hidden, MMSE", "plain samples"):
-        assert (
-            f"| DSM-s0 | {question} | trained on |" in said and f"| DSM-s0 | {question} | held out |" in said
-        )
+        side = "generated" if question == "plain samples" else "trained on"
+        assert f"| DSM-s0 | {question} | {side} |" in said and f"| DSM-s0 | {question} | held out |" in said
     # Made once; and any prior by its run folder.
     times = {p: p.stat().st_mtime_ns for p in out.glob("*.json")}
     folder = tmp_path / "runs" / "two-core" / "small" / "n8-sigma0-s0"

@@ -14,13 +14,14 @@ from ambient_sci.evaluation.memorization_statistics import THRESHOLDS
 from ambient_sci.whole_files import write_text
 from recipes.grid import Grid, table
 
+PLAIN = "plain samples"
 #: What is compared with what, and where the report of a cell has it.
 QUESTIONS = {
     "noise": ("attack", "attacks", "noise", "similarity"),
     "noise, MMSE": ("attack", "attacks", "noise", "mmse_similarity"),
     "hidden": ("attack", "attacks", "inpaint", "similarity"),
     "hidden, MMSE": ("attack", "attacks", "inpaint", "mmse_similarity"),
-    "plain samples": ("samples", "similarity"),
+    PLAIN: ("samples", "similarity"),
 }
 
 
@@ -34,7 +35,7 @@ def write_report(grid: Grid, names: list[str]) -> str:
         (cell["prior"], question, side, _found(cell, path))
         for cell in cells
         for question, path in QUESTIONS.items()
-        for side in ("trained on", "held out")
+        for side in (("generated" if question == PLAIN else "trained on"), "held out")
     ]
     text = table(
         rows,
@@ -58,7 +59,7 @@ def _found(cell: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _side(row: tuple[Any, ...]) -> dict[str, Any]:
-    """The distribution of a row's images. Plain samples are "trained on" beside real images, held out."""
+    """The distribution of a row's images: of an attack's suspects or controls, of samples or real images."""
     of_attack, of_samples = ("suspects", "controls"), ("samples", "held_out")
     place = int(row[2] == "held out")
     return row[3].get(of_attack[place]) or row[3][of_samples[place]]
@@ -86,7 +87,7 @@ def _values(out: Path, cells: list[dict[str, Any]], question: str) -> dict[str, 
     attack, _, kind = question.partition(", ")
     for cell in cells:
         folder = out / cell["prior"]
-        if question == "plain samples":
+        if question == PLAIN:
             values = load_file(folder / "plain.safetensors")
             pair = values["samples"], values["held_out"]
         else:
