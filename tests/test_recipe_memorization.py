@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,11 +141,14 @@ def test_every_part_has_a_configuration_and_its_levels_fit():
         run.load_settings("two-core", "ffhq")
 
 
-def test_data_that_are_missing_say_how_to_get_them(tmp_path):
+def test_data_that_are_missing_say_how_to_get_them(tmp_path, monkeypatch):
     """With a script that says its steps, and without."""
     files = {"kind": "files", "train": str(tmp_path / "t.h5"), "held_out": str(tmp_path / "h.h5")}
-    with pytest.raises(InputError, match=r"t\.h5: expected a file of images, found none"):
+    with pytest.raises(InputError, match=r"t\.h5: expected a file of images, found none; see datasets/"):
         data.load(files, 4, 0, 4)
+    monkeypatch.setattr(data, "script", lambda name: SimpleNamespace(STEPS=f"run datasets/{name}.py"))
+    with pytest.raises(InputError, match=r"found none; run datasets/ffhq\.py"):
+        data.load({**files, "script": "ffhq"}, 4, 0, 4)
     with pytest.raises(InputError, match="expected at least 7 images"):
         data.pick(6, 7, 0)
     assert data.pick(10, 4, 0) == sorted(set(data.pick(10, 4, 0))) != data.pick(10, 4, 1)
