@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from ambient_sci.errors import InputError
-from ambient_sci.whole_files import write_json
+from ambient_sci.whole_files import write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,20 @@ def table(
     found = [titles, *([*key, *(text(own) for _, text in columns)] for key, own in lines.items())]
     head, *body = ["| " + " | ".join(line) + " |" for line in found]
     return "\n".join([head, "|" + "---|" * len(titles), *body])
+
+
+def fill(readme: Path, name: str, text: str) -> None:
+    """Put ``text`` between the lines ``<!-- NAME -->`` and ``<!-- /NAME -->`` of a file.
+
+    Raises:
+        InputError: the lines are not there.
+    """
+    begin, end, old = f"<!-- {name} -->\n", f"<!-- /{name} -->", readme.read_text()
+    before, found, rest = old.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise InputError(f"{readme}: expected the lines {begin.strip()} and {end}, found none")
+    write_text(readme, f"{before}{begin}\n{text.strip()}\n\n{end}{after}")
 
 
 def mean_std(values: Sequence[float], mean: str = ".4g", std: str = ".2g") -> str:

@@ -20,6 +20,7 @@ from ambient_sci.evaluation import (
     compare_features,
     features_of,
     frechet,
+    frechet_interval,
     get_extractor,
     kid,
     precision_recall,
@@ -377,6 +378,24 @@ def test_moments_far_from_zero_lose_no_digits() -> None:
     x = np.random.default_rng(8).standard_normal((500, 3))
     far = FeatureMoments.of(np.array_split(x + 1e7, 5))
     np.testing.assert_allclose(far.covariance.numpy(), np.cov(x.T), rtol=1e-6, atol=1e-7)
+
+
+def test_the_interval_of_a_frechet_distance_holds_where_its_error_can_be_computed() -> None:
+    """In one dimension with the references' law known, d = (m - 0)^2 + (s - 1)^2; repeated draws of the
+    samples spread as the bootstrap says."""
+    reference = torch.randn(50_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    distances, halves = [], []
+    for seed in range(40):
+        x = 0.5 + torch.randn(
+            400, 1, generator=torch.Generator().manual_seed(100 + seed), dtype=torch.float64
+        )
+        found = frechet_interval(x, reference, features="mine")
+        distances.append(found["distance"])
+        halves.append((found["interval"][1] - found["interval"][0]) / 2)
+        assert found["distance"] == frechet(x, reference, features="mine")["distance"]
+    # d = m^2 + small: its standard deviation is 2 m / sqrt(n) = 0.05.
+    assert float(np.mean(halves)) == pytest.approx(1.96 * 0.05, rel=0.1)
+    assert float(np.std(distances)) == pytest.approx(0.05, rel=0.3)
 
 
 def test_too_few_samples_for_frechet_are_refused_unless_directions_are_stated() -> None:

@@ -16,6 +16,7 @@ from ambient_sci.cli import main
 from ambient_sci.data import ReferenceFile, write_images
 from ambient_sci.errors import InputError
 from ambient_sci.evaluation import memorization_attack, memorization_error, memorization_score
+from ambient_sci.evaluation import memorization_figures as figures
 from ambient_sci.evaluation import memorization_statistics as statistics
 from ambient_sci.evaluation.memorization_attack import _lower_part
 from ambient_sci.operators import Masking
@@ -398,3 +399,28 @@ def test_a_score_resumes_from_its_features(
     assert len(rest) == 3 + 5 + 10 - 5  # batches of 12, 20 and 40 images, less those that were done
     with ReferenceFile(work / "s.h5") as file:
         assert json.loads((out / "report.json").read_text())["samples"] == len(file)
+
+
+def test_copies_are_counted_against_the_held_out_images_own_threshold(planted: Planted) -> None:
+    """By hand; and a law without memory is left at the false alarms, a memory is not."""
+    held = torch.arange(1, 201).double()
+    found = statistics.copies(torch.tensor([0.5, 2.5, 3.0, 4.0, 100.0]), held, seeded(0))
+    assert found["threshold"] == pytest.approx(1 + 0.01 * 199) and found["fraction"] == pytest.approx(0.4)
+    low, high = found["interval"]
+    assert low < 0.4 < high
+    assert statistics.copies(held, held, seeded(0), 0.1)["fraction"] == pytest.approx(0.1)
+    shares = {}
+    for name, prior in planted.priors.items():
+        samples = generate(prior, 40, steps=20, generator=seeded(1))
+        score = memorization_score(samples, planted.train, planted.held_out, extractor="pixels")
+        shares[name] = score.report["ratio"]["copies"]["fraction"]
+    assert shares["memory"] >= 0.95 and shares["law"] <= 0.1
+
+
+def test_figures_of_frontiers_and_ranks(tmp_path: Path) -> None:
+    point = {"x": 0.1, "y": 2.0, "x_interval": [0.05, 0.2], "y_interval": [1.8, 2.5], "text": "0.4"}
+    curves = {"noise": [point, {**point, "x": 0.5, "x_interval": [0.4, 0.6]}], "steps": [point]}
+    written = figures.frontier_figure(tmp_path / "a.png", curves, ("share of copies", "distance"), none=0.01)
+    values = torch.rand(30, generator=seeded(0))
+    panels = {"noise": {"DSM": values, "DSM, held out": values / 2}}
+    assert written.exists() and figures.ranked_figure(tmp_path / "b.png", panels).exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ambient_sci.errors import InputError
-from recipes.grid import Cell, Grid, locked, mean_std, table
+from recipes.grid import Cell, Grid, fill, locked, mean_std, table
 
 
 def test_what_is_there_is_not_made_again(tmp_path):
@@ -115,3 +115,15 @@ def test_two_recipes_in_one_process_and_none_in_the_wheel():
     assert find["include"] == ["ambient_sci*"]
     for script in (root / "recipes").rglob("*.py"):
         assert "sys.path" not in script.read_text(), script
+
+
+def test_a_table_is_put_between_its_lines(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- one -->\nold\n<!-- /one -->\nb\n<!-- two -->\n<!-- /two -->\n")
+    for _ in range(2):  # again: the same file
+        fill(readme, "one", "| new |\n")
+        assert readme.read_text() == (
+            "a\n<!-- one -->\n\n| new |\n\n<!-- /one -->\nb\n<!-- two -->\n<!-- /two -->\n"
+        )
+    with pytest.raises(InputError, match="<!-- three -->"):
+        fill(readme, "three", "x")

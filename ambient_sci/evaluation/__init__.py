@@ -34,6 +34,7 @@ _HOMES = {
     "proximal_score": "proximal",
     "FeatureMoments": "feature_distances",
     "frechet": "feature_distances",
+    "frechet_interval": "feature_distances",
     "kid": "feature_distances",
     "precision_recall": "feature_distances",
     "compare_features": "feature_distances",

@@ -26,7 +26,7 @@ from ambient_sci.errors import InputError
 from ambient_sci.evaluation.extractors import Extractor, Range, get_extractor, natural_range
 from ambient_sci.evaluation.features import features_of
 from ambient_sci.evaluation.memorization_images import Images, identity, shape_of, take
-from ambient_sci.evaluation.memorization_statistics import above, distribution, separation
+from ambient_sci.evaluation.memorization_statistics import above, copies, distribution, separation
 from ambient_sci.evaluation.neighbours import Neighbours, neighbours
 
 NEAREST = 50
@@ -68,7 +68,8 @@ def memorization_score(
 
     ``separation`` is the probability that a generated image is nearer to the training set than a held-out
     one: 0.5 without memory. The calibrated ratio, distance to the nearest over the mean distance to the k
-    nearest, is small for a copy of one image and near 1 in a crowd, whatever the features' scale.
+    nearest, is small for a copy of one image and near 1 in a crowd, whatever the features' scale. ``copies``
+    is the share of generated images whose ratio is smaller than that of 99 % of the held-out ones.
 
     Args:
         samples, train, held_out: images (N, C, H, W) of one shape, or files of them.
@@ -109,6 +110,7 @@ def memorization_score(
             "samples": distribution(ratios[0]),
             "held_out": distribution(ratios[1]),
             "separation": separation(-ratios[0], -ratios[1], generator),
+            "copies": copies(ratios[0], ratios[1], generator),
         },
         "seed": seed,
     }

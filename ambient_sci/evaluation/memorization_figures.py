@@ -122,3 +122,79 @@ def error_figure(path: str | os.PathLike[str], levels: Sequence[Mapping[str, Any
     _labelled(axes, "noise level", "error, held out / trained on")
     figure.tight_layout()
     return save(figure, path)
+
+
+def frontier_figure(
+    path: str | os.PathLike[str],
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    labels: tuple[str, str],
+    none: float | None = None,
+) -> Path:
+    """Two measures against each other, both better when small: one curve a name, a point with its intervals
+    and a text.
+
+    Args:
+        path: PNG to write.
+        curves: name to points in the order in which they are joined: ``x``, ``y``, ``x_interval``,
+            ``y_interval``, ``text``; the first curve is drawn full, the others dashed.
+        labels: of the axes.
+        none: what the horizontal measure is without any effect, drawn as a line.
+
+    The vertical axis is logarithmic where all its intervals are above 0.
+    """
+    figure = _figure(5.2, 3.8)
+    axes = figure.add_subplot()
+    if none is not None:
+        axes.axvline(none, color="0.8", linewidth=1, zorder=0)
+    for number, (name, points) in enumerate(curves.items()):
+        x, y = ([float(p[axis]) for p in points] for axis in "xy")
+        reach = [
+            np.abs(np.array([p[f"{axis}_interval"] for p in points]).T - np.array(values))
+            for axis, values in (("x", x), ("y", y))
+        ]
+        colour = f"C{number}"
+        style = "-" if number == 0 else "--"
+        axes.errorbar(
+            x, y, xerr=reach[0], yerr=reach[1], fmt="o" + style, color=colour, markersize=4, linewidth=1,
+            elinewidth=0.7, alpha=0.85, label=name,
+        )  # fmt: skip
+        style_of_text: dict[str, Any] = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 8}
+        for p in points:
+            axes.annotate(p["text"], (p["x"], p["y"]), color=colour, **style_of_text)
+    if all(p["y_interval"][0] > 0 for points in curves.values() for p in points):
+        axes.set_yscale("log")
+    axes.legend(fontsize=8, frameon=False)
+    _labelled(axes, *labels)
+    figure.tight_layout()
+    return save(figure, path)
+
+
+def ranked_figure(
+    path: str | os.PathLike[str], panels: Mapping[str, Mapping[str, Tensor]], label: str = "similarity"
+) -> Path:
+    """Values from the largest to the smallest, one panel a title, one line a name; lines at 0.9, 0.95 and
+    0.99.
+
+    Names come in pairs, the second of which, "… held out", has the colour of the first and is dotted.
+
+    Args:
+        path: PNG to write.
+        panels: title to {name: values}.
+        label: of the vertical axis.
+    """
+    figure = _figure(3.4 * len(panels), 3.0)
+    for number, (title, kinds) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), number + 1)
+        for threshold in THRESHOLDS:
+            axes.axhline(threshold, color="0.85", linewidth=0.8, zorder=0)
+        for place, (name, values) in enumerate(kinds.items()):
+            ranked = _numpy(values.flatten().double().sort(descending=True).values)
+            style: dict[str, Any] = {"color": f"C{place // 2}"}
+            if name.endswith("held out"):
+                style |= {"linestyle": ":", "alpha": 0.8}
+            axes.plot(np.linspace(0, 100, len(ranked)), ranked, label=name, linewidth=1.2, **style)
+        axes.set_title(title, fontsize=11)
+        axes.legend(fontsize=7, frameon=False, loc="lower left")
+        _labelled(axes, "images, in % by rank", label if number == 0 else "")
+    figure.tight_layout()
+    return save(figure, path)

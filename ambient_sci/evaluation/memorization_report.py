@@ -119,6 +119,12 @@ def score_text(report: Mapping[str, Any]) -> str:
         f"{_separation(report['similarity'])}"
     )
     lines.append(f"  by the calibrated ratio {_separation(report['ratio'])}; 0.5 is no memory")
+    found = report["ratio"]["copies"]
+    lines.append(
+        f"{found['fraction']:.1%} ({found['interval'][0]:.1%} to {found['interval'][1]:.1%}) of the "
+        f"generated images have a ratio as small as {found['false_alarms']:.0%} of the held-out ones have: "
+        f"copies, where it is more than {found['false_alarms']:.0%}"
+    )
     return "\n".join(lines)
 
 

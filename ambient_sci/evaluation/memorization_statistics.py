@@ -14,6 +14,8 @@ from torch import Tensor
 THRESHOLDS = (0.9, 0.95, 0.99)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 RESAMPLES = 1000
+#: Share of real images that were never trained on that a threshold for copies may take for copies.
+FALSE_ALARMS = 0.01
 _Z = 1.959963984540054
 
 
@@ -57,6 +59,35 @@ def auc(first: Tensor, second: Tensor) -> float:
 def separation(first: Tensor, second: Tensor, generator: torch.Generator) -> dict[str, Any]:
     """`auc` with a bootstrap interval over the values, which are one an image."""
     return {"auc": auc(first, second), "interval": bootstrap(auc, first, second, generator)}
+
+
+def copies(
+    values: Tensor, held_out: Tensor, generator: torch.Generator, false_alarms: float = FALSE_ALARMS
+) -> dict[str, Any]:
+    """Share of images nearer to the training set than all but ``false_alarms`` of the held-out ones are.
+
+    The threshold is the held-out images' own quantile, so that the share of a prior without memory is
+    ``false_alarms`` on any features. The bootstrap interval resamples both: the threshold is an estimate.
+
+    Args:
+        values, held_out: a distance to the training set, small for copies, (n,) and (m,).
+        generator: of the bootstrap.
+        false_alarms: see above; with fewer than 1 / false_alarms held-out images the threshold is near the
+            smallest of theirs.
+    """
+
+    def threshold(held: Tensor) -> float:
+        return float(torch.quantile(held.double(), false_alarms))
+
+    def share(own: Tensor, held: Tensor) -> float:
+        return float((own.double() < threshold(held)).double().mean())
+
+    return {
+        "false_alarms": false_alarms,
+        "threshold": threshold(held_out),
+        "fraction": share(values, held_out),
+        "interval": bootstrap(share, values, held_out, generator),
+    }
 
 
 def bootstrap(

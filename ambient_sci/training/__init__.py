@@ -18,6 +18,7 @@ _NAMES = {
     "distill": "trainer",
     "fit_em": "trainer",
     "em_report": "em",
+    "FrozenNoiseConfig": "config",
     "LevelConfig": "config",
     "LossConfig": "config",
     "TrainConfig": "config",
@@ -49,6 +50,7 @@ __all__ = [
     "DistillationStage",
     "Drawn",
     "EMConfig",
+    "FrozenNoiseConfig",
     "JointConfig",
     "JointStage",
     "LevelConfig",
@@ -77,7 +79,7 @@ __all__ = [
 if TYPE_CHECKING:
     from ambient_sci.training.batches import Batches, Drawn
     from ambient_sci.training.below_noise import ConsistencyStage, JointStage
-    from ambient_sci.training.config import LevelConfig, LossConfig, TrainConfig
+    from ambient_sci.training.config import FrozenNoiseConfig, LevelConfig, LossConfig, TrainConfig
     from ambient_sci.training.distillation import DistillationStage
     from ambient_sci.training.em import em_report
     from ambient_sci.training.errors import ProcessLost, TrainingDiverged, TrainingInterrupted

@@ -32,6 +32,7 @@ from ambient_sci.training.augment import (
     transformed_levels,
 )
 from ambient_sci.training.config import LevelConfig, TrainConfig
+from ambient_sci.training.frozen_noise import Frozen, FrozenNoise
 from ambient_sci.training.source import Source, default_keep
 
 # Streams of randomness of one run: numbers that keep the draws for different purposes apart. 4 is the loop's.
@@ -139,6 +140,9 @@ class Batches:
                 f"got {self.levels.sigma_max:g}"
             )
         self.keep = config.loss.keep or default_keep(source.complete)
+        # Masks are looked at when they are split: those batches come on the host and are moved after that.
+        self._loaded_on = self.device if source.complete else torch.device("cpu")
+        self._frozen = self._frozen_noise()
         self._loaders: list[MeasurementLoader] = []
         for part in range(config.micro_batches):
             self._loaders.append(
@@ -148,11 +152,28 @@ class Batches:
                     config.seed,
                     rank=self.share(part),
                     num_processes=self.shares,
-                    # Masks are looked at when they are split: those batches come on the host and are moved
-                    # after that.
-                    device=self.device if source.complete else "cpu",
+                    device=self._loaded_on,
                 )
             )
+
+    def _frozen_noise(self) -> FrozenNoise | None:
+        """The noise that each sample keeps, where the run asks for it."""
+        settings, data = self.config.frozen_noise, self.source.measurements
+        if settings is None:
+            return None
+        unit = self.source.data_std if self.config.levels.relative else 1.0
+        shape = tuple(data.measurements([0]).shape[1:])
+        return FrozenNoise(settings.sigma_n * unit, settings.seed, len(data), shape, self._loaded_on)
+
+    @property
+    def reason(self) -> str:
+        """What is trained on these data and why, in words."""
+        if self._frozen is None or self._frozen.sigma_n == 0:
+            return self.source.reason
+        return (
+            f"{self.source.reason}. At levels from {self._frozen.sigma_n:.4g} up, the Ambient loss on one "
+            "noisy copy of each sample that stays the same (frozen_noise)"
+        )
 
     def share(self, part: int) -> int:
         """Which of all shares of a batch the part ``part`` of this process is."""
@@ -169,14 +190,18 @@ class Batches:
         draw = seeded(config.seed, LEVELS, *key)
         largest = self.noise_std[raw.indices]
         sigma = self.levels.sample(len(largest), minimum=largest, generator=draw)
-        operator, y, _ = self.source.ready(raw.operator, raw.y, raw.sigma_y, draw)
+        # Before any symmetry: the noise of an image moves with it.
+        y, sigma_y, largest = Frozen(raw.y, raw.sigma_y, largest)
+        if self._frozen is not None:
+            y, sigma_y, largest = self._frozen(raw.indices, y, sigma_y, largest, sigma)
+        operator, y, _ = self.source.ready(raw.operator, y, sigma_y, draw)
         mask = operator.network_mask
         operator, y = operator.on_device(self.device), y.to(self.device, non_blocking=True)
         symmetries = draw_symmetries(config.augmentations, len(y), draw)
         operator, y, scaled = apply_symmetries(symmetries, operator, y, largest)
         own = scaled
-        if raw.sigma_y.ndim > 1:  # noise that differs by entry moves with the image
-            own = transformed_levels(symmetries, operator, raw.sigma_y.to(self.device, non_blocking=True))
+        if sigma_y.ndim > 1:  # noise that differs by entry moves with the image
+            own = transformed_levels(symmetries, operator, sigma_y.to(self.device, non_blocking=True))
         split = self.split(
             operator, len(y), seeded(config.seed, SPLIT, *key), mirrored(symmetries, operator, mask)
         )

@@ -111,6 +111,28 @@ _PLAIN: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
+class FrozenNoiseConfig:
+    """At levels from ``sigma_n`` up, train on one noisy copy of each image that stays the same for the whole
+    run, and on the image itself below: a model that memorises less ("Does Generation Require Memorization?",
+    Algorithm 1). See `ambient_sci.training.frozen_noise`.
+
+    Attributes:
+        sigma_n: noise of the copy, in the units of ``levels``; 0 is plain denoising. Published as useful: 0.8
+            to 8 data standard deviations (0.4 to 4 for images in [-1, 1] of standard deviation 0.5).
+        seed: of the noise, apart from the run's: a second run that goes on from this one on the same images
+            must not show it a second noise of them.
+    """
+
+    sigma_n: float = 2.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self, "frozen_noise.")
+        require(self.sigma_n >= 0, "frozen_noise.sigma_n", "a value >= 0", self.sigma_n)
+        require(0 <= self.seed < 2**63, "frozen_noise.seed", "an integer >= 0 and below 2^63", self.seed)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A training run.
 
@@ -150,6 +172,7 @@ class TrainConfig:
         centre: the network works around the mean of the images, see `ambient_sci.priors.network`; "auto" is
             true. Complex images have a mean of 0.
         levels, loss: see there.
+        frozen_noise: learn high levels from one noisy copy of each image; None: from whatever the data are.
         consistency: learn what lies below the noise of the data, too: `StagedConfig` or `JointConfig`
             (``mode`` in a file says which); None: do not.
         em: learn an unconditional prior from incomplete (or any) measurements by expectation maximisation;
@@ -182,6 +205,7 @@ class TrainConfig:
     centre: bool = AUTO
     levels: LevelConfig = field(default_factory=LevelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    frozen_noise: FrozenNoiseConfig | None = None
     consistency: StagedConfig | JointConfig | None = None
     em: EMConfig | None = None
     distillation: DistillConfig | None = None
@@ -224,6 +248,15 @@ class TrainConfig:
         if self.distillation is not None:
             both = self.em is not None or self.consistency is not None
             require(not both, "distillation", "no em and no consistency beside it", "both")
+        if self.frozen_noise is not None:
+            other = [name for name in ("consistency", "em") if getattr(self, name) is not None]
+            require(not other, "frozen_noise", f"no {' or '.join(other)} beside it", "both")
+            require(
+                self.frozen_noise.sigma_n < self.levels.sigma_max,
+                "frozen_noise.sigma_n",
+                f"a level below levels.sigma_max {self.levels.sigma_max:g}",
+                self.frozen_noise.sigma_n,
+            )
         if self.em is not None:
             limits = (self.max_steps, self.max_minutes)
             require(limits == (None, None), "em", "no max_steps and max_minutes beside em.steps", limits)

@@ -37,7 +37,7 @@ def initial_prior(batches: Batches) -> NetworkPrior:
         sigma_min=_lowest_level(batches),
         sigma_max=batches.levels.sigma_max,
         mask_channels=source.design.unit_shape[0] if source.design else 1,
-        about={"data": source.reason, "subjects": len(set(source.measurements.subjects))},
+        about={"data": batches.reason, "subjects": len(set(source.measurements.subjects))},
         generator=seeded(config.seed, INITIAL_WEIGHTS),
     )
 
@@ -141,7 +141,7 @@ class AmbientStage(OneModule):
     @property
     def reason(self) -> str:
         """What this stage does and why, in words."""
-        return self.source.reason
+        return self.batches.reason
 
     def indices(self, step: int, part: int = 0) -> list[int]:
         """The samples of a part of the batch."""

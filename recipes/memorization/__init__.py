@@ -1,0 +1,2 @@
+"""Does generation require memorisation? Quality against memory, over the noise frozen in the training
+images."""
