@@ -47,7 +47,9 @@ def test_same_tensors_in_the_same_order_with_the_same_initial_values(case):
     assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
 
 
-@pytest.mark.parametrize(("case", "dtype"), itertools.product(CASES, (torch.float32, torch.float64, torch.bfloat16)))
+@pytest.mark.parametrize(
+    ("case", "dtype"), itertools.product(CASES, (torch.float32, torch.float64, torch.bfloat16))
+)
 def test_same_answers_and_gradients_bit_by_bit(case, dtype):
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():

@@ -13,16 +13,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from deepinv.models import Denoiser
 from torch import Tensor
 
 from ambient_sci.errors import ConditioningError, InputError
 from ambient_sci.noise import expand
+from ambient_sci.priors.denoiser_base import become_denoiser, denoiser_base
 from ambient_sci.priors.folder import write_folder
 from ambient_sci.priors.given import Given, KeptRows
+
+if TYPE_CHECKING:
+    from deepinv.models import Denoiser
+else:
+    Denoiser = denoiser_base()
 
 Conditioning = Literal["unconditional", "mask-conditional"]
 Tensors = dict[str, Tensor]
@@ -141,6 +146,9 @@ class Prior(Denoiser):
                 cannot be saved.
         """
         write_folder(path, description_of(self), self.saved_tensors())
+
+
+become_denoiser(Prior)
 
 
 class TensorPrior(Prior):

@@ -19,7 +19,7 @@ class NetworkConfig:
     """A backbone by name, with its options.
 
     Attributes:
-        kind: "unet" (MONAI's ``DiffusionModelUNet``) for images, "mlp" for vectors and tiny images (every
+        kind: "unet" (`ambient_sci.priors.unet`) for images, "mlp" for vectors and tiny images (every
             entry sees every other); or the name of another backbone, see `ambient_sci.priors.backbones`,
             which the next fields do not concern.
         channels: width at each resolution (U-Net; each level halves the size) or of each hidden layer (MLP).
