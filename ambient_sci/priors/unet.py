@@ -10,8 +10,8 @@ where asked for and in the middle.
     residual block      x -> S x + C_2 silu(N(C_1 silu(N x) + W silu(e)))
     attention           x -> x + P softmax(q k^T / sqrt(d)) v       over the pixels, heads of d channels
 
-N group normalisation, C convolutions of 3 x 3, S the identity or a convolution of 1 x 1 where widths differ, e
-the embedded time. The last convolution of a block and of the network start at zero.
+N group normalisation, C convolutions of 3 x 3, S the identity or a convolution of 1 x 1 where widths differ,
+e the embedded time. The last convolution of a block and of the network start at zero.
 
 Names of tensors, order of modules, initial weights and arithmetic are those of MONAI's ``DiffusionModelUNet``
 (without conditioning), so that its weights and those of priors trained with it load, and answer with the same
