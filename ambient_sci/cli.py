@@ -21,6 +21,7 @@ from typing import Annotated, Any, Union
 
 from ambient_sci import __version__
 from ambient_sci.errors import InputError
+from ambient_sci.process_group import leave_process_group
 
 PROG = "ambient-sci"
 DESCRIPTION = (
@@ -61,16 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, OSError) as error:  # a full disk, no permission, more than fits
         return _fail(f"error: {str(error) or 'too large for the memory of this machine'}", 2)
     finally:
-        _leave_launch()
+        leave_process_group()
     return 0
-
-
-def _leave_launch() -> None:
-    """As one of several processes, give the connections to the others up in order; left to the end of Python
-    they can abort it."""
-    distributed: Any = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 def _again(arguments: Sequence[str], command: Any) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ambient_sci import plotting
 from ambient_sci.errors import ConditioningError, InputError
 from ambient_sci.noise import expand
 from ambient_sci.priors.denoiser_base import become_denoiser, denoiser_base
@@ -112,6 +113,9 @@ class Prior(Denoiser):
         size = f", {count / 1e6:.2f} M parameters" if count else ""
         shape = " x ".join(map(str, self.shape)) if hasattr(self, "shape") else "no shape"
         return f"{type(self).__name__}({self.conditioning}, {shape}{told}{levels}{size})"
+
+    def _repr_html_(self) -> str:
+        return plotting.html_of(repr(self))
 
     # -- files -----------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ambient_sci.errors import InputError
+from ambient_sci.known_settings import refuses_unknown_settings
 from ambient_sci.priors.config import NetworkConfig
 from ambient_sci.training.settings import check_types, parse_dataclass, require
 from ambient_sci.training.stage_configs import EMConfig, JointConfig, StagedConfig
@@ -31,6 +32,7 @@ AUGMENTATIONS = ("flip-horizontal", "flip-vertical", "transpose", "phase", "gain
 DEFAULT_STEPS = 20_000
 
 
+@refuses_unknown_settings
 @dataclass(frozen=True)
 class LevelConfig:
     """Which noise levels are trained, between the noise that the data already has and ``sigma_max``.
@@ -67,6 +69,7 @@ class LevelConfig:
         require(self.power > 0, "levels.power", "a value > 0", self.power)
 
 
+@refuses_unknown_settings
 @dataclass(frozen=True)
 class LossConfig:
     """The operator-aware Tweedie loss, which is plain denoising where the data are clean.
@@ -96,6 +99,7 @@ class LossConfig:
         require(self.keep is None or 0 < self.keep <= 1, "loss.keep", "a value in (0, 1]", self.keep)
 
 
+@refuses_unknown_settings
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run. Defaults suit 64-pixel scans on a small machine.
@@ -129,6 +133,8 @@ class TrainConfig:
             (``mode`` in a file says which); None: do not.
         em: learn an unconditional prior from incomplete (or any) measurements by expectation maximisation;
             max_steps and max_minutes must then be left out, ``em.steps`` counts for every lap.
+        init_from: a prior to go on from instead of random weights: the folder of one or of a run, or
+            "pretrained:NAME". Images must be of its shape and scale; ``network`` is not used.
     """
 
     seed: int = 0
@@ -156,6 +162,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     consistency: StagedConfig | JointConfig | None = None
     em: EMConfig | None = None
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self, "")
@@ -185,6 +192,9 @@ class TrainConfig:
         if self.em is not None:
             limits = (self.max_steps, self.max_minutes)
             require(limits == (None, None), "em", "no max_steps and max_minutes beside em.steps", limits)
+            require(
+                self.init_from is None, "em", "no init_from beside it (laps start from one another)", "both"
+            )
             require(self.consistency is None, "em", "no consistency stage beside it", "both")
             require(
                 self.loss == LossConfig(), "em", "no loss settings beside it (its M-steps denoise)", self.loss

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from torch import Tensor
+from torch import nn
 
 from ambient_sci._version import __version__
 from ambient_sci.errors import InputError
-from ambient_sci.operators import RowMaskedOperator
-from ambient_sci.priors import Prior
+from ambient_sci.priors import NetworkConfig, Prior
+from ambient_sci.sampling.border import PriorLike
 from ambient_sci.training.below_noise import (
     ConsistencyStage,
     JointStage,
@@ -35,17 +35,23 @@ from ambient_sci.training.run_folder import RunFolder
 from ambient_sci.training.source import open_source
 from ambient_sci.training.stage_configs import EMConfig, JointConfig, StagedConfig
 from ambient_sci.training.stages import AmbientStage, started_from
+from ambient_sci.training.start import check_scale, prior_to_start_from, with_network
 from ambient_sci.whole_files import digest_of
 
 
 def fit(
-    measurements: str | os.PathLike[str] | tuple[RowMaskedOperator, Tensor, float | Tensor],
+    measurements: Any,
     config: TrainConfig | None = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
-    initial: Prior | None = None,
+    initial: PriorLike | None = None,
+    *,
+    seed: int | None = None,
+    device: str | None = None,
+    network: NetworkConfig | nn.Module | str | None = None,
+    init_from: PriorLike | None = None,
 ) -> Prior:
     """Train a prior on measurements alone.
 
@@ -56,8 +62,12 @@ def fit(
     written to ``run.json``.
 
     Args:
-        measurements: a measurement file, or (operator, y, sigma_y) with y (N, ...) and sigma_y a float or
-            (N,), per real channel.
+        measurements: a measurement file or a list of them; (operator, y, sigma_y) with y (N, ...), a tensor
+            or a NumPy array, and sigma_y a float, (N,), or of the shape of y, per real channel; (operator, y)
+            where the operator's noise model says the level; a list of such pairs or triples, one for each
+            measurement or for several; `MeasurementArrays`. The operator is one of this library, or deepinv's
+            ``Denoising``, ``Inpainting``, ``MRI`` or ``MultiCoilMRI``; with ``config.em`` any
+            ``LinearPhysics``.
         config: the run; default: `TrainConfig()`, or what the run was started with when resuming.
         out: run folder, see `ambient_sci.training.run_folder`; nothing is written without one.
         resume: continue the run in ``out`` from its last checkpoint. Step-limited runs end with the same bits
@@ -67,6 +77,11 @@ def fit(
         progress: show a progress bar, or lines where standard error is no terminal.
         initial: a prior to go on from instead of random weights: any that was trained or registered, a
             `LoraPrior` of one to train an adapter alone. It is copied; ``config.network`` is not used.
+        seed, device: in place of the configuration's; "auto", "cpu" or "cuda".
+        network: in place of the configuration's: a `NetworkConfig`, the name of a backbone, or a module of
+            your own, forward(x, level), which is copied. A module alone cannot be written to ``out``: see
+            `ambient_sci.priors.backbones.register`.
+        init_from: as ``initial``; a place is written to the configuration, as its ``init_from``.
 
     Returns:
         the prior with averaged weights, in evaluation mode, on the training device.
@@ -87,6 +102,10 @@ def fit(
         folder.check_free(overwrite)
     if config is None:
         config = folder.config if folder and resume else TrainConfig()
+    given = {"seed": seed, "device": device}
+    config = replace(config, **{name: value for name, value in given.items() if value is not None})
+    config = with_network(config, network, saved=out is not None)
+    config, start = prior_to_start_from(config, initial, init_from)
     accelerator = make_accelerator(config.device)
     with ExitStack() as held:
         if folder and accelerator.is_main_process:
@@ -94,7 +113,7 @@ def fit(
             if not resume:  # another process may have been here between the first look and the lock
                 folder.check_free(overwrite)
         reporter = Reporter(progress and accelerator.is_main_process)
-        return _fit(measurements, config, folder, resume, initial, accelerator, reporter)
+        return _fit(measurements, config, folder, resume, start, accelerator, reporter)
 
 
 def _fit(
@@ -116,6 +135,8 @@ def _fit(
     source = open_source(measurements, config)
     kind = JointStage if isinstance(config.consistency, JointConfig) else AmbientStage
     start = None if initial is None else started_from(initial, source, folder is not None)
+    if start is not None:
+        check_scale(start, source)
     first = kind(source, config, accelerator, start)
     reasons = {first.name: first.reason}
     staged = config.consistency if isinstance(config.consistency, StagedConfig) else None
@@ -142,10 +163,16 @@ def _fit(
 
 
 def fit_em(
-    measurements: str | os.PathLike[str] | tuple[RowMaskedOperator, Tensor, float | Tensor],
+    measurements: Any,
     config: TrainConfig | None = None,
     out: str | os.PathLike[str] | None = None,
-    **options: Any,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    *,
+    seed: int | None = None,
+    device: str | None = None,
+    network: NetworkConfig | str | None = None,
 ) -> Prior:
     """An unconditional prior from measurements of any kind; `fit` with ``config.em``, which this sets to its
     defaults if it is None.
@@ -153,7 +180,9 @@ def fit_em(
     Arguments and errors are those of `fit`; em.json in ``out`` has a report for each lap, see `em_report`.
     """
     config = config or TrainConfig()
-    return fit(measurements, config if config.em else replace(config, em=EMConfig()), out, **options)
+    config = config if config.em else replace(config, em=EMConfig())
+    options: Any = {"seed": seed, "device": device, "network": network}
+    return fit(measurements, config, out, resume, overwrite, progress, **options)
 
 
 def describe_run(reasons: dict[str, str], fingerprint: dict[str, Any], stage: AmbientStage) -> dict[str, Any]:
