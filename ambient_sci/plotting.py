@@ -2,8 +2,8 @@
 
 Ground floor: knows tensors and matplotlib, and results by their attributes. Complex images (two channels) are
 shown as magnitudes, images of three channels in colour. One gray window serves all images of a figure,
-standard deviation and error share one colour scale. Nothing global is touched: figures are matplotlib's, made without
-pyplot, so that they show themselves where a notebook's cell ends with one, and write themselves by
+standard deviation and error share one colour scale. Nothing global is touched: figures are matplotlib's, made
+without pyplot, so that they show themselves where a notebook's cell ends with one, and write themselves by
 ``figure.savefig``.
 """
 

@@ -4,6 +4,7 @@ the rooms."""
 from __future__ import annotations
 
 from ambient_sci.commands.data import Import, Inspect, Simulate
+from ambient_sci.commands.info import Info
 from ambient_sci.commands.memorization import (
     MemorizationAttackCommand,
     MemorizationErrorCommand,
@@ -26,4 +27,5 @@ COMMANDS = {
     "memorization error": MemorizationErrorCommand,
     "export": Export,
     "quickstart": Quickstart,
+    "info": Info,
 }

@@ -37,6 +37,11 @@ def parse_indices(text: str) -> list[int]:
     return sorted(set(chosen))
 
 
+def evenly(num: int, count: int) -> list[int] | None:
+    """``num`` of ``count`` samples, the middles of as many equal parts; None: all."""
+    return None if num >= count else [(2 * k + 1) * count // (2 * num) for k in range(num)]
+
+
 def check_indices(indices: Sequence[int] | None, count: int) -> Sequence[int]:
     """Which of ``count`` samples, in ascending order; None: all of them.
 
