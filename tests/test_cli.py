@@ -289,7 +289,16 @@ def test_info_says_what_is_here(work: Path, tmp_path: Path, capsys: pytest.Captu
 def test_training_goes_on_from_a_prior(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--config", work / "tiny.json", "--out", tmp_path / "run", "--init-from", work / "run")
+    options = (
+        "--config",
+        work / "tiny.json",
+        "--max-steps",
+        3,
+        "--out",
+        tmp_path / "run",
+        "--init-from",
+        work / "run",
+    )
     run("train", work / "full.h5", *options)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["init_from"] == str(work / "run")
     assert (

@@ -70,9 +70,11 @@ def as_prior(prior: Any, what: str, device: str | torch.device | None = None) ->
             f"{what}: expected a prior, the folder of one or pretrained:NAME, got {type(prior).__name__}"
             f"{hint}"
         )
-    if target is None or device_of(prior) in (None, target) or not isinstance(prior, nn.Module):
-        return prior
-    return copied(prior).to(target)
+    found: Any = prior  # a prior, or what is called like one
+    if target is None or device_of(found) in (None, target) or not isinstance(found, nn.Module):
+        return found
+    moved_prior: Any = copied(found).to(target)
+    return moved_prior
 
 
 def device_of(module: Any) -> torch.device | None:

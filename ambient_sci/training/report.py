@@ -50,7 +50,8 @@ class StageProgress:
             TextColumn("{task.fields[status]}"),
             TimeElapsedColumn(),
             console=reporter.console,
-            disable=not reporter.console.is_terminal,
+            # In a notebook rich would need ipywidgets; lines need nothing.
+            disable=not reporter.console.is_terminal or reporter.console.is_jupyter,
             transient=True,
         )
         self.task = self.bar.add_task(name, total=1.0, completed=config.progress(step, seconds), status="")
