@@ -31,12 +31,26 @@ _NAMES = {
     "Reconstruction": "sampling",
     "load_prior": "priors",
     "TrainConfig": "training",
+    "EMConfig": "training",
+    "JointConfig": "training",
+    "LevelConfig": "training",
+    "LossConfig": "training",
+    "NetworkConfig": "priors",
+    "StagedConfig": "training",
+    "fit_em": "training",
+    "plot": "plotting",
     "InputError": "errors",
 }
 
 __all__ = [
+    "EMConfig",
     "InputError",
+    "JointConfig",
+    "LevelConfig",
+    "LossConfig",
+    "NetworkConfig",
     "Reconstruction",
+    "StagedConfig",
     "TrainConfig",
     "__version__",
     "baselines",
@@ -44,11 +58,13 @@ __all__ = [
     "errors",
     "evaluation",
     "fit",
+    "fit_em",
     "generate",
     "load_prior",
     "losses",
     "noise",
     "operators",
+    "plot",
     "priors",
     "reconstruct",
     "sampling",
@@ -71,9 +87,19 @@ if TYPE_CHECKING:
         tweedie,
     )
     from ambient_sci.errors import InputError
-    from ambient_sci.priors import load_prior
+    from ambient_sci.plotting import plot
+    from ambient_sci.priors import NetworkConfig, load_prior
     from ambient_sci.sampling import Reconstruction, generate, reconstruct
-    from ambient_sci.training import TrainConfig, fit
+    from ambient_sci.training import (
+        EMConfig,
+        JointConfig,
+        LevelConfig,
+        LossConfig,
+        StagedConfig,
+        TrainConfig,
+        fit,
+        fit_em,
+    )
 
 
 def __getattr__(name: str) -> Any:

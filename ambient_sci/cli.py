@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import shlex
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,11 +23,13 @@ from typing import Annotated, Any, Union
 
 from ambient_sci import __version__
 from ambient_sci.errors import InputError
+from ambient_sci.process_group import leave_process_group
+from ambient_sci.progress import LOGGER, LineHandler, write_line
 
 PROG = "ambient-sci"
 DESCRIPTION = (
     "Diffusion priors learned from noisy or incomplete measurements, and posterior samples with calibrated "
-    "uncertainty."
+    "uncertainty. With every command: -q says nothing but results and errors, -v more."
 )
 
 
@@ -40,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     command = None
     try:
-        with _termination_unwinds(), _warnings_in_one_line():
-            command = parse(arguments)
+        with _termination_unwinds(), _speaking(arguments) as verbose, _warnings_in_one_line(verbose):
+            command = parse([word for word in arguments if word not in (*QUIET, *VERBOSE)])
             check_common(command)
             if getattr(command, "shared", False) or main_process():
                 command.run()
@@ -61,16 +65,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, OSError) as error:  # a full disk, no permission, more than fits
         return _fail(f"error: {str(error) or 'too large for the memory of this machine'}", 2)
     finally:
-        _leave_launch()
+        leave_process_group()
     return 0
 
 
-def _leave_launch() -> None:
-    """As one of several processes, give the connections to the others up in order; left to the end of Python
-    they can abort it."""
-    distributed: Any = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+#: Options of every command: only errors and results; or also what is of use in a report of a bug.
+QUIET, VERBOSE = ("-q", "--quiet"), ("-v", "--verbose")
+
+
+@contextlib.contextmanager
+def _speaking(arguments: Sequence[str]) -> Iterator[bool]:
+    """Status and notes of the package as lines on standard error, as many as were asked for; whether that is
+    all there are."""
+    quiet, verbose = (any(word in options for word in arguments) for options in (QUIET, VERBOSE))
+    if quiet and verbose:
+        raise InputError(f"expected {QUIET[1]} or {VERBOSE[1]}, got both")
+    level, handler, begun = LOGGER.level, LineHandler(), time.monotonic()
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    propagates, LOGGER.propagate = LOGGER.propagate, False
+    try:
+        LOGGER.debug("%s %s, Python %s", PROG, __version__, sys.version.split()[0])
+        yield verbose
+        torch = sys.modules.get("torch")
+        LOGGER.debug(
+            "torch %s, %.1f s in all", getattr(torch, "__version__", "not used"), time.monotonic() - begun
+        )
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(level)
+        LOGGER.propagate = propagates
 
 
 def _again(arguments: Sequence[str], command: Any) -> str:
@@ -164,14 +188,14 @@ def _termination_unwinds() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _warnings_in_one_line() -> Iterator[None]:
-    """Our own warnings as one line each; those of libraries below only where -W or PYTHONWARNINGS asks for
-    them."""
+def _warnings_in_one_line(verbose: bool) -> Iterator[None]:
+    """Our own warnings as one line each; those of libraries below only where --verbose, -W or PYTHONWARNINGS
+    asks for them."""
     ours = str(Path(__file__).parent)
 
     def show(message: Any, category: Any, filename: str, *_: Any, **__: Any) -> None:
-        if filename.startswith(ours) or sys.warnoptions:
-            print(f"{PROG}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        if filename.startswith(ours) or verbose or sys.warnoptions:
+            write_line(f"{PROG}: warning: {' '.join(str(message).split())}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show

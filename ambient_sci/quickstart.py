@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ambient_sci.errors import InputError
+from ambient_sci.progress import say, track
 from ambient_sci.whole_files import write_json
 
 #: What ``--pretrained`` loads; its card is in ``ambient_sci/priors/assets``.
@@ -90,15 +91,19 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     clock = _Clock()
     if not (resume and (out / "run").exists()):
+        say("quickstart: simulating scans")
         make_scans(out, settings, seed, overwrite or resume, train=not pretrained)
         clock.lap("simulate")
     if pretrained:
         prior = shipped(device)
     else:
+        say("quickstart: training")
         prior = train(out, settings, seed, resume and (out / "run").exists(), overwrite, device)
     clock.lap("train")
+    say("quickstart: classic reconstructions, at the best of many weights")
     estimates, baselines = reconstruct_classically(out)
     clock.lap("baselines")
+    say(f"quickstart: {settings.samples} posterior samples of each scan")
     report = reconstruct_and_compare(out, prior, estimates, settings, seed, device)
     clock.lap("reconstruct")
     report = {
@@ -211,7 +216,7 @@ def reconstruct_classically(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     with MeasurementFile(out / "test.h5") as scans, ReferenceFile(out / "test_clean.h5") as clean:
         operator, y, truth = scans.operator(), scans.measurements(), clean.images()
     estimates, notes = {"zero-filled": zero_filled(operator, y)}, {}
-    for name, method in (("L1-wavelet", "l1-wavelet"), ("TV", "tv")):
+    for name, method in track((("L1-wavelet", "l1-wavelet"), ("TV", "tv")), "classic reconstructions"):
         each = [
             sweep(method, operator[k : k + 1], y[k : k + 1], truth[k : k + 1], peak=1.0)
             for k in range(len(y))

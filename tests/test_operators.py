@@ -659,7 +659,7 @@ def test_an_operator_says_in_one_line_what_it_is():
     mask = torch.ones(1, 1, 8, 8)
     mask[..., ::2] = 0
     maps = coil_maps(4, 8, 8).to(torch.complex64)
-    assert repr(MRI(mask, maps)) == "MRI(2 x 8 x 8, 4 coils, 50 % measured)"
+    assert repr(MRI(mask, maps)) == "MRI(2 x 8 x 8, 4 coils, 50 % measured (R = 2))"
     assert repr(Identity((3, 8, 8))) == "Identity(3 x 8 x 8)"
     design = Independent((1, 8, 8), "pixels", 0.5)
     several = Masking(mask.expand(3, -1, -1, -1).clone(), (1, 8, 8), design)

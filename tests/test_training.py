@@ -324,7 +324,7 @@ def test_noise_alone_is_refused():
     ("measurements", "match"),
     [
         (3, "path or"),
-        ((Identity((1, 8, 8)), torch.zeros(2, 1, 8, 8)), "2 values"),
+        ((Identity((1, 8, 8)), torch.zeros(2, 1, 8, 8)), "sigma_y: expected the noise level"),
         ((Identity((1, 8, 8)), torch.zeros(2, 1, 8, 7), 0.1), "8"),
         ((Identity((1, 8, 8)), torch.full((2, 1, 8, 8), torch.nan), 0.1), "NaN"),
         ((Identity((1, 8, 8)), torch.ones(2, 1, 8, 8), -0.1), ">= 0"),

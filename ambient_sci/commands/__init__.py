@@ -6,6 +6,7 @@ from __future__ import annotations
 from ambient_sci.commands.data import Import, Inspect, Simulate
 from ambient_sci.commands.distill import Distill
 from ambient_sci.commands.importing import ImportPrior
+from ambient_sci.commands.info import Info
 from ambient_sci.commands.memorization import (
     MemorizationAttackCommand,
     MemorizationErrorCommand,
@@ -33,4 +34,5 @@ COMMANDS = {
     "memorization error": MemorizationErrorCommand,
     "export": Export,
     "quickstart": Quickstart,
+    "info": Info,
 }

@@ -222,6 +222,23 @@ class Reconstruct:
             help_behavior_hint="(default: 0.01)",
         ),
     ] = None
+    indices: Annotated[
+        str | None,
+        arg(
+            metavar="LIST",
+            help="Only these samples of the file, counted from 0: numbers and ranges FIRST:END without END, "
+            "like 0:8,12. The result remembers which, and evaluate compares them with theirs.",
+            help_behavior_hint="(default: all)",
+        ),
+    ] = None
+    num: Annotated[
+        int | None,
+        arg(
+            metavar="N",
+            help="Only N samples, >= 1, evenly spread over the file: to try a prior.",
+            help_behavior_hint="(default: all)",
+        ),
+    ] = None
     seed: SeedOption = 0
     device: DeviceOption = "auto"
     overwrite: OverwriteOption = False
@@ -239,6 +256,7 @@ class Reconstruct:
         prior = load_prior(self.run_folder, device)
         with MeasurementFile(self.measurements) as file:
             _check_same_data(self.run_folder, prior, file)
+            indices = self._chosen(len(file))
             with folder_of(self.out):
                 report = reconstruct_to_file(
                     prior,
@@ -250,9 +268,11 @@ class Reconstruct:
                     generator=generator(self.seed),
                     progress=True,
                     device=device,
+                    indices=indices,
                     **settings,
                 )
-            count = len(file)
+            count = len(file) if indices is None else len(indices)
+            of = "" if count == len(file) else f" of {len(file)}"
         if not main_process():
             return
         each = (
@@ -260,9 +280,19 @@ class Reconstruct:
             if self.sampler in POINT_ESTIMATES
             else f"{report['samples']} samples, mean and standard deviation"
         )
-        print(f"result: {self.out}, {count} scans, {each} of each")
+        print(f"result: {self.out}, {count}{of} scans, {each} of each")
         for note in report.get("notes", []):
             print(f"note: {note}")
+
+    def _chosen(self, count: int) -> list[int] | None:
+        """The samples that --indices or --num ask for; None: all."""
+        from ambient_sci.sampling.subset import check_indices, evenly, parse_indices
+
+        require(self.indices is None or self.num is None, "--num", "--indices or --num", "both")
+        if self.num is not None:
+            require(self.num >= 1, "--num", "at least 1", self.num)
+            return evenly(self.num, count)
+        return None if self.indices is None else list(check_indices(parse_indices(self.indices), count))
 
     def _settings(self) -> dict[str, Any]:
         """The options that were given, checked; what a sampler has no use for is refused."""

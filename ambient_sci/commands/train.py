@@ -141,6 +141,15 @@ class Train:
             help_behavior_hint="(default: the configuration's, else auto)",
         ),
     ] = None
+    init_from: Annotated[
+        str | None,
+        arg(
+            metavar="PRIOR",
+            help="Go on from this prior instead of random weights: a run folder, the folder of a prior, or "
+            "pretrained:NAME, for images of its shape and scale.",
+            help_behavior_hint="(default: the configuration's, else random weights)",
+        ),
+    ] = None
     resume: Annotated[
         bool, FlagCreatePairsOff, arg(help="Continue the run in RUN from its last checkpoint.")
     ] = False
@@ -187,7 +196,7 @@ class Train:
             config = TrainConfig.load(self.config)
         else:
             config = RunFolder(self._folder()).config if self.resume else TrainConfig()
-        keys = ("max_steps", "max_minutes", "seed", "device", "batch_size")
+        keys = ("max_steps", "max_minutes", "seed", "device", "batch_size", "init_from")
         given = {k: getattr(self, k) for k in keys} | {"learning_rate": self.lr}
         given |= {"network": self._network(), "precision": self._precision(config)}
         given["augmentations"] = self._augmentations()

@@ -80,17 +80,18 @@ def rows_of(volume: Mapping[str, Any]) -> slice:
     return slice(int(volume["first"]), int(volume["first"]) + len(volume["slices"]))
 
 
-def select_geometry(geometry: Mapping[str, Any], rows: range) -> dict[str, Any]:
-    """The geometry of some images of a file, a range of step 1: volumes keep their shape and affine, and the
-    slices in the range."""
-    chosen = []
+def select_geometry(geometry: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """The geometry of some samples of a file, ascending: volumes keep their shape and affine, and those of
+    their slices that are among them."""
+    place = {row: k for k, row in enumerate(rows)}
+    kept = []
     for volume in geometry.get("volumes") or []:
-        own = rows_of(volume)
-        start, stop = max(own.start, rows.start), min(own.stop, rows.stop)
-        if start < stop:
-            slices = list(volume["slices"])[start - own.start : stop - own.start]
-            chosen.append({**volume, "first": start - rows.start, "slices": slices})
-    return {**geometry, **({"volumes": chosen} if "volumes" in geometry else {})}
+        mine = rows_of(volume)
+        own = zip(range(mine.start, mine.stop), volume["slices"], strict=True)
+        found = [(place[row], where) for row, where in own if row in place]
+        if found:
+            kept.append({**volume, "first": found[0][0], "slices": [where for _, where in found]})
+    return {**geometry, **({"volumes": kept} if "volumes" in geometry else {})}
 
 
 def fill_volume(planes: np.ndarray, description: Mapping[str, Any]) -> np.ndarray:

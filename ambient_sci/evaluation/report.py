@@ -26,8 +26,10 @@ from ambient_sci.evaluation.distances import distribution_distances
 from ambient_sci.evaluation.metrics import format_table, reconstruction_table
 from ambient_sci.priors import Prior
 from ambient_sci.sampling import POINT_ESTIMATES, Reconstruction, reconstruct
+from ambient_sci.sampling.border import PriorLike, as_generator, as_prior
 from ambient_sci.sampling.checks import sampler_options
 from ambient_sci.sampling.result import made_from
+from ambient_sci.sampling.subset import partners
 from ambient_sci.whole_files import check_output, write_json
 
 ROWS_SHOWN = 4
@@ -44,7 +46,7 @@ def evaluate(
     *,
     reference: str | os.PathLike[str] | None = None,
     calibration: str | os.PathLike[str] | None = None,
-    prior: Prior | None = None,
+    prior: PriorLike | None = None,
     peak: float | None = None,
     held_out_images: int = 16,
     keep: float = 0.8,
@@ -59,9 +61,9 @@ def evaluate(
         reference: file of the true images: of the same scans, in the same order (a result), or any from the
             distribution that the samples should have (images).
         calibration: measurement file that the result was made from.
-        prior: the prior that made the result. With it, up to ``held_out_images`` scans are sampled again from
-            a fraction ``keep`` of their rows, and the others are predicted; without it the rows used are all
-            that is tested.
+        prior: the prior that made the result, or the folder of it. With it, up to ``held_out_images`` scans
+            are sampled again from a fraction ``keep`` of their rows, and the others are predicted; without it
+            the rows used are all that is tested.
         peak: full scale of PSNR and SSIM; default: the 99.9th percentile over each person's slices in
             ``reference``.
         seed: of the random choices (projections, split, p-values).
@@ -79,7 +81,9 @@ def evaluate(
     folder = Path(out)
     for name in OUTPUTS:
         check_output(folder / name, overwrite)
-    generator = torch.Generator().manual_seed(seed)
+    generator = as_generator(None, seed, "evaluate")
+    assert generator is not None
+    prior = None if prior is None else as_prior(prior, "evaluate")
     if isinstance(result, Reconstruction) or not _is_image_file(result):
         found = result if isinstance(result, Reconstruction) else Reconstruction.load(Path(result))
         report, drawn = _of_result(
@@ -149,7 +153,9 @@ def _against_truth(
     generator: torch.Generator,
 ) -> None:
     with ReferenceFile(reference) as file:
-        truth, subjects, turns = file.images(), list(file.subjects), int(file.orientation == "RAS")
+        rows = partners(result.source, len(result.mean), len(file))
+        truth, subjects, turns = file.images(rows), list(file.subjects), int(file.orientation == "RAS")
+        subjects = subjects if rows is None else [subjects[i] for i in rows]
     _check_pair(result, len(truth), subjects, reference)
     if result.mean.shape[-2:] != truth.shape[-2:]:
         raise InputError(
@@ -205,7 +211,8 @@ def _against_scans(
     generator: torch.Generator,
 ) -> None:
     with MeasurementFile(calibration) as file:
-        _check_pair(result, len(file), list(file.subjects), calibration)
+        rows = partners(result.source, len(result.mean), len(file)) or list(range(len(file)))
+        _check_pair(result, len(rows), [file.subjects[i] for i in rows], calibration)
         _check_source(result, file, calibration)
         if tuple(file.image_shape) != tuple(result.mean.shape[1:]):
             raise InputError(
@@ -219,10 +226,11 @@ def _against_scans(
                 "Expected no measurement file with it"
             )
         report["chi_squared"] = chi_squared(
-            result.samples, file.operator(), file.measurements(), file.sigma()
+            result.samples, file.operator(rows), file.measurements(rows), file.sigma(rows)
         )
-        chosen = torch.linspace(0, len(file) - 1, min(images, len(file))).round().int().tolist()
-        operator, y, sigma = file.operator(chosen), file.measurements(chosen), file.sigma(chosen)
+        chosen = torch.linspace(0, len(rows) - 1, min(images, len(rows))).round().int().tolist()
+        some = [rows[i] for i in chosen]
+        operator, y, sigma = file.operator(some), file.measurements(some), file.sigma(some)
     if prior is None or len(result.samples) < 2:
         return
     subjects = [result.subjects[i] for i in chosen] if len(set(result.subjects)) > 1 else None

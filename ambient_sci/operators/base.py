@@ -27,6 +27,7 @@ import torch
 from deepinv.physics import GaussianNoise, LinearPhysics, ZeroNoise
 from torch import Tensor, nn
 
+from ambient_sci import plotting
 from ambient_sci.errors import InputError
 from ambient_sci.operators.split import Split, always_measured
 
@@ -358,10 +359,19 @@ class RowMaskedOperator(LinearPhysics):
         """Inverse of `network_mask`: image channels back to measurement space."""
         return mask
 
+    def _repr_html_(self) -> str:
+        if self.mask.shape[-2:] == (1, 1):
+            return plotting.html_of(repr(self))
+        return plotting.html_of(
+            repr(self), {"measured rows": self.network_mask.detach().cpu()[:, :1].float()}
+        )
+
     def __repr__(self) -> str:
         coils = f", {self.measurement_size[1]} coils" if len(self.measurement_size) == 4 else ""
         measured = float(self.mask.detach().float().mean())
         rows = "" if measured == 1 else f", {100 * measured:.3g} % measured"
+        if rows and self.name == "mri":
+            rows += f" (R = {1 / measured:.3g})"
         design = "" if self.design is None else f", {self.design.name}"
         masks = f", {len(self.mask)} masks" if len(self.mask) > 1 else ""
         return f"{type(self).__name__}({' x '.join(map(str, self.img_size))}{coils}{rows}{design}{masks})"

@@ -15,15 +15,18 @@ a mask-conditional network should learn (`ConditionalMean`).
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ambient_sci.errors import InputError
 from ambient_sci.noise import draw_noise
-from ambient_sci.operators.base import RowMaskedOperator
 from ambient_sci.priors.base import Prior, TensorPrior, match_dtype, per_sample
 from ambient_sci.priors.given import Given, KeptRows
+
+if TYPE_CHECKING:
+    from ambient_sci.operators.base import RowMaskedOperator
 
 
 def operator_matrix(

@@ -5,7 +5,7 @@ r"""Backbones by name: the networks that a prior's preconditioning can surround.
 
 | name | network | options |
 |---|---|---|
-| unet | MONAI ``DiffusionModelUNet`` | the fields of `NetworkConfig` |
+| unet | `ambient_sci.priors.unet` | the fields of `NetworkConfig` |
 | mlp | multilayer perceptron | the fields of `NetworkConfig` |
 | ncsnpp | deepinv ``NCSNpp``, the NCSN++ and DDPM++ networks of Song et al. (2021) and EDM | deepinv's |
 | adm | deepinv ``ADMUNet``, of Dhariwal & Nichol (2021) and EDM | deepinv's |

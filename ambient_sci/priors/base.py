@@ -13,16 +13,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from deepinv.models import Denoiser
 from torch import Tensor
 
+from ambient_sci import plotting
 from ambient_sci.errors import ConditioningError, InputError
 from ambient_sci.noise import expand
+from ambient_sci.priors.denoiser_base import become_denoiser, denoiser_base
 from ambient_sci.priors.folder import write_folder
 from ambient_sci.priors.given import Given, KeptRows
+
+if TYPE_CHECKING:
+    from deepinv.models import Denoiser
+else:
+    Denoiser = denoiser_base()
 
 Conditioning = Literal["unconditional", "mask-conditional", "one-step"]
 Tensors = dict[str, Tensor]
@@ -108,6 +114,9 @@ class Prior(Denoiser):
         shape = " x ".join(map(str, self.shape)) if hasattr(self, "shape") else "no shape"
         return f"{type(self).__name__}({self.conditioning}, {shape}{told}{levels}{size})"
 
+    def _repr_html_(self) -> str:
+        return plotting.html_of(repr(self))
+
     # -- files -----------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
@@ -141,6 +150,9 @@ class Prior(Denoiser):
                 cannot be saved.
         """
         write_folder(path, description_of(self), self.saved_tensors())
+
+
+become_denoiser(Prior)
 
 
 class TensorPrior(Prior):

@@ -7,19 +7,21 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from ambient_sci.errors import InputError
-from ambient_sci.priors.registry import OWN, names
+from ambient_sci.known_settings import refuses_unknown_settings
+from ambient_sci.priors.registry import OWN, is_known, names
 
 #: Bounds of what a description may ask for: far above any network in use, far below what would fill a machine
 #: before it is refused.
 LARGEST = {"channels": 16_384, "levels": 16, "blocks": 64, "patch": 64, "embedding": 4_096}
 
 
+@refuses_unknown_settings
 @dataclass(frozen=True)
 class NetworkConfig:
     """A backbone by name, with its options.
 
     Attributes:
-        kind: "unet" (MONAI's ``DiffusionModelUNet``) for images, "mlp" for vectors and tiny images (every
+        kind: "unet" (`ambient_sci.priors.unet`) for images, "mlp" for vectors and tiny images (every
             entry sees every other); or the name of another backbone, see `ambient_sci.priors.backbones`,
             which the next fields do not concern.
         channels: width at each resolution (U-Net; each level halves the size) or of each hidden layer (MLP).
@@ -54,7 +56,7 @@ class NetworkConfig:
             self._check_unet()
 
     def _check_fields_in_use(self) -> None:
-        if self.kind not in names():
+        if not is_known(self.kind):
             raise InputError(f"network: expected kind {', '.join(names())}, got {self.kind!r}")
         if not isinstance(self.options, dict):
             raise InputError(f"network.options: expected a table, got {self.options!r}")
@@ -118,6 +120,7 @@ def _changed(config: Any, f: Field[Any]) -> bool:
     return getattr(config, f.name) != default
 
 
+@refuses_unknown_settings
 @dataclass(frozen=True)
 class PriorConfig:
     """Everything that rebuilds a `NetworkPrior` besides its weights.

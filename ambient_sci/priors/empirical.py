@@ -8,13 +8,17 @@ long on too few tends to: its samples are copies. Tests of memorisation measure 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from deepinv.physics import LinearPhysics
 from torch import Tensor
 
 from ambient_sci.errors import InputError
 from ambient_sci.priors.base import TensorPrior, match_dtype, per_sample
 from ambient_sci.priors.given import Given
+
+if TYPE_CHECKING:
+    from deepinv.physics import LinearPhysics
 
 
 class EmpiricalPrior(TensorPrior):

@@ -10,13 +10,15 @@ says which kind a prior wants.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from ambient_sci.errors import InputError
-from ambient_sci.operators.base import RowMaskedOperator
+
+if TYPE_CHECKING:
+    from ambient_sci.operators.base import RowMaskedOperator
 
 
 class Given(Protocol):

@@ -35,6 +35,7 @@ from ambient_sci.priors.base import Prior, Tensors, at_least_single, filled, per
 from ambient_sci.priors.config import NetworkConfig, PriorConfig
 from ambient_sci.priors.given import Given, KeptRows
 from ambient_sci.priors.networks import Backbone
+from ambient_sci.priors.registry import is_module
 
 
 def call_network(
@@ -133,6 +134,11 @@ class NetworkPrior(Prior):
 
     def describe(self) -> dict[str, Any]:
         """The configuration."""
+        if is_module(self.config.network.kind):
+            raise InputError(
+                "saving a prior: expected a network that a file can name, got a module that was handed in; "
+                "register how it is made (priors.backbones.register) and give that name as the network"
+            )
         return {"kind": self.kind, **self.config.to_dict()}
 
     @classmethod

@@ -1,5 +1,5 @@
-"""The library's own backbones: MONAI's U-Net with folded patches, and a multilayer perceptron for vectors and
-tiny images."""
+"""The library's own backbones: a U-Net with folded patches, and a multilayer perceptron for vectors and tiny
+images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ambient_sci.priors.config import NetworkConfig
 from ambient_sci.priors.given import Given
+from ambient_sci.priors.unet import DiffusionUNet
 
 
 class Backbone(nn.Module):
@@ -40,30 +41,27 @@ class Backbone(nn.Module):
 
 
 class UNet(Backbone):
-    """MONAI's ``DiffusionModelUNet`` with folded patches and a noise-level input."""
+    """`DiffusionUNet` with folded patches and a noise-level input."""
 
     def __init__(self, config: NetworkConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        from monai.networks.nets import DiffusionModelUNet
-
         fold = config.patch**2
         self.patch = config.patch
-        self.body = DiffusionModelUNet(
-            spatial_dims=2,
-            in_channels=in_channels * fold,
-            out_channels=out_channels * fold,
+        self.body = DiffusionUNet(
+            in_channels * fold,
+            out_channels * fold,
             channels=config.channels,
-            num_res_blocks=config.blocks,
-            attention_levels=config.attention or (False,) * len(config.channels),
-            num_head_channels=config.head_channels,
-            norm_num_groups=config.norm_groups,
+            blocks=config.blocks,
+            attention=config.attention or (False,) * len(config.channels),
+            head=config.head_channels,
+            groups=config.norm_groups,
         )
 
     def at(self, x: Tensor, time: Tensor, given: Any = None) -> Tensor:
         """``x`` (B, in, H, W) at ``time`` (B,) to (B, out, H, W)."""
         if self.patch > 1:
             x = nn.functional.pixel_unshuffle(x, self.patch)
-        x = self.body(x, timesteps=time)
+        x = self.body(x, time)
         return nn.functional.pixel_shuffle(x, self.patch) if self.patch > 1 else x
 
 

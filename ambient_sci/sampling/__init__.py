@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from ambient_sci.sampling.api import generate, reconstruct
 from ambient_sci.sampling.conditioning import Likelihood
 from ambient_sci.sampling.export import export_nifti
 from ambient_sci.sampling.fixed_mask import generate_fixed_mask
 from ambient_sci.sampling.posterior import DPS, MMPS, PiGDM
 from ambient_sci.sampling.problem import Draws, PosteriorSampler, Problem
-from ambient_sci.sampling.reconstruct import reconstruct
 from ambient_sci.sampling.result import Reconstruction, ResultFile, ResultWriter
 from ambient_sci.sampling.samplers import POINT_ESTIMATES, POSTERIOR_SAMPLERS
 from ambient_sci.sampling.solvers import conjugate_gradient, gaussian_draw, minimal_residual
@@ -15,7 +15,6 @@ from ambient_sci.sampling.streaming import generate_to_file, reconstruct_to_file
 from ambient_sci.sampling.unconditional import (
     SAMPLERS,
     ancestral,
-    generate,
     heun,
     level_grid,
     level_range,

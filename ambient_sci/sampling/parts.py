@@ -12,7 +12,6 @@ removed once an output of that name is complete.
 
 from __future__ import annotations
 
-import atexit
 import glob
 import hashlib
 import json
@@ -29,6 +28,7 @@ import torch
 
 from ambient_sci.errors import InputError
 from ambient_sci.priors.base import Prior
+from ambient_sci.process_group import leave_at_exit
 from ambient_sci.whole_files import digest_of
 
 try:
@@ -167,15 +167,7 @@ def process_share(device: torch.device) -> tuple[int, int]:
 def _processes(device: torch.device) -> Any:
     from accelerate import PartialState
 
-    atexit.register(_leave)  # doing it twice does no harm
+    leave_at_exit()
     # Unless told that it computes on the CPU, accelerate takes a launch on a machine without CUDA for one
     # process in each.
     return PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
-
-
-def _leave() -> None:
-    """Give the connections to the other processes up in order: threads that are still alive when Python ends
-    abort the process.
-    """
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 import torch
 from torch import Tensor
 
+from ambient_sci import plotting
 from ambient_sci.data.checksums import MARK
 from ambient_sci.data.hdf5_file import one_line, parse_json, plain
 from ambient_sci.data.hdf5_safety import entries
@@ -34,6 +35,9 @@ from ambient_sci.errors import InputError
 from ambient_sci.sampling.moments import Moments, add_to
 from ambient_sci.sampling.problem import Draws
 from ambient_sci.whole_files import Part, check_output
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMAT = "ambient_sci reconstruction 1"
 DATASETS = ("samples", "mean", "std")
@@ -74,6 +78,43 @@ class Reconstruction:
             f"Reconstruction({images} image{'s' * (images != 1)} {size}, {len(self.samples)} "
             f"sample{'s' * (len(self.samples) != 1)}, {sampler}{spread})"
         )
+
+    def _repr_html_(self) -> str:
+        spread = {"std": plotting.spread(self.std)} if len(self.samples) > 1 else {}
+        return plotting.html_of(repr(self), {"mean": plotting.as_batch(self.mean, "mean"), **spread})
+
+    def plot(
+        self,
+        *,
+        truth: Tensor | np.ndarray | None = None,
+        measured: Tensor | np.ndarray | None = None,
+        samples: int = 2,
+        rows: int = plotting.ROWS,
+        indices: Sequence[int] | None = None,
+    ) -> Figure:
+        """A matplotlib figure, one row an image: truth and what was measured, where given, mean, standard
+        deviation, samples, error.
+
+        Complex images are shown as magnitudes; there std and error are sqrt(std_re^2 + std_im^2) and
+        |mean - truth|, on one colour scale.
+
+        Args:
+            truth: images (B, C, H, W) to compare with.
+            measured: images to show beside them: of the operator's adjoint, say, or the noisy ones.
+            samples: samples shown at most.
+            rows: images shown at most, evenly spread.
+            indices: which images to show instead.
+
+        Raises:
+            InputError: another number of images than there are.
+        """
+        return plotting.plot_result(
+            self, truth=truth, measured=measured, samples=samples, rows=rows, indices=indices
+        )
+
+    def to_numpy(self) -> dict[str, np.ndarray]:
+        """mean, std (B, C, H, W) and samples (S, B, C, H, W) as NumPy arrays."""
+        return {name: getattr(self, name).detach().cpu().numpy() for name in ("mean", "std", "samples")}
 
     @classmethod
     def from_samples(cls, samples: Tensor, report: dict[str, Any]) -> Reconstruction:

@@ -7,24 +7,23 @@ processes of one ``torchrun`` share them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ambient_sci.data import ImageWriter, ReferenceFile
-from ambient_sci.data.exporters import select_geometry
 from ambient_sci.data.sources import as_complex
 from ambient_sci.priors.base import Prior
 from ambient_sci.priors.given import Given, Labels
 from ambient_sci.progress import track
 from ambient_sci.sampling.notes import merge, notes
 from ambient_sci.sampling.parts import Parts, fingerprint
-from ambient_sci.sampling.result import ResultFile, ResultWriter, made_from
+from ambient_sci.sampling.result import ResultFile, ResultWriter
 from ambient_sci.sampling.run import Run
 from ambient_sci.sampling.samplers import POINT_ESTIMATES
+from ambient_sci.sampling.subset import about, check_indices
 from ambient_sci.sampling.unconditional import (
     Denoise,
     chain_seeds,
@@ -40,7 +39,7 @@ from ambient_sci.whole_files import check_output, digest_of
 #: What seeds mean: parts that another version of the samplers began are not gone on with.
 STREAMS = 2
 #: subjects, scale, geometry and source of a `Reconstruction`
-About = tuple[list[str], float | np.ndarray, dict[str, Any], dict[str, Any]]
+About = tuple[Any, ...]
 
 
 @torch.no_grad()
@@ -52,7 +51,7 @@ def reconstruct_to_file(
     samples: int = 8,
     sampler: str = "mmps",
     images_at_once: int = 16,
-    indices: range | None = None,
+    indices: Sequence[int] | None = None,
     overwrite: bool = False,
     generator: torch.Generator | None = None,
     progress: bool = False,
@@ -72,7 +71,7 @@ def reconstruct_to_file(
         samples, sampler: as for `reconstruct`.
         images_at_once: images of one part: what an interruption can lose, and what is shared out to
             processes.
-        indices: which images, a range of step 1; default all.
+        indices: which images, in ascending order in the result; default all.
         overwrite: replace an existing result.
         generator: source of randomness; one seed is drawn from it for each part.
         progress: show a progress bar.
@@ -85,13 +84,14 @@ def reconstruct_to_file(
     Raises:
         InputError: as `reconstruct`; the output exists and ``overwrite`` is not set.
     """
-    out, chosen = Path(out), range(len(measurements)) if indices is None else indices
+    out, chosen = Path(out), check_indices(indices, len(measurements))
     check_output(out, overwrite, folder_exists=True)
     samples = 1 if sampler in POINT_ESTIMATES else samples
     starts = range(0, len(chosen), images_at_once)
     seeds = chain_seeds(len(starts), generator)
     request = {"samples": samples, "sampler": sampler, **settings}
-    plan = {"first": chosen.start, "last": chosen.stop, "images_at_once": images_at_once, "seeds": seeds}
+    rows = {"first": chosen.start, "last": chosen.stop} if isinstance(chosen, range) else {"rows": chosen}
+    plan = {**rows, "images_at_once": images_at_once, "seeds": seeds}
     plan["streams"] = STREAMS
     # The batch size decides speed, not samples.
     plan |= {k: v for k, v in request.items() if k != "batch_size"}
@@ -109,19 +109,11 @@ def reconstruct_to_file(
         parts.wait()
         if parts.main:
             shape = (samples, len(chosen), *prior.shape)
-            join(parts.paths, out, shape, about(measurements, chosen), prior, overwrite)
+            join(parts.paths, out, shape, tuple(about(measurements, chosen).values()), prior, overwrite)
             parts.remove()
         parts.wait()
     with ResultFile(out) as result:
         return result.report
-
-
-def about(measurements: Any, chosen: range) -> About:
-    """What a result says of the images ``chosen``."""
-    subjects = [measurements.subjects[i] for i in chosen] if measurements.subjects else []
-    scale = np.asarray(measurements.scale)
-    scale = scale if scale.ndim == 0 else scale[list(chosen)]
-    return subjects, scale, select_geometry(measurements.geometry, chosen), made_from(measurements)
 
 
 def source_of(measurements: Any) -> list[Any]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ambient_sci.errors import InputError
+from ambient_sci.known_settings import refuses_unknown_settings
 from ambient_sci.priors.config import NetworkConfig
 from ambient_sci.priors.presets import PRESETS
 from ambient_sci.training.settings import check_types, parse_dataclass, require
@@ -34,6 +35,7 @@ DEFAULT_STEPS = 20_000
 AUTO: Any = "auto"
 
 
+@refuses_unknown_settings
 @dataclass(frozen=True)
 class LevelConfig:
     """Which noise levels are trained, between the noise that the data already has and ``sigma_max``.
@@ -70,6 +72,7 @@ class LevelConfig:
         require(self.power > 0, "levels.power", "a value > 0", self.power)
 
 
+@refuses_unknown_settings
 @dataclass(frozen=True)
 class LossConfig:
     """The operator-aware Tweedie loss, which is plain denoising where the data are clean.
@@ -110,6 +113,7 @@ _PLAIN: dict[str, Any] = {
 }
 
 
+@refuses_unknown_settings
 @dataclass(frozen=True)
 class FrozenNoiseConfig:
     """At levels from ``sigma_n`` up, train on one noisy copy of each image that stays the same for the whole
@@ -132,6 +136,7 @@ class FrozenNoiseConfig:
         require(0 <= self.seed < 2**63, "frozen_noise.seed", "an integer >= 0 and below 2^63", self.seed)
 
 
+@refuses_unknown_settings
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run.
@@ -179,6 +184,8 @@ class TrainConfig:
             max_steps and max_minutes must then be left out, ``em.steps`` counts for every lap.
         distillation: make a one-step generator of a prior that is there, see `distill`; learning rate and
             betas are those of `DistillConfig`.
+        init_from: a prior to go on from instead of random weights: the folder of one or of a run, or
+            "pretrained:NAME". Images must be of its shape and scale; ``network`` is not used.
     """
 
     seed: int = 0
@@ -209,6 +216,7 @@ class TrainConfig:
     consistency: StagedConfig | JointConfig | None = None
     em: EMConfig | None = None
     distillation: DistillConfig | None = None
+    init_from: str | None = None
 
     #: Settings that may be left to be chosen, with the words that leave them.
     OPEN: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -260,6 +268,9 @@ class TrainConfig:
         if self.em is not None:
             limits = (self.max_steps, self.max_minutes)
             require(limits == (None, None), "em", "no max_steps and max_minutes beside em.steps", limits)
+            require(
+                self.init_from is None, "em", "no init_from beside it (laps start from one another)", "both"
+            )
             require(self.consistency is None, "em", "no consistency stage beside it", "both")
             require(
                 self.loss == LossConfig(), "em", "no loss settings beside it (its M-steps denoise)", self.loss

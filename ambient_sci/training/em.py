@@ -46,6 +46,7 @@ from ambient_sci.errors import IdentifiabilityError, InputError
 from ambient_sci.noise import expand
 from ambient_sci.operators import Identity, RowMaskedOperator
 from ambient_sci.priors import GaussianPrior, NetworkPrior, Prior, StationaryGaussianPrior, load_prior
+from ambient_sci.progress import track
 from ambient_sci.randomness import seeded
 from ambient_sci.sampling import Reconstruction, reconstruct
 from ambient_sci.training.augment import exact_augmentations
@@ -256,7 +257,9 @@ class Laps:
         draws = Draws(self._path(lap), (len(self.data), *self.data.image_shape), self.accelerator)
         report: dict[str, Any] = {}
         chunks = torch.arange(len(self.data)).split(settings.sampler_batch)
-        for index, rows in enumerate(chunks):
+        shown = self.reporter.enabled and self.accelerator.is_main_process
+        for index in track(range(len(chunks)), f"EM lap {lap}, posterior draws", enabled=shown):
+            rows = chunks[index]
             if index % self.accelerator.num_processes != self.accelerator.process_index or draws.has(index):
                 continue
             operator, y = self.data.operator(rows).to(device), self.data.measurements(rows).to(device)

@@ -4,7 +4,6 @@ sentence.
 
 from __future__ import annotations
 
-import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,16 +11,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ambient_sci.process_group import leave_at_exit
 from ambient_sci.training.errors import ProcessLost
 
-
-@atexit.register
-def _leave() -> None:
-    """Leave the group of processes: its threads, still there when Python ends, abort the process about every
-    second time.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+leave_at_exit()
 
 
 class Processes:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ambient_sci import progress
+from ambient_sci.progress import duration
 from ambient_sci.training.config import TrainConfig
-
-_SECONDS_BETWEEN_LINES = 30.0
 
 
 class Reporter:
@@ -19,13 +20,15 @@ class Reporter:
     """
 
     def __init__(self, enabled: bool = True) -> None:
-        self.console = Console(stderr=True, quiet=not enabled, highlight=False)
+        self.enabled = enabled
+        self.console = Console(stderr=True, quiet=not enabled or not progress.is_wanted(), highlight=False)
         #: Steps and seconds of training after which each stage has ended, by its name.
         self.ended: dict[str, tuple[int, float]] = {}
 
     def say(self, text: str) -> None:
         """One sentence."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        if self.enabled:
+            progress.say(text)
 
     def stage(self, name: str, config: TrainConfig, step: int, seconds: float) -> StageProgress:
         """A context that shows the progress of one stage, which starts at ``step`` after ``seconds`` of
@@ -42,24 +45,29 @@ class StageProgress:
         self.first, self.begun = step, seconds
         self.loss: float | None = None
         self.last_line = time.monotonic()
+        self.above = ExitStack()
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.fields[status]}"),
             TimeElapsedColumn(),
             console=reporter.console,
-            disable=not reporter.console.is_terminal,
+            # In a notebook rich would need ipywidgets; lines need nothing.
+            disable=not reporter.console.is_terminal or reporter.console.is_jupyter,
             transient=True,
         )
         self.task = self.bar.add_task(name, total=1.0, completed=config.progress(step, seconds), status="")
 
     def __enter__(self) -> StageProgress:
         self.bar.__enter__()
+        if not self.bar.disable:
+            self.above.enter_context(progress.beneath_lines(self.reporter.console))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.above.close()
         self.bar.__exit__(kind, error, trace)
 
     def observe(self, loss: float) -> None:
@@ -68,7 +76,7 @@ class StageProgress:
 
     def update(self, step: int, seconds: float) -> None:
         """After every step; nothing is read from the accelerator here."""
-        if self.bar.disable and time.monotonic() - self.last_line < _SECONDS_BETWEEN_LINES:
+        if self.bar.disable and time.monotonic() - self.last_line < progress.SECONDS_BETWEEN_LINES:
             return
         status = self._status(step, seconds)
         self.bar.update(self.task, completed=self.config.progress(step, seconds), status=status)
@@ -82,12 +90,4 @@ class StageProgress:
         done, start = self.config.progress(step, seconds), self.config.progress(self.first, self.begun)
         left = spent * (1 - done) / (done - start) if done > start else float("nan")
         loss = "" if self.loss is None else f"loss {self.loss:.4g}, "
-        return f"step {step}, {loss}{speed:.2f} steps/s, {_duration(left)} left"
-
-
-def _duration(seconds: float) -> str:
-    if seconds != seconds:
-        return "?"
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
+        return f"step {step}, {loss}{speed:.2f} steps/s, {duration(left)} left"

@@ -12,16 +12,12 @@ Which stage runs follows from the data:
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ambient_sci.data import MeasurementArrays, MeasurementFile, MeasurementFiles
-from ambient_sci.data.loader import CACHE_BYTES
 from ambient_sci.data.survey import (
     Measurements,
     as_noisy_images,
@@ -33,7 +29,9 @@ from ambient_sci.data.survey import (
 )
 from ambient_sci.errors import InputError
 from ambient_sci.operators import MaskDesign, RowMaskedOperator, estimate_design
+from ambient_sci.operators.foreign import CONVERTED
 from ambient_sci.training.config import TrainConfig
+from ambient_sci.training.given_data import open_measurements
 
 __all__ = [
     "Measurements",
@@ -100,17 +98,13 @@ class Source:
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data, and what was made of them: checked when a run is resumed."""
         design = None if self.design is None else self.design.to_dict()
-        return {**fingerprint(self.measurements), "complete": self.complete, "design": design}
+        found = {**fingerprint(self.measurements), "complete": self.complete, "design": design}
+        operator = self.measurements.operator([0]) if found["operator"] == "linear" else None
+        return found if operator is None else {**found, "physics": operator.response()}
 
 
-def open_source(
-    measurements: str
-    | os.PathLike[str]
-    | Sequence[str | os.PathLike[str]]
-    | tuple[RowMaskedOperator, Tensor, float | Tensor],
-    config: TrainConfig,
-) -> Source:
-    """Open and judge measurements: a file, a list of files, or (operator, y, sigma_y).
+def open_source(measurements: Any, config: TrainConfig) -> Source:
+    """Open and judge measurements, in any form that `open_measurements` takes.
 
     Raises:
         InputError: not readable, not finite, noise that explains all variance, masks that the stated design
@@ -123,6 +117,12 @@ def open_source(
 
 def judge(data: Measurements, config: TrainConfig) -> Source:
     """`open_source` of measurements that are open already."""
+    if data.operator_name == "linear":
+        raise InputError(
+            f"measurements: expected an Identity, Masking or MRI operator (or deepinv's "
+            f"{', '.join(CONVERTED)}), got {data.operator()!r}; from any linear operator a prior is "
+            "learned by expectation maximisation: config.em, or fit_em"
+        )
     fraction, masks = survey_masks(data)
     complete = fraction == 1
     keep = config.loss.keep
@@ -137,35 +137,6 @@ def judge(data: Measurements, config: TrainConfig) -> Source:
     mean, std = data_moments(data, complete)
     complex_images = data.image_shape[0] == 2
     return replace(source, data_std=std, data_mean=0.0 if complex_images else mean)
-
-
-def open_measurements(measurements: Any) -> Measurements:
-    """A file or a list of files (in memory where small) or (operator, y, sigma_y) as measurements; InputError
-    otherwise.
-    """
-    if isinstance(measurements, list):
-        measurements = MeasurementFiles(measurements) if len(measurements) != 1 else measurements[0]
-    if isinstance(measurements, MeasurementFiles):
-        return MeasurementArrays.read(measurements) if measurements.nbytes < CACHE_BYTES else measurements
-    if isinstance(measurements, (str, os.PathLike)):
-        file = MeasurementFile(measurements)
-        return MeasurementArrays.read(file) if file.nbytes < CACHE_BYTES else file
-    if not isinstance(measurements, tuple) or len(measurements) != 3:
-        got = (
-            f"{len(measurements)} values" if isinstance(measurements, tuple) else type(measurements).__name__
-        )
-        raise InputError(
-            f"measurements: expected a path or (operator, y, sigma_y), or a list of paths, got {got}"
-        )
-    operator, y, sigma_y = measurements
-    if not isinstance(operator, RowMaskedOperator):
-        raise InputError(
-            f"measurements: expected an Identity, Masking or MRI operator, got {type(operator).__name__}"
-        )
-    data = MeasurementArrays(operator, y.detach().float() if isinstance(y, Tensor) else y, sigma_y)
-    if operator.name == "masking":  # a mask of one channel serves any number: the data say how many there are
-        data.image_shape = tuple(y.shape[1:])
-    return data
 
 
 def default_keep(complete: bool) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from ambient_sci.known_settings import refuses_unknown_settings
 from ambient_sci.training.settings import ANY, check_types, parse_dataclass, require
 
 _DETACH = (
@@ -58,6 +59,7 @@ class _PairsConfig:
         require(0 <= self.walk[0] <= self.walk[1], name + "walk", "0 <= smallest <= largest", self.walk)
 
 
+@refuses_unknown_settings
 @dataclass(frozen=True)
 class StagedConfig(_PairsConfig):
     """Staged consistency: what the Ambient loss has learned is frozen, and a copy of it trained for the
@@ -126,6 +128,7 @@ class StagedConfig(_PairsConfig):
         )
 
 
+@refuses_unknown_settings
 @dataclass(frozen=True)
 class JointConfig(_PairsConfig):
     """Joint consistency, as published: the loss is added to the Ambient loss on one network.
@@ -171,6 +174,7 @@ def ConsistencyConfig(mode: str = "staged", **settings: Any) -> StagedConfig | J
     return parse_dataclass(kinds[mode], {"mode": mode, **settings}, "consistency")
 
 
+@refuses_unknown_settings
 @dataclass(frozen=True)
 class EMConfig:
     """Expectation maximisation; see `ambient_sci.training.em`.

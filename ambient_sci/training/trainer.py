@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from torch import Tensor
+from torch import nn
 
 from ambient_sci._version import __version__
 from ambient_sci.errors import InputError
-from ambient_sci.operators import RowMaskedOperator
-from ambient_sci.priors import Prior
+from ambient_sci.priors import NetworkConfig, Prior
+from ambient_sci.sampling.border import PriorLike
 from ambient_sci.training.auto import closing_line, settle
 from ambient_sci.training.batches import Batches
 from ambient_sci.training.below_noise import (
@@ -39,18 +39,24 @@ from ambient_sci.training.selection import Selection
 from ambient_sci.training.source import Source, open_source
 from ambient_sci.training.stage_configs import DistillConfig, EMConfig, JointConfig, StagedConfig
 from ambient_sci.training.stages import AmbientStage, check_start, started_from
+from ambient_sci.training.start import check_scale, prior_to_start_from, with_network
 from ambient_sci.whole_files import digest_of
 
 
 def fit(
-    measurements: str | os.PathLike[str] | tuple[RowMaskedOperator, Tensor, float | Tensor],
+    measurements: Any,
     config: TrainConfig | None = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
-    initial: Prior | None = None,
+    initial: PriorLike | None = None,
     selection: Selection | None = None,
+    *,
+    seed: int | None = None,
+    device: str | None = None,
+    network: NetworkConfig | nn.Module | str | None = None,
+    init_from: PriorLike | None = None,
 ) -> Prior:
     """Train a prior on measurements alone.
 
@@ -61,8 +67,12 @@ def fit(
     written to ``run.json``.
 
     Args:
-        measurements: a measurement file, or (operator, y, sigma_y) with y (N, ...) and sigma_y a float or
-            (N,), per real channel.
+        measurements: a measurement file or a list of them; (operator, y, sigma_y) with y (N, ...), a tensor
+            or a NumPy array, and sigma_y a float, (N,), or of the shape of y, per real channel; (operator, y)
+            where the operator's noise model says the level; a list of such pairs or triples, one for each
+            measurement or for several; `MeasurementArrays`. The operator is one of this library, or deepinv's
+            ``Denoising``, ``Inpainting``, ``MRI`` or ``MultiCoilMRI``; with ``config.em`` any
+            ``LinearPhysics``.
         config: the run; default: `TrainConfig()`, or what the run was started with when resuming. What it
             leaves open is chosen, see `ambient_sci.training.auto`, or taken from the run when resuming.
         out: run folder, see `ambient_sci.training.run_folder`; nothing is written without one.
@@ -75,6 +85,11 @@ def fit(
             `LoraPrior` of one to train an adapter alone. It is copied; ``config.network`` is not used.
         selection: keep the state that scores best instead of the last one; of the last stage, or the laps of
             EM. To be given again with ``resume``.
+        seed, device: in place of the configuration's; "auto", "cpu" or "cuda".
+        network: in place of the configuration's: a `NetworkConfig`, the name of a backbone, or a module of
+            your own, forward(x, level), which is copied. A module alone cannot be written to ``out``: see
+            `ambient_sci.priors.backbones.register`.
+        init_from: as ``initial``; a place is written to the configuration, as its ``init_from``.
 
     Returns:
         the prior with averaged weights, in evaluation mode, on the training device.
@@ -95,6 +110,10 @@ def fit(
         folder.check_free(overwrite)
     if config is None:
         config = folder.config if folder and resume else TrainConfig()
+    given = {"seed": seed, "device": device}
+    config = replace(config, **{name: value for name, value in given.items() if value is not None})
+    config = with_network(config, network, saved=out is not None)
+    config, start = prior_to_start_from(config, initial, init_from)
     accelerator = make_accelerator(config.device)
     with ExitStack() as held:
         if folder and accelerator.is_main_process:
@@ -102,7 +121,7 @@ def fit(
             if not resume:  # another process may have been here between the first look and the lock
                 folder.check_free(overwrite)
         reporter = Reporter(progress and accelerator.is_main_process)
-        return _fit(measurements, config, folder, resume, initial, accelerator, reporter, selection)
+        return _fit(measurements, config, folder, resume, start, accelerator, reporter, selection)
 
 
 def _fit(
@@ -131,6 +150,8 @@ def _fit(
         return _distil(source, config, folder, resume, initial, accelerator, reporter, selection)
     kind = JointStage if isinstance(config.consistency, JointConfig) else AmbientStage
     start = None if initial is None else started_from(initial, source, folder is not None)
+    if start is not None:
+        check_scale(start, source)
     first = kind(source, config, accelerator, start)
     reasons = {first.name: first.reason}
     staged = config.consistency if isinstance(config.consistency, StagedConfig) else None
@@ -189,7 +210,7 @@ def _distil(
 
 def distill(
     prior: Prior,
-    measurements: str | os.PathLike[str] | tuple[RowMaskedOperator, Tensor, float | Tensor],
+    measurements: Any,
     config: TrainConfig | None = None,
     out: str | os.PathLike[str] | None = None,
     **options: Any,
@@ -229,7 +250,7 @@ def _opened(measurements: Any, config: TrainConfig, resumed: RunFolder | None) -
 
 
 def explicit_config(
-    measurements: str | os.PathLike[str] | tuple[RowMaskedOperator, Tensor, float | Tensor],
+    measurements: Any,
     config: TrainConfig | None = None,
 ) -> tuple[TrainConfig, str]:
     """What `fit` would train with: ``config`` with nothing left to choose, and why, in a line.
@@ -247,10 +268,16 @@ def explicit_config(
 
 
 def fit_em(
-    measurements: str | os.PathLike[str] | tuple[RowMaskedOperator, Tensor, float | Tensor],
+    measurements: Any,
     config: TrainConfig | None = None,
     out: str | os.PathLike[str] | None = None,
-    **options: Any,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    *,
+    seed: int | None = None,
+    device: str | None = None,
+    network: NetworkConfig | str | None = None,
 ) -> Prior:
     """An unconditional prior from measurements of any kind; `fit` with ``config.em``, which this sets to its
     defaults if it is None.
@@ -258,7 +285,9 @@ def fit_em(
     Arguments and errors are those of `fit`; em.json in ``out`` has a report for each lap, see `em_report`.
     """
     config = config or TrainConfig()
-    return fit(measurements, config if config.em else replace(config, em=EMConfig()), out, **options)
+    config = config if config.em else replace(config, em=EMConfig())
+    options: Any = {"seed": seed, "device": device, "network": network}
+    return fit(measurements, config, out, resume, overwrite, progress, **options)
 
 
 def describe_run(
