@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from ambient_sci.data.layout import channels_to_complex
+from ambient_sci.data.origins import select_origins
 from ambient_sci.errors import InputError
 from ambient_sci.whole_files import check_output, whole_file
 
@@ -90,7 +91,10 @@ def select_geometry(geometry: Mapping[str, Any], rows: range) -> dict[str, Any]:
         if start < stop:
             slices = list(volume["slices"])[start - own.start : stop - own.start]
             chosen.append({**volume, "first": start - rows.start, "slices": slices})
-    return {**geometry, **({"volumes": chosen} if "volumes" in geometry else {})}
+    found = {**geometry, **({"volumes": chosen} if "volumes" in geometry else {})}
+    if "pictures" in geometry:
+        found["pictures"] = select_origins(geometry["pictures"], rows)
+    return found
 
 
 def fill_volume(planes: np.ndarray, description: Mapping[str, Any]) -> np.ndarray:
