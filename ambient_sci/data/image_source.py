@@ -35,7 +35,7 @@ class ImageSource:
     #: images of one group share a noise level, (N,); None: all do that have one scale and factor
     noise_group: np.ndarray | None = None
     #: names of the images for messages; empty: by number
-    labels: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     #: (C, H, W) of one image, where they differ
     shape_of: Callable[[int], tuple[int, ...]] | None = None
     #: counts the pixels at the ends of their type while images are read

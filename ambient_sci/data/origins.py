@@ -1,9 +1,9 @@
 """Where pictures come from: file, page and place in it, so that results can be traced and written back.
 
 A measurement file keeps this in its geometry under "pictures": the names of files, what is known of each
-("stacks": axes, type, resolution), and one column of whole numbers for each fact about the images: "file"
-(into the names), "page", "y" and "x" (the upper left pixel in the page as stored), "height" and "width" of
-the page. Columns are stored as arithmetic runs [first, step, count].
+("stacks": axes, type, resolution; one entry where all are alike), and one column of whole numbers for each
+fact about the images: "file" (into the names), "page", "y" and "x" (the upper left pixel in the page as
+stored), "height" and "width" of the page. Columns are stored as arithmetic runs [first, step, count].
 """
 
 from __future__ import annotations
@@ -61,6 +61,13 @@ def origins_of(geometry: Mapping[str, Any]) -> list[Origin]:
     return [Origin(str(found["files"][f]), *rest) for f, *rest in zip(*columns, strict=True)]
 
 
-def select_origins(pictures: Mapping[str, Any], rows: range) -> dict[str, Any]:
-    """The entry of some images, a range."""
-    return {k: pack(unpack(v)[rows.start : rows.stop]) if k in COLUMNS else v for k, v in pictures.items()}
+def select_origins(pictures: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """The entry of some images."""
+    columns = {name: unpack(pictures[name]) for name in COLUMNS}
+    return {**pictures, **{name: pack([values[r] for r in rows]) for name, values in columns.items()}}
+
+
+def stack_of(pictures: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """What is known of a TIFF: axes, shape, dtype, and resolution, unit and spacing where it says so."""
+    stacks = pictures.get("stacks") or [{}]
+    return stacks[list(pictures["files"]).index(file)] if len(stacks) == len(pictures["files"]) else stacks[0]

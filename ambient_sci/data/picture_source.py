@@ -35,7 +35,7 @@ def from_pictures(path: Path, size: int | None, channel: int | str | None, mixed
         str(path),
         first.largest,
         notes=pictures.notes,
-        labels=pictures.labels,
+        names=pictures.labels,
         shape_of=pictures.shape if mixed else None,
         ends=ends,
         noise_group=np.array([e.group for e in pictures.entries]),
@@ -55,7 +55,8 @@ def _origins(pictures: PictureSet, first: np.ndarray, largest: float, mixed: boo
     files = list(dict.fromkeys(pictures.names))
     facts: dict[str, Any] = {"dtype": {255: "uint8", 65535: "uint16"}.get(int(largest), str(first.dtype))}
     if pictures.about:
-        facts["stacks"] = [pictures.about.get(name, {}) for name in files]
+        stacks = [pictures.about.get(name, {}) for name in files]
+        facts["stacks"] = stacks if any(s != stacks[0] for s in stacks) else stacks[:1]
     return record(files, [Origin(e.name, e.page, 0, 0, *s) for e, s in entries], **facts)
 
 

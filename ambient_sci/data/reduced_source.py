@@ -91,7 +91,7 @@ def _plans(source: ImageSource, reduction: Reduction) -> list[Plan | None]:
 
 
 def _name(source: ImageSource, row: int) -> str:
-    return source.labels[row] if source.labels else f"{source.origin}: image {row}"
+    return source.names[row] if source.names else f"{source.origin}: image {row}"
 
 
 def _subjects(source: ImageSource, reduction: Reduction) -> list[str]:
