@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -364,19 +365,26 @@ def check_fraction(min_foreground: float) -> None:
 
 @dataclass(kw_only=True)
 class Inspect:
-    """What is in a file: operator, shapes, noise, masks, what they identify, people; and a picture."""
+    """What is in a file or a run: shapes, noise, masks, subjects, how it was made; and a contact sheet.
+
+    Measurement files, images (references, generated ones), results of reconstruct, run folders and saved
+    priors (these in words alone).
+    """
 
     file: Annotated[
         Path,
         Positional,
-        arg(metavar="FILE.h5", help="Measurement file, or a file of images (references, generated samples)."),
+        arg(
+            metavar="PATH",
+            help="Measurements, images or a result (.h5), or the folder of a run or a saved prior.",
+        ),
     ]
     out: Annotated[
         Path | None,
         arg(
             metavar="PICTURE",
             help="Contact sheet to write (.png, .pdf, .svg or .jpg).",
-            help_behavior_hint="(default: FILE.png beside the file; one that exists is left alone)",
+            help_behavior_hint="(default: PATH.png beside the file; one that exists is left alone)",
         ),
     ] = None
     seed: UnusedSeedOption = 0
@@ -385,8 +393,13 @@ class Inspect:
 
     def run(self) -> None:
         """Print the description, write the contact sheet."""
-        from ambient_sci.data import contact_sheet, describe
+        from ambient_sci.training.describe import describe_prior, is_prior
 
+        if self.file.is_dir() and is_prior(self.file):
+            require(self.out is None, "--out", "none for a run or a prior, which has no picture", self.out)
+            print(describe_prior(self.file))
+            return
+        describe, contact_sheet = self._ways()
         if self.out is not None:
             check_outputs(self.out, overwrite=self.overwrite, inputs=(self.file,))
         description = describe(self.file)
@@ -396,3 +409,10 @@ class Inspect:
             contact_sheet(self.file, sheet, overwrite=self.overwrite)
         print(description)
         print(f"contact sheet: {sheet}" + (" exists already (--overwrite draws it anew)" if kept else ""))
+
+    def _ways(self) -> tuple[Callable[..., str], Callable[..., Path]]:
+        """How to describe and to draw this kind of file."""
+        from ambient_sci.data import contact_sheet, describe
+        from ambient_sci.sampling.describe import describe_result, is_result, result_sheet
+
+        return (describe_result, result_sheet) if is_result(self.file) else (describe, contact_sheet)
