@@ -133,7 +133,7 @@ def test_import_makes_measurements_of_noisy_images(
         assert np.allclose(given.noise_std, 0.2)
         # White noise and nothing else; the estimate from 4 x 256 values has a standard error of about 4 %.
         assert np.allclose(estimated.noise_std, 0.2, rtol=0.25)
-    assert "estimated, standard error" in capsys.readouterr().out
+    assert "estimated with a standard error of" in capsys.readouterr().out
 
 
 def test_train_makes_a_prior_of_the_kind_that_the_data_allow(work: Path) -> None:

@@ -17,7 +17,8 @@ from ambient_sci.whole_files import check_output, whole_file
 SUFFIXES = (".png", ".pdf", ".svg", ".jpg")
 #: Most images of a row, and most rows of a sheet of one kind of images.
 COLUMNS, LINES = 8, 4
-_DPI, _CELL, _WIDEST = 110, 1.6, 12.8  # dots per inch; inches
+_DPI, _CELL, _WIDEST = 110, 1.6, 12.8  # dots per inch; inches of an image, and of all images of a row
+_LEFT, _TOP, _TITLE, _GAP, _NARROWEST = 0.5, 0.35, 0.16, 0.06, 3.2  # inches
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,7 @@ class Panel:
     Attributes:
         name: what it says beside it.
         images: (n, H, W), or (n, H, W, 3) in colour.
-        window: the values that are black and white; default: 0 (or less, where there are such values) to the
-            99.9th percentile.
+        window: the values that are black and white; default: see `window`.
         spread: a standard deviation, in colours with its scale in the name.
     """
 
@@ -50,8 +50,9 @@ def picture(images: Tensor) -> np.ndarray:
 
 def window(images: np.ndarray) -> tuple[float, float]:
     """The values that are shown black and white: a few pixels do not darken the rest."""
-    low = 0.0 if float(images.min()) >= 0 else float(np.percentile(images, 0.1))
-    high = float(np.percentile(images, 99.9))
+    low, high = (float(np.percentile(images, p)) for p in (0.1, 99.9))
+    if 0 <= low < 0.2 * high:  # next to nothing: black stays black
+        low = 0.0
     return low, high if high > low else low + 1.0
 
 
@@ -85,33 +86,54 @@ def draw(
     from matplotlib.figure import Figure
 
     lines = _lines(panels, titles)
-    columns = max(len(t) for _, t in lines)
-    height, width = panels[0].images.shape[1:3]
+    columns = max(len(names) for _, names in lines)
+    height, width = (int(n) for n in panels[0].images.shape[1:3])
+    height, width = (width, height) if turn else (height, width)
     cell = max(_CELL, min(max(height, width) / _DPI, _WIDEST / max(columns, len(lines))))
-    figure = Figure(figsize=(cell * columns + 0.6, (cell + 0.17) * len(lines) + 0.5), layout="constrained")
-    axes: Any = figure.subplots(len(lines), columns, squeeze=False)
-    smooth = "nearest" if cell * _DPI >= max(height, width) else "antialiased"
-    for row, (panel, names) in enumerate(lines):
-        low, high = panel.window or window(panel.images)
-        for column in range(columns):
-            axis = axes[row, column]
-            axis.set(xticks=[], yticks=[])
-            if column >= len(names):
-                axis.set_visible(False)
-                continue
-            image = np.rot90(panel.images[column]) if turn else panel.images[column]
-            if image.ndim == 3:
-                image = np.clip((image - low) / (high - low), 0, 1)
-            colours = "magma" if panel.spread else "gray"
-            axis.imshow(image, cmap=colours, vmin=low, vmax=high, interpolation=smooth)
-            if names[column]:
-                axis.set_title(names[column], fontsize=7)
-        scale = f"\n{low:.3g} to {high:.3g}" if panel.spread else ""
-        axes[row, 0].set_ylabel(panel.name + scale, fontsize=8)
-    figure.suptitle(heading, fontsize=9)
+    wide, high = cell * min(1, width / height), cell * min(1, height / width)  # inches of one image
+    gap = max(1, round(0.04 * width))  # pixels between images
+    titled = [any(names) for _, names in lines]
+    sizes = [_LEFT + columns * wide * (1 + gap / width), _TOP + sum(high + _GAP + _TITLE * t for t in titled)]
+    figure = Figure(figsize=(max(sizes[0], _NARROWEST), sizes[1]))
+    top = sizes[1] - _TOP
+    for (panel, names), title in zip(lines, titled, strict=True):
+        top -= _TITLE * title + high
+        across = (len(names) * (width + gap) - gap) / width * wide
+        size = figure.get_size_inches()
+        axis = figure.add_axes((_LEFT / size[0], top / size[1], across / size[0], high / size[1]))
+        _row(axis, panel, names, gap, turn, cell * _DPI >= max(height, width))
+        top -= _GAP
+    figure.suptitle(heading, fontsize=9, y=1 - 0.1 / sizes[1], va="top")
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as part:
         figure.savefig(part, dpi=_DPI, format=out.suffix[1:].lower())
+
+
+def _row(axis: Any, panel: Panel, names: Sequence[str], gap: int, turn: bool, sharp: bool) -> None:
+    """One row of images, side by side in one picture."""
+    images = np.rot90(panel.images, axes=(1, 2)) if turn else panel.images
+    low, high = panel.window or window(panel.images)
+    if images.ndim == 4:
+        images = np.clip((images - low) / (high - low), 0, 1)
+    num, height, width = images.shape[:3]
+    shown = np.full(
+        (height, num * (width + gap) - gap, *images.shape[3:]), 1.0 if images.ndim == 4 else np.nan
+    )
+    for column, image in enumerate(images):
+        start = column * (width + gap)
+        shown[:, start : start + width] = image
+        edges = [start - 0.5, start + width - 0.5, start + width - 0.5, start - 0.5, start - 0.5]
+        axis.plot(edges, [-0.5, -0.5, height - 0.5, height - 0.5, -0.5], color="0.5", lw=0.5, clip_on=False)
+        if names[column]:
+            axis.text(start + width / 2, -0.5, names[column], fontsize=7, ha="center", va="bottom")
+    colours = "magma" if panel.spread else "gray"
+    smooth = "nearest" if sharp else "antialiased"
+    axis.imshow(shown, cmap=colours, vmin=low, vmax=high, interpolation=smooth, aspect="auto")
+    axis.set(xticks=[], yticks=[])
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    scale = f"\n{low:.3g} to {high:.3g}" if panel.spread else ""
+    axis.set_ylabel(panel.name + scale, fontsize=8)
 
 
 def _lines(panels: Sequence[Panel], titles: Sequence[str]) -> list[tuple[Panel, Sequence[str]]]:

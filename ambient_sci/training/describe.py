@@ -43,7 +43,8 @@ def describe_prior(path: str | os.PathLike[str]) -> str:
 
 def _prior(prior: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     kind = str(prior.get("conditioning") or prior.get("kind"))
-    lines = [("prior", f"{kind}, images {' x '.join(map(str, prior.get('shape', [])))}")]
+    shape = prior.get("shape") or _loaded_shape(folder)
+    lines = [("prior", f"{kind}, images {' x '.join(map(str, shape))}")]
     if isinstance(prior.get("sigma_min"), (int, float)):
         lines.append(("levels", f"noise levels from {prior['sigma_min']:.4g} up, per real channel"))
     network = prior.get("network")
@@ -66,12 +67,21 @@ def _prior(prior: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     return lines
 
 
+def _loaded_shape(folder: Path) -> tuple[int, ...]:
+    """The size of a prior whose description does not have it."""
+    from ambient_sci.priors import load_prior
+
+    return tuple(load_prior(folder if (folder / "prior.json").is_file() else folder / "prior").shape)
+
+
 def _run(run: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     settings = run.get("settings", {})
     data = run.get("data", {})
     lines = []
     if isinstance(data, dict) and data:
-        lines.append(("data", ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in data.items() if _plain(v))))
+        lines.append(
+            ("data", ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in data.items() if _plain(k, v)))
+        )
     shown = ("max_steps", "max_minutes", "batch_size", "learning_rate", "augmentations", "seed")
     text = ", ".join(f"{k.replace('_', ' ')} {settings[k]}" for k in shown if settings.get(k) is not None)
     lines.append(("settings", text))
@@ -86,7 +96,10 @@ def _run(run: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     return lines
 
 
-def _plain(value: Any) -> bool:
+def _plain(name: str, value: Any) -> bool:
+    """Facts for a reader; fingerprints are none."""
+    if name in ("content", "file"):
+        return False
     return isinstance(value, (str, int, float)) or (isinstance(value, list) and len(value) < 6)
 
 
