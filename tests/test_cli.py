@@ -283,6 +283,23 @@ def test_quickstart_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert given["pretrained"]
 
 
+def test_pictures_beside_results_can_be_left_out(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """R.png beside R.h5; one that is there is not replaced; with --no-picture there is none."""
+    command = ["reconstruct", str(work / "run"), str(work / "under.h5"), "--samples", "2", "--steps", "2"]
+    out = ["--out", str(tmp_path / "R.h5")]
+    run(*command, *out, "--no-picture")
+    assert [p.name for p in tmp_path.iterdir()] == ["R.h5"]
+    run(*command, *out, "--overwrite")
+    assert (tmp_path / "R.png").read_bytes().startswith(b"\x89PNG") and "picture:" in capsys.readouterr().out
+    (tmp_path / "R.h5").unlink()
+    assert main([*command, *out]) == 2 and "R.png" in capsys.readouterr().err
+    assert main([*command, "--out", str(tmp_path / "S.png")]) == 2
+    run("generate", work / "run", "--num", 2, "--steps", 2, "--out", tmp_path / "g.h5", "--no-picture")
+    assert not (tmp_path / "g.png").exists()
+
+
 # -- signals -----------------------------------------------------------------------------------------------------------------
 
 

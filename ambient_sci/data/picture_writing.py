@@ -154,23 +154,27 @@ def write_tiff(
     size = math.prod(shape) * encoding.dtype.itemsize
     imagej = not colour and len(set(axes)) == len(axes) and set(axes) <= set(_IMAGEJ) and size < _IMAGEJ_BYTES
     imagej = imagej and list(axes) == sorted(axes, key=_IMAGEJ.index)
+    pages_stored = math.prod(stack.shape) * (1 if colour else channels)
+    options = _descriptions(stack, axes, {**facts, "encoding": encoding.text()}, imagej, pages_stored)
+    options["photometric"] = "rgb" if colour else "minisblack"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as part:
+        with tifffile.TiffWriter(part, imagej=imagej, bigtiff=size >= _IMAGEJ_BYTES) as writer:
+            writer.write(planes(), shape=shape, dtype=encoding.dtype, software="ambient_sci", **options)
+
+
+def _descriptions(stack: Stack, axes: str, facts: dict[str, Any], imagej: bool, pages: int) -> dict[str, Any]:
+    """Axes, units, labels and facts as tifffile takes them."""
     about: dict[str, Any] = {"axes": axes}
     if stack.unit:
         about["unit"] = stack.unit
     if stack.spacing is not None:
         about["spacing"] = stack.spacing
-    if stack.labels and math.prod(stack.shape) * (1 if colour else channels) == len(stack.labels):
+    if len(stack.labels) == pages:
         about["Labels"] = list(stack.labels)
-    if imagej:
-        about["Info"] = json.dumps({**facts, "encoding": encoding.text()})
-        about["mode"] = "grayscale"
-    else:
-        about |= {**facts, "encoding": encoding.text()}
-    options: dict[str, Any] = {"photometric": "rgb" if colour else "minisblack", "metadata": about}
+    about |= {"Info": json.dumps(facts), "mode": "grayscale"} if imagej else facts
+    options: dict[str, Any] = {"metadata": about}
     if stack.resolution is not None:
         unit = {"inch": 2, "cm": 3}.get(stack.unit, 1)
         options |= {"resolution": stack.resolution, "resolutionunit": unit}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as part:
-        with tifffile.TiffWriter(part, imagej=imagej, bigtiff=size >= _IMAGEJ_BYTES) as writer:
-            writer.write(planes(), shape=shape, dtype=encoding.dtype, software="ambient_sci", **options)
+    return options

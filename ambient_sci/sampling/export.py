@@ -25,10 +25,11 @@ import torch
 from ambient_sci.data.exporters import safe_names
 from ambient_sci.data.files import ReferenceFile
 from ambient_sci.data.layout import channels_to_complex
-from ambient_sci.data.origins import Origin, origins_of, stack_of
+from ambient_sci.data.origins import origins_of
 from ambient_sci.data.picture_writing import Encoding, Stack, full_window, write_png, write_tiff
 from ambient_sci.data.subjects import stem
 from ambient_sci.errors import InputError
+from ambient_sci.sampling.export_places import names_of, stack_of_rows
 from ambient_sci.sampling.export_volumes import export_nifti
 from ambient_sci.sampling.result import ResultFile
 from ambient_sci.whole_files import check_output, whole_file
@@ -206,7 +207,7 @@ class _Job:
         if self.kind == "png":
             return [
                 f
-                for row, name in zip(every, self._names(), strict=True)
+                for row, name in zip(every, names_of(self.file, self.origins), strict=True)
                 for f in self._pngs(row, name, quantity)
             ]
         groups: dict[str, list[int]] = {}
@@ -236,23 +237,6 @@ class _Job:
         if quantity != "samples":
             return [(self.out / f"{name}_{quantity}.png", ([row], None))]
         return [(self.out / f"{name}_sample{k + 1}.png", ([row], k)) for k in range(self.file.shape[0])]
-
-    def _names(self) -> list[str]:
-        """A name for each image, from its file and page; images without any are numbered."""
-        if not self.origins:
-            known = self.file.subjects if len(set(self.file.subjects)) == len(self.file) else None
-            return safe_names(known or [f"{k:04d}" for k in range(len(self.file))])
-        pages = {o.file: len({p.page for p in self.origins if p.file == o.file}) for o in self.origins[:1]}
-        for o in self.origins:
-            if o.file not in pages:
-                pages[o.file] = len({p.page for p in self.origins if p.file == o.file})
-        names = [
-            stem(o.file)
-            + (f"_page{o.page:04d}" if pages[o.file] > 1 else "")
-            + (f"_y{o.y}_x{o.x}" if self.pictures.get("patch") else "")
-            for o in self.origins
-        ]
-        return safe_names(names)
 
     # -- numbers
 
@@ -339,7 +323,7 @@ class _Job:
     def _write_tiff(self, path: Path, quantity: str, rows: list[int], encoding: Encoding, facts: Any) -> None:
         channels, *size = self.file.shape[2:]
         channels = 1 if channels == 2 else channels
-        stack = self._stack(rows)
+        stack = stack_of_rows(self.file, self.origins, rows)
         if quantity == "samples":
             axis = "C" if channels == 1 and "C" not in stack.axes else "Q"
             stack = Stack(
@@ -356,47 +340,6 @@ class _Job:
                 yield from ([values] if values.ndim == 3 else values)
 
         write_tiff(path, pages(), (channels, *size), encoding, stack, facts)
-
-    def _stack(self, rows: list[int]) -> Stack:
-        """The axes of the file that pages came from, where all of them are there; else one axis T."""
-        plain = Stack(
-            "T", (len(rows),), labels=[self._label(self.origins[r]) for r in rows] if self.origins else ()
-        )
-        files = {self.origins[r].file for r in rows} if self.origins else set()
-        known = [stack_of(self.pictures, name) for name in files]
-        if not known:
-            return plain
-        about, zoom = known[0], float(self.pictures.get("zoom", 1))
-        same = all(
-            k.get("resolution") == about.get("resolution") and k.get("unit") == about.get("unit")
-            for k in known
-        )
-        if same and about.get("resolution"):
-            x, y = (float(r) / zoom for r in about["resolution"])
-            plain = Stack(
-                "T", plain.shape, (x, y), str(about.get("unit", "")), about.get("spacing"), plain.labels
-            )
-        counting = [
-            (a, n)
-            for a, n in zip(about.get("axes", ""), about.get("shape", []), strict=False)
-            if a not in "YXS"
-        ]
-        for kept in (counting, [c for c in counting if c[0] != "C"]):
-            axes, shape = "".join(a for a, _ in kept), tuple(n for _, n in kept)
-            whole = [self.origins[r].page for r in rows] == list(range(int(np.prod(shape))))
-            if (
-                len(files) == 1
-                and axes
-                and whole
-                and set(axes) <= set("TZC")
-                and "patch" not in self.pictures
-            ):
-                return Stack(axes, shape, plain.resolution, plain.unit, plain.spacing)
-        return plain
-
-    def _label(self, origin: Origin) -> str:
-        place = f" y {origin.y} x {origin.x}" if self.pictures.get("patch") else ""
-        return f"{origin.file} page {origin.page}{place}"
 
 
 class _Truth:

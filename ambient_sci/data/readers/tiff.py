@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ambient_sci.data.readers.guard import check_claim, listed, one_line, reading
+from ambient_sci.data.readers.tiff_about import about_of, channel_names, pixels, tag
 from ambient_sci.errors import InputError
 
 #: Axes of one image; every other one counts images.
@@ -99,7 +100,7 @@ class Tiff:
                     raise InputError(f"{name}: {len(self._file.pages)} pages")
                 self.planes = self._find()
                 self._check_imagej()
-                self.about = self._about()
+                self.about = about_of(self._file)
             except BaseException:
                 self._file.close()
                 raise
@@ -131,7 +132,7 @@ class Tiff:
     def _pages(self) -> list[Plane]:
         """A file without any description of its axes: its pages, in their order."""
         pages = [self._file.pages[k] for k in range(len(self._file.pages))]
-        sides = [k for k, p in enumerate(pages) if _tag(p, 254, 0) & _SIDE]
+        sides = [k for k, p in enumerate(pages) if tag(p, 254, 0) & _SIDE]
         if sides:
             self.notes.append(f"{len(sides)} of {len(pages)} pages are thumbnails or masks and are left out")
         found = [
@@ -153,7 +154,7 @@ class Tiff:
     def _check_spread(self) -> None:
         """Of an OME data set in several files the pages of this one are read, whatever axes they lie "
         "along."""
-        sizes = {a: int(n) for a, n in re.findall(r'\bSize([TCZ])="(\d+)"', _pixels(self._file))}
+        sizes = {a: int(n) for a, n in re.findall(r'\bSize([TCZ])="(\d+)"', pixels(self._file))}
         several = ", ".join(f"{a} of {n}" for a, n in sizes.items() if n > 1)
         samples = re.findall(r'\bSamplesPerPixel="(\d+)"', self._file.ome_metadata or "")
         if sizes.get("C", 1) > sum(map(int, samples[:1])) and self.channel != "each":
@@ -215,7 +216,7 @@ class Tiff:
             count = series.shape[axes.index(_CHANNEL)]
         if count == 1:
             return [0]
-        names = _channel_names(self._file)
+        names = channel_names(self._file)
         what = f"{count} channels (axis C{': ' + listed(names, 6) if names else ''})"
         one = f"--channel 0 to {count - 1} for one of them"
         if self.channel == "together":
@@ -288,7 +289,7 @@ class Tiff:
         plain = page.keyframe.photometric.name in ("MINISBLACK", "RGB") and page.dtype is not None
         if not plain or page.dtype.kind == "b" or page.keyframe.bitspersample not in (8, 16, 32, 64):
             return None
-        if _tag(page.keyframe, 274, 1) != 1:  # a photograph that is to be turned
+        if tag(page.keyframe, 274, 1) != 1:  # a photograph that is to be turned
             return None
         if page.dtype.kind == "c":
             raise InputError(f"{self.name}: complex numbers in a TIFF; save them as .npy")
@@ -309,7 +310,7 @@ class Tiff:
 
     def _check_imagej(self) -> None:
         """InputError for an ImageJ stack that is not all there."""
-        description = str(_tag(self._file.pages[0], 270, ""))
+        description = str(tag(self._file.pages[0], 270, ""))
         counts = [line[7:] for line in description.splitlines() if line.startswith("images=")]
         if not description.startswith("ImageJ=") or not counts:
             return
@@ -321,20 +322,6 @@ class Tiff:
             raise InputError(
                 f"{self.name}: an ImageJ stack of {one_line(counts[0], 20)} images in {found} pages"
             )
-
-    def _about(self) -> dict[str, Any]:
-        series = self._file.series[0]
-        about: dict[str, Any] = {"axes": series.axes, "shape": list(series.shape), "dtype": str(series.dtype)}
-        page = self._file.pages[0]
-        ratios = [_tag(page, tag, None) for tag in (282, 283)]
-        unit = {2: "inch", 3: "cm"}.get(int(_tag(page, 296, 1)), "")
-        meta = self._file.imagej_metadata or {}
-        unit, spacing = str(meta.get("unit", unit)), meta.get("spacing")
-        if unit and all(isinstance(r, tuple) and len(r) == 2 and r[0] > 0 and r[1] > 0 for r in ratios):
-            about |= {"resolution": [r[0] / r[1] for r in ratios], "unit": unit}
-        if isinstance(spacing, (int, float)) and math.isfinite(spacing):
-            about["spacing"] = float(spacing)
-        return about | _ome_sizes(self._file)
 
 
 def _leading(series: Any, pages: list[Any]) -> tuple[int, ...] | None:
@@ -389,41 +376,3 @@ def _kind(page: Any) -> tuple[float, bool]:
     bits = max(int(page.bitspersample), 8)
     largest = float(2**bits - 1) if unsigned and bits <= 16 else 1.0
     return largest, page.compression.name in _LOSSY
-
-
-def _tag(page: Any, code: int, default: Any) -> Any:
-    found = page.tags.get(code) if hasattr(page, "tags") else None
-    return default if found is None else found.value
-
-
-def _channel_names(file: Any) -> list[str]:
-    """What an ImageJ or OME file calls its channels, if it does."""
-    labels = (file.imagej_metadata or {}).get("Labels")
-    if file.is_ome:
-        channels = re.findall(r"<(?:\w+:)?Channel\b[^>]*>", file.ome_metadata or "")
-        found = [re.search(r'\bName="([^"]*)"', c) for c in channels]
-        return [f.group(1) for f in found if f] if all(found) else []
-    return [str(x) for x in labels] if isinstance(labels, list) and len(labels) < 9 else []
-
-
-def _pixels(file: Any) -> str:
-    """The element of an OME file that says how large its images are."""
-    found = re.search(r"<(?:\w+:)?Pixels\b[^>]*>", file.ome_metadata or "")
-    return found.group(0) if found else ""
-
-
-def _ome_sizes(file: Any) -> dict[str, Any]:
-    """Pixel sizes of an OME file, as resolution (pixels per unit), unit, and the spacing of depths."""
-    if not file.is_ome:
-        return {}
-    said = dict(re.findall(r'\b(PhysicalSize\w+)="([^"]*)"', _pixels(file)))
-    try:
-        sizes = [float(said[f"PhysicalSize{a}"]) for a in "XY" if f"PhysicalSize{a}" in said]
-        depth = float(said["PhysicalSizeZ"]) if "PhysicalSizeZ" in said else None
-    except ValueError:
-        return {}
-    unit = said.get("PhysicalSizeXUnit", "um").replace("\u00b5", "u").replace("\u03bc", "u")
-    found: dict[str, Any] = {}
-    if len(sizes) == 2 and min(sizes) > 0:
-        found |= {"resolution": [1 / s for s in sizes], "unit": unit}
-    return found | ({"spacing": depth} if depth is not None else {})
