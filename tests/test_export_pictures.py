@@ -170,6 +170,18 @@ def test_tiff_folders_and_float_pictures(tmp_path: Path) -> None:
     assert tifffile.imread(eight.paths[0]).dtype == np.uint8 and "black is" in eight.notes[0]
 
 
+def test_binned_pixels_are_larger(tmp_path: Path) -> None:
+    """Ten pixels a micrometre, averaged by two: five."""
+    pages = rng().integers(100, 60000, (2, 16, 16), dtype=np.uint16)
+    tifffile.imwrite(
+        tmp_path / "a.tif", pages, imagej=True, metadata={"axes": "ZYX", "unit": "um"}, resolution=(10, 10)
+    )
+    export(reconstructed(imported(tmp_path / "a.tif", bin=2)), tmp_path / "b.tif")
+    with tifffile.TiffFile(tmp_path / "b.tif") as found:
+        assert found.series[0].axes == "ZYX" and found.series[0].shape == (2, 8, 8)
+        assert np.divide(*found.pages[0].tags["XResolution"].value) == pytest.approx(5)
+
+
 def test_patches_are_called_patches(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", rng().integers(100, 60000, (2, 16, 16), dtype=np.uint16))
     exported = export(reconstructed(imported(tmp_path / "a.tif", patch=8)), tmp_path / "p.tif")
