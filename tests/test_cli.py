@@ -133,7 +133,7 @@ def test_import_makes_measurements_of_noisy_images(
         assert np.allclose(given.noise_std, 0.2)
         # White noise and nothing else; the estimate from 4 x 256 values has a standard error of about 4 %.
         assert np.allclose(estimated.noise_std, 0.2, rtol=0.25)
-    assert "estimated, standard error" in capsys.readouterr().out
+    assert "estimated with a standard error of" in capsys.readouterr().out
 
 
 def test_train_makes_a_prior_of_the_kind_that_the_data_allow(work: Path) -> None:
@@ -380,6 +380,23 @@ def test_quickstart_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert given == {"out": tmp_path, **expected}
     run("quickstart", "--out", tmp_path, "--pretrained")
     assert given["pretrained"]
+
+
+def test_pictures_beside_results_can_be_left_out(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """R.png beside R.h5; one that is there is not replaced; with --no-picture there is none."""
+    command = ["reconstruct", str(work / "run"), str(work / "under.h5"), "--samples", "2", "--steps", "2"]
+    out = ["--out", str(tmp_path / "R.h5")]
+    run(*command, *out, "--no-picture")
+    assert [p.name for p in tmp_path.iterdir()] == ["R.h5"]
+    run(*command, *out, "--overwrite")
+    assert (tmp_path / "R.png").read_bytes().startswith(b"\x89PNG") and "picture:" in capsys.readouterr().out
+    (tmp_path / "R.h5").unlink()
+    assert main([*command, *out]) == 2 and "R.png" in capsys.readouterr().err
+    assert main([*command, "--out", str(tmp_path / "S.png")]) == 2
+    run("generate", work / "run", "--num", 2, "--steps", 2, "--out", tmp_path / "g.h5", "--no-picture")
+    assert not (tmp_path / "g.png").exists()
 
 
 # -- signals -----------------------------------------------------------------------------------------------------------------

@@ -1285,7 +1285,7 @@ def test_descriptions_of_estimated_noise_and_complete_data(tmp_path: Path):
         attributes={"magnitude": True},
     )
     text = describe(path)
-    assert "0.1 to 0.3 (estimated, standard error 0.01)" in text and "Rician" in text
+    assert "0.1 to 0.3 per real channel, estimated with a standard error of 0.01" in text and "Rician" in text
     assert "everything is measured" in text and "identifiab" not in text
 
 

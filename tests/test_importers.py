@@ -154,8 +154,8 @@ def test_mixed_pictures_are_refused_unless_resized(tmp_path: Path):
     assert not (tmp_path / "m.h5").exists()
     assert len(MeasurementFile(import_source(tmp_path / "d", tmp_path / "m.h5", size=8, noise_std=0))) == 2
     save_picture(tmp_path / "d" / "c.png", np.zeros((8, 8, 3), np.uint8))
-    with pytest.raises(InputError, match="mixed pictures"):
-        import_source(tmp_path / "d", tmp_path / "n.h5", size=8)
+    with pytest.raises(InputError, match="mixed pictures, a.png has 1 channels and c.png 3"):
+        import_source(tmp_path / "d", tmp_path / "n.h5", size=8, noise_std=0)
 
 
 def save_volume(path: Path, volume: np.ndarray, affine: np.ndarray) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 from test_fastmri import kspace_of, line_mask, save
 
 from ambient_sci.cli import main
+from ambient_sci.data import MeasurementFile
 from ambient_sci.sampling import POSTERIOR_SAMPLERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,7 +78,7 @@ def test_the_way_from_own_scans_to_volumes(tmp_path: Path, monkeypatch: pytest.M
 def test_microscopy_from_pictures_to_grey_levels(tmp_path, monkeypatch, capsys) -> None:
     """The whole page: practice pictures, commands, figure, and the patches of a stack of pages."""
     monkeypatch.chdir(tmp_path)
-    look, cut = blocks("microscopy.md", "python")
+    look, trace = blocks("microscopy.md", "python")
     (settings,) = blocks("microscopy.md", "yaml")
     Path("small.yaml").write_text(settings)
     stack = np.arange(3 * 70 * 96, dtype=np.uint16).reshape(3, 70, 96)
@@ -89,16 +90,24 @@ def test_microscopy_from_pictures_to_grey_levels(tmp_path, monkeypatch, capsys) 
             words[k] = str(min(int(words[k]), 8))
             subprocess.run([sys.executable, str(ROOT / words[1]), *words[2:], "--size", "16"], check=True)
         else:
-            if "patches.npy" in words:
-                exec(compile(cut, "microscopy.md", "exec"), {})
             assert main(shortened(words[1:])) in (0, None), words
     names: dict = {}
     exec(compile(look, "microscopy.md", "exec"), names)
     assert imread("denoised.png").shape[1] > 300
     assert 65535 * 0.1 < float(names["original"].mean()) < 65535 * 0.9
-    patches = np.load("patches.npy")
-    assert patches.shape == (3 * 2 * 3, 32, 32) and patches.dtype == np.uint16
-    assert np.array_equal(patches[1], stack[0, :32, 32:64])
+    found = sorted(p.name for p in Path("denoised").iterdir())
+    assert found == [f"{k:04d}_mean.tif" for k in range(8)]
+    with Image.open("denoised/0003_mean.tif") as picture:
+        assert picture.mode == "I;16" and picture.size == (16, 16)
+    assert Path("result.png").is_file() and Path("result_samples.tif").is_file()
+    capsys.readouterr()
+    exec(compile(trace, "microscopy.md", "exec"), {})
+    # Patches of 32 every 24 pixels: 2 rows of 3 in 70 x 96; the sixth of a page is at 24, 48.
+    assert capsys.readouterr().out == "patch 5: stack.tif, page 0, upper left pixel 24, 48 of 70 x 96\n"
+    with MeasurementFile("patches.h5") as file:
+        assert len(file) == 3 * 2 * 3
+        patch = file.measurements([5])[0, 0].numpy() * 65535
+    assert np.abs(patch - stack[0, 24:56, 48:80]).max() < 0.02
 
 
 def test_any_physics(monkeypatch, capsys) -> None:

@@ -49,6 +49,7 @@ CpuDeviceOption = Annotated[
     Device, arg(help="As every command takes one; this one has no network to run and computes on the CPU.")
 ]
 OverwriteOption = Annotated[bool, FlagCreatePairsOff, arg(help="Replace outputs that exist.")]
+NoPictureOption = Annotated[bool, FlagCreatePairsOff, arg(help="Write no picture (.png) beside the output.")]
 SigmaMinOption = Annotated[
     float | None,
     arg(
@@ -128,6 +129,20 @@ def check_outputs(*paths: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) 
             raise InputError(f"{path}: expected a new file, got one that exists; --overwrite replaces it")
         above = next(p for p in path.absolute().parents if p.exists())
         require(above.is_dir(), f"{path}", "a folder to write to", f"the file {above}")
+
+
+def sheet_beside(out: Path, left_out: bool, overwrite: bool, inputs: tuple[Path, ...] = ()) -> Path | None:
+    """Where the picture beside an output goes, None without one.
+
+    Raises:
+        InputError: it exists, or has the name of the output or an input.
+    """
+    if left_out:
+        return None
+    sheet = out.with_suffix(".png")
+    require(sheet != out, "--out", f"a name like {out.stem}.h5 ({sheet.name} will be its picture)", out)
+    check_outputs(sheet, overwrite=overwrite, inputs=inputs)
+    return sheet
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,6 +26,13 @@ Size = Annotated[
         metavar="PIXELS",
         help="Resize images to squares of this many pixels (zero-padded, anti-aliased), >= 1.",
         help_behavior_hint="(default: leave their size)",
+    ),
+]
+NoiseUnits = Annotated[
+    Literal["scaled", "original"],
+    arg(
+        help="Units of --noise-std: those of the stored data (pictures reach from 0 to 1), or the original "
+        "ones (grey levels, scanner units)."
     ),
 ]
 PlaneOption = Annotated[Plane, arg(help="Which slices of a volume are taken.")]
@@ -69,6 +77,7 @@ class Simulate:
     ]
     out: NewFile
     reference: Annotated[Path, arg(metavar="REF.h5", help="File of clean images to write.")]
+    noise_units: NoiseUnits = "scaled"
     acceleration: Annotated[
         float | None,
         arg(
@@ -150,6 +159,7 @@ class Simulate:
             self.out,
             self.reference,
             noise_std=self.noise_std,
+            noise_units=self.noise_units,
             acceleration=self.acceleration,
             coils=self.coils,
             phase=self.phase,
@@ -173,8 +183,10 @@ class Simulate:
 class Import:
     """A measurement file from data that others wrote: images with noise in them, or raw MR scans.
 
-    Images: npy, npz, pictures (folder or zip), NIfTI and what else nibabel reads, DICOM. Raw scans: fastMRI
-    and ISMRMRD HDF5, BART cfl/hdr, npz with kspace; one file, or a folder of one kind.
+    Images: npy, npz, pictures and TIFF stacks (file, folder or zip), NIfTI and what else nibabel reads,
+    DICOM. Raw scans: fastMRI and ISMRMRD HDF5, BART cfl/hdr, npz with kspace, npy with --kind kspace; one
+    file, or a folder of one kind. Images can be made smaller or cut up, in this order: --grey, --crop, --bin
+    or --size, --patch; noise stays white in all of these, and its level follows.
     """
 
     source: Annotated[str, Positional, arg(metavar="SOURCE", help="File or folder to import.")]
@@ -183,26 +195,89 @@ class Import:
         float | None,
         arg(
             metavar="SIGMA",
-            help="Standard deviation of the noise, >= 0, per real channel.",
+            help="Standard deviation of the noise, >= 0, per real channel, in the pixels as they come "
+            "(before --bin, --size and --grey).",
             help_behavior_hint="(default: estimated, and its standard error recorded)",
         ),
     ] = None
-    noise_units: Annotated[
-        Literal["scaled", "original"],
-        arg(
-            help="Units of --noise-std: those of the stored, scaled data, or the original ones (grey "
-            "levels, scanner units)."
-        ),
-    ] = "scaled"
+    noise_units: NoiseUnits = "scaled"
     subject: Annotated[
         str | None,
         arg(
             metavar="NAME",
-            help="Person that all samples are of.",
+            help="Subject ID for all samples.",
             help_behavior_hint="(default: from folder or file names)",
         ),
     ] = None
-    size: Size = None
+    kind: Annotated[
+        Literal["images", "kspace"] | None,
+        arg(
+            metavar="{images,kspace}",
+            help="What the complex numbers of a .npy file are: images, or k-space (slices, coils, height, "
+            "width) with its centre in the middle.",
+            help_behavior_hint="(default: images, unless they look like k-space)",
+        ),
+    ] = None
+    mask: Annotated[
+        Path | None,
+        arg(
+            metavar="FILE",
+            help="With --kind kspace: .npy of 0/1, what was measured.",
+            help_behavior_hint="(default: what is not 0)",
+        ),
+    ] = None
+    channel: Annotated[
+        str | None,
+        arg(
+            metavar="{K,together,each}",
+            help="TIFF with several channels (axis C): import channel K, from 0 on; all of them together, as "
+            "images of so many channels; or each as images of their own, with their own noise level.",
+            help_behavior_hint="(needed where there are several)",
+        ),
+    ] = None
+    grey: Annotated[bool, FlagCreatePairsOff, arg(help="Colours to grey (BT.601).")] = False
+    crop: Annotated[
+        tuple[int, int] | None,
+        arg(
+            metavar="H W",
+            help="Keep the middle of each image, this high and wide, pixels.",
+            help_behavior_hint="(default: whole images)",
+        ),
+    ] = None
+    bin: Annotated[
+        int | None,
+        arg(
+            metavar="K",
+            help="Average blocks of K x K pixels, >= 2: the noise level is divided by K.",
+            help_behavior_hint="(default: leave pixels as they are)",
+        ),
+    ] = None
+    size: Annotated[
+        int | None,
+        arg(
+            metavar="PIXELS",
+            help="Reduce square images to this many pixels: averages of blocks where that divides, "
+            "else the lowest frequencies. With --noise-std 0 (clean images): resize with padding and "
+            "anti-aliasing.",
+            help_behavior_hint="(default: leave their size)",
+        ),
+    ] = None
+    patch: Annotated[
+        int | None,
+        arg(
+            metavar="PIXELS",
+            help="Cut images into squares of this many pixels; sizes may differ then.",
+            help_behavior_hint="(default: whole images)",
+        ),
+    ] = None
+    stride: Annotated[
+        int | None,
+        arg(
+            metavar="PIXELS",
+            help="With --patch: from one patch to the next.",
+            help_behavior_hint="(default: the patch size, no overlap)",
+        ),
+    ] = None
     plane: PlaneOption = "axial"
     min_foreground: MinForeground = 0.0
     noise_scan: Annotated[
@@ -251,7 +326,14 @@ class Import:
             "noise_std",
             "noise_units",
             "subject",
+            "kind",
+            "mask",
+            "grey",
+            "crop",
+            "bin",
             "size",
+            "patch",
+            "stride",
             "plane",
             "min_foreground",
             "noise_scan",
@@ -264,9 +346,16 @@ class Import:
             overwrite=self.overwrite,
             remove_oversampling=not self.keep_oversampling,
             keep_padding=self.keep_padding,
+            channel=self._channel(),
             **{name: getattr(self, name) for name in options},
         )
         print(describe(self.out))
+
+    def _channel(self) -> int | str | None:
+        if self.channel is None or self.channel in ("together", "each"):
+            return self.channel
+        require(self.channel.isdigit(), "--channel", "a number >= 0, together or each", self.channel)
+        return int(self.channel)
 
 
 def check_fraction(min_foreground: float) -> None:
@@ -276,19 +365,26 @@ def check_fraction(min_foreground: float) -> None:
 
 @dataclass(kw_only=True)
 class Inspect:
-    """What is in a file: operator, shapes, noise, masks, what they identify, people; and a picture."""
+    """What is in a file or a run: shapes, noise, masks, subjects, how it was made; and a contact sheet.
+
+    Measurement files, images (references, generated ones), results of reconstruct, run folders and saved
+    priors (these in words alone).
+    """
 
     file: Annotated[
         Path,
         Positional,
-        arg(metavar="FILE.h5", help="Measurement file, or a file of images (references, generated samples)."),
+        arg(
+            metavar="PATH",
+            help="Measurements, images or a result (.h5), or the folder of a run or a saved prior.",
+        ),
     ]
     out: Annotated[
         Path | None,
         arg(
             metavar="PICTURE",
             help="Contact sheet to write (.png, .pdf, .svg or .jpg).",
-            help_behavior_hint="(default: FILE.png beside the file; one that exists is left alone)",
+            help_behavior_hint="(default: PATH.png beside the file; one that exists is left alone)",
         ),
     ] = None
     seed: UnusedSeedOption = 0
@@ -297,8 +393,13 @@ class Inspect:
 
     def run(self) -> None:
         """Print the description, write the contact sheet."""
-        from ambient_sci.data import contact_sheet, describe
+        from ambient_sci.training.describe import describe_prior, is_prior
 
+        if self.file.is_dir() and is_prior(self.file):
+            require(self.out is None, "--out", "none for a run or a prior, which has no picture", self.out)
+            print(describe_prior(self.file))
+            return
+        describe, contact_sheet = self._ways()
         if self.out is not None:
             check_outputs(self.out, overwrite=self.overwrite, inputs=(self.file,))
         description = describe(self.file)
@@ -308,3 +409,10 @@ class Inspect:
             contact_sheet(self.file, sheet, overwrite=self.overwrite)
         print(description)
         print(f"contact sheet: {sheet}" + (" exists already (--overwrite draws it anew)" if kept else ""))
+
+    def _ways(self) -> tuple[Callable[..., str], Callable[..., Path]]:
+        """How to describe and to draw this kind of file."""
+        from ambient_sci.data import contact_sheet, describe
+        from ambient_sci.sampling.describe import describe_result, is_result, result_sheet
+
+        return (describe_result, result_sheet) if is_result(self.file) else (describe, contact_sheet)

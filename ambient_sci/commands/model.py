@@ -12,6 +12,7 @@ from tyro.conf import arg
 from ambient_sci.commands.common import (
     DeviceOption,
     MeasurementsArgument,
+    NoPictureOption,
     OverwriteOption,
     RunArgument,
     SeedOption,
@@ -22,6 +23,7 @@ from ambient_sci.commands.common import (
     generator,
     main_process,
     require,
+    sheet_beside,
 )
 from ambient_sci.errors import InputError
 
@@ -65,6 +67,7 @@ class Generate:
     batch_size: Annotated[
         int, arg(metavar="B", help="Images at a time, >= 1: changes speed and memory, not the images.")
     ] = 64
+    no_picture: NoPictureOption = False
     seed: SeedOption = 0
     device: DeviceOption = "auto"
     overwrite: OverwriteOption = False
@@ -77,9 +80,7 @@ class Generate:
         from ambient_sci.sampling.unconditional import generation_grid
 
         check_outputs(self.out, overwrite=self.overwrite)
-        sheet = self.out.with_suffix(".png")
-        require(sheet != self.out, "--out", "a name like S.h5 (S.png will be the contact sheet)", self.out)
-        check_outputs(sheet, overwrite=self.overwrite)
+        sheet = sheet_beside(self.out, self.no_picture, self.overwrite)
         require(self.num >= 1, "--num", "at least 1", self.num)
         require(self.steps is None or self.steps >= 1, "--steps", "at least 1 noise level", self.steps)
         require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
@@ -105,8 +106,9 @@ class Generate:
             )
         if not main_process():
             return
-        contact_sheet(self.out, sheet, overwrite=self.overwrite)
-        print(f"images: {self.out}, contact sheet: {sheet}")
+        if sheet is not None:
+            contact_sheet(self.out, sheet, overwrite=self.overwrite)
+        print(f"images: {self.out}" + (f", contact sheet: {sheet}" if sheet else ""))
         if len(grid) > 1 and prior.sigma_min > 0 and low >= prior.sigma_min:
             print(
                 f"note: sampling stopped at noise level {low:.3g}, the lowest the prior has learned; detail "
@@ -139,7 +141,8 @@ SAMPLER_OPTIONS = ("precision", "integrator", "final", "max_iterations", "tolera
 
 @dataclass(kw_only=True)
 class Reconstruct:
-    """Posterior mean, standard deviation and samples of every scan in a measurement file."""
+    """Posterior mean, standard deviation and samples of every scan in a measurement file, and a picture of
+    some (R.png beside R.h5)."""
 
     shared: ClassVar[bool] = True
     run_folder: RunArgument
@@ -239,6 +242,7 @@ class Reconstruct:
             help_behavior_hint="(default: all)",
         ),
     ] = None
+    no_picture: NoPictureOption = False
     seed: SeedOption = 0
     device: DeviceOption = "auto"
     overwrite: OverwriteOption = False
@@ -248,10 +252,12 @@ class Reconstruct:
         from ambient_sci.data import MeasurementFile
         from ambient_sci.priors import load_prior
         from ambient_sci.sampling import reconstruct_to_file
+        from ambient_sci.sampling.describe import result_sheet
         from ambient_sci.sampling.samplers import POINT_ESTIMATES
 
         settings = self._settings()
         check_outputs(self.out, overwrite=self.overwrite, inputs=(self.measurements,))
+        sheet = sheet_beside(self.out, self.no_picture, self.overwrite, (self.measurements,))
         device = find_device(self.device)
         prior = load_prior(self.run_folder, device)
         with MeasurementFile(self.measurements) as file:
@@ -281,6 +287,9 @@ class Reconstruct:
             else f"{report['samples']} samples, mean and standard deviation"
         )
         print(f"result: {self.out}, {count}{of} scans, {each} of each")
+        if sheet is not None:
+            result_sheet(self.out, sheet, measurements=self.measurements, overwrite=self.overwrite)
+            print(f"picture: {sheet}")
         for note in report.get("notes", []):
             print(f"note: {note}")
 

@@ -19,6 +19,9 @@ from ambient_sci.commands.common import (
     require,
 )
 
+#: Files of an export that are named one by one.
+MOST_NAMED = 16
+
 
 @dataclass(kw_only=True)
 class Evaluate:
@@ -145,47 +148,74 @@ class Evaluate:
 
 @dataclass(kw_only=True)
 class Export:
-    """A result as NIfTI volumes, in the units and at the place of the images that were imported.
+    """Export a result in original units: as PNG, TIFF, numpy array, or NIfTI with its geometry.
 
-    Slices go back to their places under the volume's affine, multiplied by the scale that the import divided
-    out; complex images become magnitudes. Voxel order is that of the import (RAS for NIfTI and DICOM).
+    The suffix of --out decides: .png (one picture), .tif (a stack, with axes and resolution of the file that
+    was imported), .npy, .nii or .nii.gz. Without a suffix it is a folder, of one file for each picture or
+    volume. Complex images become magnitudes, except in .npy.
     """
 
     file: Annotated[Path, Positional, arg(metavar="R.h5", help="Result (made by reconstruct).")]
     out: Annotated[
         Path,
-        arg(
-            metavar="PATH",
-            help="FILE.nii.gz for a result of one volume; a folder for several, one NAME_WHAT.nii.gz each.",
-        ),
+        arg(metavar="PATH", help="FILE.png, FILE.tif, FILE.npy, FILE.nii or FILE.nii.gz; or a folder."),
     ]
     what: Annotated[
-        Literal["mean", "std", "samples"],
+        Literal["mean", "std", "samples", "error", "all"],
         arg(
-            help="Magnitude of the posterior mean; standard deviation of the magnitude over the "
-            "samples; or all samples, along a "
-            "fourth axis."
+            help="Posterior mean; standard deviation over the samples; the samples; distance of the mean "
+            "from --reference; or all of these, in files of their own (FILE_mean.tif, ...)."
         ),
     ] = "mean"
+    reference: Annotated[
+        Path | None,
+        arg(
+            metavar="REF.h5",
+            help="Clean images, for --what error.",
+            help_behavior_hint="(default: none)",
+        ),
+    ] = None
+    format: Annotated[
+        Literal["png", "tif", "npy", "nii", "nii.gz"] | None,
+        arg(
+            metavar="{png,tif,npy,nii,nii.gz}",
+            help="Of the files in a folder.",
+            help_behavior_hint="(default: volumes NIfTI, 8-bit pictures PNG, others TIFF)",
+        ),
+    ] = None
+    bits: Annotated[
+        Literal[8, 16, 32] | None,
+        arg(
+            metavar="{8,16,32}",
+            help="Of PNG and TIFF; 32 is floating point. Fewer than needed: grey levels are spread over a "
+            "window, which is printed.",
+            help_behavior_hint="(default: as the pictures came; std and error 32 in TIFF)",
+        ),
+    ] = None
     seed: UnusedSeedOption = 0
     device: CpuDeviceOption = "auto"
     overwrite: OverwriteOption = False
 
     def run(self) -> None:
-        """Write the volumes and name them."""
-        from ambient_sci.sampling.export import export_nifti
-        from ambient_sci.sampling.result import ResultFile
+        """Write the files and name them."""
+        from ambient_sci.sampling.export import export
 
-        with ResultFile(self.file) as result:
-            placed = bool(result.geometry.get("volumes"))
         with folder_of(self.out):
-            paths = export_nifti(self.file, self.out, what=self.what, overwrite=self.overwrite)
-        for path in paths:
-            print(f"{self.what}: {path}")
-        if not placed:
-            print(
-                "note: the measurements came without geometry; voxels are 1 mm and slices stacked by person"
+            exported = export(
+                self.file,
+                self.out,
+                what=self.what,
+                format=self.format,
+                reference=self.reference,
+                bits=self.bits,
+                overwrite=self.overwrite,
             )
+        for what, path in exported.files[:MOST_NAMED]:
+            print(f"{what}: {path}")
+        if len(exported.files) > MOST_NAMED:
+            print(f"and {len(exported.files) - MOST_NAMED} more files")
+        for note in exported.notes:
+            print(f"note: {note}")
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,9 @@ from ambient_sci.data.importers import ImportOptions, import_source
 from ambient_sci.data.inspect import contact_sheet, describe
 from ambient_sci.data.loader import Batch, MeasurementArrays, MeasurementLoader
 from ambient_sci.data.many_files import MeasurementFiles
+from ambient_sci.data.origins import Origin, origins_of
 from ambient_sci.data.packaged import brains
+from ambient_sci.data.reductions import Reduction
 from ambient_sci.data.simulate import simulate, smooth_phase
 from ambient_sci.data.sources import ImageSource, open_source
 from ambient_sci.data.writing import MeasurementWriter, write_measurements
@@ -24,12 +26,15 @@ __all__ = [
     "MeasurementFiles",
     "MeasurementLoader",
     "MeasurementWriter",
+    "Origin",
+    "Reduction",
     "ReferenceFile",
     "brains",
     "contact_sheet",
     "describe",
     "import_source",
     "open_source",
+    "origins_of",
     "simulate",
     "smooth_phase",
     "write_images",

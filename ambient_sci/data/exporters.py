@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from ambient_sci.data.layout import channels_to_complex
+from ambient_sci.data.origins import select_origins
 from ambient_sci.errors import InputError
 from ambient_sci.whole_files import check_output, whole_file
 
@@ -91,7 +93,10 @@ def select_geometry(geometry: Mapping[str, Any], rows: Sequence[int]) -> dict[st
         found = [(place[row], where) for row, where in own if row in place]
         if found:
             kept.append({**volume, "first": found[0][0], "slices": [where for _, where in found]})
-    return {**geometry, **({"volumes": kept} if "volumes" in geometry else {})}
+    chosen = {**geometry, **({"volumes": kept} if "volumes" in geometry else {})}
+    if "pictures" in geometry:
+        chosen["pictures"] = select_origins(geometry["pictures"], rows)
+    return chosen
 
 
 def fill_volume(planes: np.ndarray, description: Mapping[str, Any]) -> np.ndarray:
@@ -124,11 +129,22 @@ def save_nifti(path: Path, volume: np.ndarray, affine: Any, positioned: bool = T
             image.to_stream(file)
 
 
-def volume_paths(folder: Path, volumes: Sequence[Mapping[str, Any]], suffix: str = "") -> list[Path]:
+def volume_paths(
+    folder: Path, volumes: Sequence[Mapping[str, Any]], suffix: str = "", kind: str = ".nii.gz"
+) -> list[Path]:
     """A file for each volume, by its name; several of one subject are numbered."""
-    safe = [re.sub(r"[^\w.-]+", "_", str(v["name"])).strip(".") or "volume" for v in volumes]
-    numbered = [f"{n}_{safe[:k].count(n) + 1}" if safe.count(n) > 1 else n for k, n in enumerate(safe)]
-    return [folder / f"{name}{suffix}.nii.gz" for name in numbered]
+    return [folder / f"{name}{suffix}{kind}" for name in safe_names([str(v["name"]) for v in volumes])]
+
+
+def safe_names(names: Sequence[str]) -> list[str]:
+    """Names that are good for files, one for each; equal ones are numbered."""
+    safe = [re.sub(r"[^\w.-]+", "_", name).strip(".") or "volume" for name in names]
+    counts, seen = Counter(safe), Counter()
+    found = []
+    for name in safe:
+        seen[name] += 1
+        found.append(f"{name}_{seen[name]}" if counts[name] > 1 else name)
+    return found
 
 
 def _stacks(subjects: Sequence[str] | None, images: Sequence[int]) -> list[dict[str, Any]]:

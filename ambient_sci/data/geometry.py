@@ -104,3 +104,12 @@ def resampling(axis: int, old: int, new: int) -> np.ndarray:
     grid[axis, axis] = old / new
     grid[axis, 3] = old // 2 - (new // 2) * old / new
     return grid
+
+
+def zooming(axis: int, first: float, zoom: float) -> np.ndarray:
+    """New indices to old ones when a pixel along an axis is a block of ``zoom`` old ones, the first block
+    beginning at ``first``: old = first + zoom new + (zoom - 1) / 2."""
+    grid = np.eye(4)
+    grid[axis, axis] = zoom
+    grid[axis, 3] = first + (zoom - 1) / 2
+    return grid

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ambient_sci.data.files import IMAGE_FORMAT, MeasurementFile, ReferenceFile
 from ambient_sci.data.hdf5_file import format_of
-from ambient_sci.errors import InputError
-from ambient_sci.whole_files import check_output, whole_file
+from ambient_sci.data.origins import origins_of
+from ambient_sci.data.sheets import COLUMNS, LINES, Panel, check_sheet, draw, picture, spread_rows
 
 #: Masks and images looked at for the statistics of a description; a large file is sampled regularly.
 SAMPLED = 256
@@ -68,13 +68,13 @@ def _describe_measurements(file: MeasurementFile) -> list[tuple[str, str]]:
 
 def _noise(file: MeasurementFile) -> str:
     low, high = float(file.noise_std.min()), float(file.noise_std.max())
-    text = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+    text = (f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}") + " per real channel"
     error = file.attributes.get("noise_std_error")
     if error is not None:
-        text += f" (estimated, standard error {float(error):.2g})"
+        text += f", estimated with a standard error of {float(error):.2g}"
     if file.attributes.get("magnitude"):
-        text += "; magnitude images: the noise is Rician, not Gaussian, where the signal is weak"
-    return text + " per real channel"
+        text += ". These are magnitude images: where the signal is weak, their noise is Rician, not Gaussian"
+    return text
 
 
 def _masks(file: MeasurementFile, mask: Tensor) -> str:
@@ -135,76 +135,71 @@ def _describe_common(file: MeasurementFile | ReferenceFile) -> list[tuple[str, s
     ]
     if file.orientation:
         lines.append(("axes", file.orientation))
+    pictures = file.geometry.get("pictures")
+    if pictures:
+        lines.append(("pictures", _pictures(pictures, file)))
     history = file.history.splitlines() or ["not recorded"]
     return lines + [("history" if k == 0 else "", line) for k, line in enumerate(history)]
+
+
+def _pictures(pictures: dict[str, Any], file: MeasurementFile | ReferenceFile) -> str:
+    """What the images are parts of."""
+    pages = len({(o.file, o.page) for o in origins_of(file.geometry)})
+    files = len(pictures["files"])
+    text = f"{pages} from {files} file{'s' * (files != 1)}"
+    if "patch" in pictures:
+        text = f"patches of {pictures['patch']} pixels, every {pictures['stride']}, of {text}"
+    return text + (f"; a pixel is {pictures['zoom']:g} of the file's" if pictures.get("zoom", 1) != 1 else "")
 
 
 def contact_sheet(
     path: str | os.PathLike[str],
     out_png: str | os.PathLike[str],
     *,
-    columns: int = 8,
+    columns: int | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """A picture of up to ``columns`` samples: adjoint images A^H y (magnitude), and their masks if anything
-    is missing.
+    """A picture of some samples: what was measured (A^H y of scans, as magnitude) and the masks if anything
+    is missing; or the images of a file of images.
 
-    Raises: InputError when the file is not valid or the picture exists.
+    Args:
+        path: measurement file or file of images.
+        out_png: picture to write.
+        columns: most samples that are shown; default 8, of images alone 32.
+        overwrite: replace a picture that exists.
+
+    Raises:
+        InputError: when the file is not valid or the picture exists.
     """
-    out = check_output(out_png, overwrite)
-    if out.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
-        raise InputError(f"{out}: expected a picture name ending in .png, .pdf, .svg or .jpg")
+    out = check_sheet(out_png, overwrite)
     with open_any(path) as file:
-        rows = np.unique(np.linspace(0, len(file) - 1, min(len(file), columns)).astype(int))
+        images = isinstance(file, ReferenceFile)
+        rows = spread_rows(len(file), columns or (COLUMNS * LINES if images else COLUMNS))
         panels = _panels(file, rows)
         titles = [f"{r}: {file.subjects[r]}" for r in rows]
         turn = file.orientation == "RAS"
-    _draw(panels, titles, turn, f"{Path(path).name}", out)
+        heading = f"{Path(path).name}: {len(rows)} of {len(file)} {'images' if images else 'measurements'}"
+    draw(panels, titles, heading, out, turn=turn)
     return out
 
 
-def _panels(file: MeasurementFile | ReferenceFile, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows of the sheet: name to pictures (n, H, W) or (n, H, W, 3)."""
+def _panels(file: MeasurementFile | ReferenceFile, rows: np.ndarray) -> list[Panel]:
+    """Rows of the sheet."""
     if isinstance(file, ReferenceFile):
-        return {"image": picture(file.images(rows))}
-    operator, y = file.operator(rows), file.measurements(rows)
-    panels = {"adjoint": picture(operator.A_adjoint(y))}
+        return [Panel("image", picture(file.images(rows)))]
+    panels = [Panel(measured_name(file.operator_name), measured(file, rows))]
     mask = file.mask(rows)
     if float(mask.min()) == 0:
         mask = mask.flatten(1, -3).amax(1) if mask.ndim == 5 else mask.mean(1)
-        panels["mask"] = mask.expand(len(rows), *mask.shape[1:]).numpy()
+        panels.append(Panel("mask", mask.expand(len(rows), *mask.shape[1:]).numpy(), (0.0, 1.0)))
     return panels
 
 
-def picture(images: Tensor) -> np.ndarray:
-    """(B, C, H, W) for display: the magnitude of complex images, colours last for three channels, else the
-    channels' mean."""
-    if images.shape[1] == 2:
-        return images.square().sum(1).sqrt().numpy()
-    if images.shape[1] == 3:
-        return images.clamp(0, 1).movedim(1, -1).numpy()
-    return images.mean(1).numpy()
+def measured(file: MeasurementFile, rows: np.ndarray) -> np.ndarray:
+    """Measurements as images to look at: themselves where they are images, else A^H y."""
+    return picture(file.operator(rows).A_adjoint(file.measurements(rows)))
 
 
-def _draw(panels: dict[str, np.ndarray], titles: list[str], turn: bool, heading: str, out: Path) -> None:
-    from matplotlib.figure import Figure
-
-    count = len(titles)
-    figure = Figure(figsize=(1.6 * count + 0.5, 1.75 * len(panels) + 0.6), layout="constrained")
-    axes: Any = figure.subplots(len(panels), count, squeeze=False)
-    for row, (name, pictures) in enumerate(panels.items()):
-        top = 1.0 if name == "mask" or pictures.ndim == 4 else float(np.percentile(pictures, 99.9)) or 1.0
-        low = 0.0 if float(pictures.min()) >= 0 else float(np.percentile(pictures, 0.1))
-        for column in range(count):
-            axis = axes[row, column]
-            # RAS slices have their first axis to the right and their second upwards; masks turn with them.
-            shown = np.rot90(pictures[column]) if turn else pictures[column]
-            axis.imshow(shown, cmap="gray", vmin=low, vmax=top, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            if row == 0:
-                axis.set_title(titles[column], fontsize=7)
-        axes[row, 0].set_ylabel(name, fontsize=8)
-    figure.suptitle(heading, fontsize=9)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(out) as part:
-        figure.savefig(part, dpi=110, format=out.suffix[1:].lower())
+def measured_name(operator: str) -> str:
+    """What `measured` shows: images that were measured as they are need no adjoint."""
+    return "measured" if operator in ("identity", "masking") else "adjoint"

@@ -85,7 +85,7 @@ def open_set(
     path = Path(path)
     if path.suffix.lower() == ".zip" and path.is_file():
         check_names(zip_names(path), path)
-    pictures = open_pictures(path, (LABELS, *expected))
+    pictures = open_pictures(path, expected=(LABELS, *expected))
     found = PictureSource(
         path, pictures.names, lambda k: _eight_bits(pictures.read(k), k, pictures.names), None
     )

@@ -27,7 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ambient_sci.data.clipping import check_plausible
 from ambient_sci.data.layout import OPERATORS, check_noise_std
+from ambient_sci.data.readers.guard import say
 from ambient_sci.data.sources import ImageSource, as_complex, open_source
 from ambient_sci.data.writing import ImageWriter, MeasurementWriter
 from ambient_sci.errors import InputError
@@ -117,6 +119,7 @@ def simulate(
     reference: str | os.PathLike[str],
     *,
     noise_std: float | Sequence[float] | Tensor,
+    noise_units: str = "scaled",
     acceleration: float | None = None,
     coils: int = 1,
     phase: str | None = None,
@@ -140,6 +143,8 @@ def simulate(
         operator: "identity", "masking" or "mri".
         out, reference: the two files to write.
         noise_std: per real channel, one number or one an image.
+        noise_units: "scaled" (as stored: pictures reach from 0 to 1) or "original" (grey levels, scanner
+            units).
         acceleration, acs: R >= 1 and number of calibration lines (MRI).
         coils: simulated birdcage coils; 1 is a single coil of uniform sensitivity (MRI).
         phase: "smooth" (default for MRI of magnitude images) or "none" (default otherwise).
@@ -163,7 +168,7 @@ def simulate(
     shape = (2 if complex_images else images.image_shape[0], *images.image_shape[1:])
     plan = plan_design(operator, shape, design=design, acceleration=acceleration, keep=keep, acs=acs, box=box)
     _check_options(operator, coils, vary_coils, shared_mask, plan)
-    levels = check_noise_std(noise_std, len(images))
+    levels = _levels(images, noise_std, noise_units)
     drawn = _Draws(operator, shape, plan, coils, vary_coils, shared_mask, phase, complex_images, seed)
     varying = " varying" * vary_coils
     history = (
@@ -203,6 +208,29 @@ def _as_stored(images: ImageSource, complex_images: bool) -> dict[str, Any]:
         return {}
     step, offset = images.eight_bits
     return {"dtype": "uint8", "step": step, "offset": offset}
+
+
+def _levels(images: ImageSource, noise_std: Any, noise_units: str) -> np.ndarray:
+    """Noise levels (N,) as stored, compared with the range of the images."""
+    if noise_units not in ("scaled", "original"):
+        raise InputError(f"noise_units: expected 'scaled' or 'original', got {noise_units!r}")
+    num = len(images)
+    levels, scale = check_noise_std(noise_std, num), np.broadcast_to(images.scale, (num,))
+    if noise_units == "original":
+        levels = check_noise_std(levels / scale, num)
+    if levels.max() > 0:
+        some = np.unique(np.linspace(0, num - 1, min(num, BLOCK)).astype(int))
+        looked_at = images.images(some)
+        doubt = check_plausible(
+            float(levels.max()),
+            float(looked_at.min()),
+            float(looked_at.max()),
+            float(scale.max()) if noise_units == "scaled" else 1.0,
+            clean=True,
+        )
+        if doubt:
+            say(images.notes, images.origin, doubt)
+    return levels
 
 
 def _check_outputs(out: Any, reference: Any, overwrite: bool) -> tuple[Path, Path]:

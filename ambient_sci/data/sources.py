@@ -9,8 +9,7 @@ arrays are left as they are. What a reader left out or guessed is in ``notes``.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,68 +17,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ambient_sci.data.clipping import Ends
 from ambient_sci.data.files import ReferenceFile
+from ambient_sci.data.image_source import ImageSource
 from ambient_sci.data.images import SLICE_AXES, percentile_scale, resize, slices
 from ambient_sci.data.layout import channels_to_complex, complex_to_channels
 from ambient_sci.data.packaged import brains
+from ambient_sci.data.picture_source import from_pictures
 from ambient_sci.data.readers.arrays import as_array, channels_first, image_arrays, stated_noise
 from ambient_sci.data.readers.dicom import Frames, is_dicom, read_dicom
 from ambient_sci.data.readers.guard import listed, naming, say
-from ambient_sci.data.readers.pictures import PICTURES, PictureSet, hidden, open_pictures
+from ambient_sci.data.readers.pictures import PICTURES, hidden
 from ambient_sci.data.readers.volumes import Volume, header_file, is_volume, read_volumes
 from ambient_sci.data.subjects import stem, subjects_of
 from ambient_sci.errors import InputError
 
 
-@dataclass
-class ImageSource:
-    """N images, read lazily by ``read(rows) -> (B, C, H, W)``."""
-
-    image_shape: tuple[int, int, int]
-    subjects: list[str]
-    read: Callable[[np.ndarray], Tensor]
-    origin: str
-    scale: float | np.ndarray = 1.0
-    geometry: dict[str, Any] = field(default_factory=dict)
-    #: True when the numbers are magnitudes of MR images: their noise is Rician, not Gaussian.
-    magnitude: bool = False
-    #: what was left out, guessed or turned; it may grow while images are read
-    notes: list[str] = field(default_factory=list)
-    #: noise level that the source states, in its original units; one number or (N,)
-    noise_std: float | np.ndarray | None = None
-    #: class of each image (N,), None where the source has no classes
-    labels: np.ndarray | None = None
-    #: step and offset of images that are stored as 8 bits, None for any others
-    eight_bits: tuple[float, float] | None = None
-
-    def __len__(self) -> int:
-        return len(self.subjects)
-
-    def images(self, rows: np.ndarray) -> Tensor:
-        """Images (B, C, H, W) float32. InputError for NaN, infinities or a shape unlike the first image's."""
-        images = self.read(rows)
-        if tuple(images.shape[1:]) != self.image_shape:
-            raise InputError(
-                f"{self.origin}: expected images {self.image_shape}, got {tuple(images.shape[1:])}"
-            )
-        bad = ~torch.isfinite(images).flatten(1).all(1)
-        if bad.any():
-            raise InputError(
-                f"{self.origin}: NaN or infinite values in image {int(rows[int(bad.nonzero()[0, 0])])}"
-            )
-        return images
-
-    def labels_of(self, rows: np.ndarray) -> np.ndarray | None:
-        """The classes of some images, None where the source has none."""
-        return None if self.labels is None else self.labels[rows]
-
-    def scale_of(self, rows: np.ndarray) -> Any:
-        """The scale of some samples."""
-        return self.scale[rows] if isinstance(self.scale, np.ndarray) else self.scale
-
-
 def open_source(
-    source: Any, *, size: int | None = None, plane: str = "axial", min_foreground: float = 0.0
+    source: Any,
+    *,
+    size: int | None = None,
+    plane: str = "axial",
+    min_foreground: float = 0.0,
+    channel: int | str | None = None,
+    mixed: bool = False,
 ) -> ImageSource:
     """Images from anything this module knows.
 
@@ -87,9 +48,12 @@ def open_source(
         source: array or tensor; path of .npy, .npz, .h5 (reference file), a volume (NIfTI and what else
             nibabel reads), a DICOM file, a picture, a zip or folder of pictures, a folder of volumes or DICOM
             files; or "brains:train", "brains:test".
-        size: resize to squares of this many pixels (zero-padded, anti-aliased).
+        size: resize to squares of this many pixels (zero-padded, anti-aliased): for clean images. For noisy
+            ones see ``reductions``.
         plane: which slices of volumes are taken: axial, coronal, sagittal.
         min_foreground: those with more foreground than this fraction.
+        channel: of TIFF files with several channels (axis C): the number of one, or "together".
+        mixed: pictures may differ in size and channels; they are read one at a time then.
 
     Raises:
         InputError: anything missing, unreadable, ambiguous, of mixed shapes, or empty.
@@ -111,12 +75,12 @@ def open_source(
     stacks = _Stacks(str(path), plane, min_foreground, size)
     name = path.name.lower()
     if path.is_dir():
-        return _from_folder(path, stacks)
+        return _from_folder(path, stacks, channel, mixed)
     volume = path if is_volume(path) else header_file(path)
     if volume is not None:
         return stacks.source(read_volumes(volume, stem(path.name), stem(path.name)))
     if name.endswith((".zip", *PICTURES)):
-        return _from_pictures(path, size)
+        return from_pictures(path, size, channel, mixed)
     if name.endswith((".npy", ".npz")):
         return _resized(_from_numpy(path), size)
     if name.endswith((".h5", ".hdf5")):
@@ -130,7 +94,7 @@ def open_source(
     )
 
 
-def _from_folder(path: Path, stacks: _Stacks) -> ImageSource:
+def _from_folder(path: Path, stacks: _Stacks, channel: int | str | None, mixed: bool) -> ImageSource:
     """Volumes, or else DICOM, or else pictures. Of pictures beside volumes or DICOM it is said that they are
     left out."""
     files = sorted(p for p in path.rglob("*") if not p.is_dir())
@@ -148,7 +112,7 @@ def _from_folder(path: Path, stacks: _Stacks) -> ImageSource:
     elif dicom:
         taken, sets = dicom, read_dicom(path, dicom)
     elif any(p.name.lower().endswith(PICTURES) for p in seen):
-        return _from_pictures(path, stacks.size)
+        return from_pictures(path, stacks.size, channel, mixed)
     else:
         what = f"only {listed([p.name for p in seen])}" if seen else "nothing"
         raise InputError(f"{path}: no pictures, volumes or DICOM files in it, got {what}")
@@ -192,7 +156,7 @@ def _resized(source: ImageSource, size: int | None) -> ImageSource:
     return source
 
 
-# -- arrays and pictures
+# -- arrays
 
 
 def _unit_range(dtype: np.dtype) -> float:
@@ -208,11 +172,17 @@ def _from_array(array: np.ndarray, origin: str, subjects: Sequence[str] | None =
     if len(names) != len(images):
         raise InputError(f"{origin}: expected {len(images)} subjects, one an image, got {len(names)}")
 
+    ends = Ends(scale)
+
     def read(rows: np.ndarray) -> Tensor:
+        for row in rows:
+            ends.look(int(row), images[row])
         with np.errstate(over="ignore"):
             return torch.from_numpy(np.ascontiguousarray(images[rows], dtype=np.float32) / np.float32(scale))
 
     found = ImageSource((images.shape[1], images.shape[2], images.shape[3]), names, read, origin, scale)
+    # Complex numbers became two channels; what a detector clips are real numbers.
+    found.ends = ends if array.dtype.kind != "c" else None
     if turned:
         found.notes.append(turned)
     if images.dtype.kind in "iu" and images.dtype.itemsize > 2 and int(np.abs(images).max()) > 1 << 24:
@@ -237,50 +207,6 @@ def _from_reference(path: Path) -> ImageSource:
     found.labels = None if labels is None else labels.numpy()
     found.eight_bits = file.eight_bits
     return found
-
-
-def _from_pictures(path: Path, size: int | None) -> ImageSource:
-    """Pictures of a folder, a zip or a single file. Their subjects: see ``subjects.py``."""
-    pictures = open_pictures(path)
-    names = pictures.names
-    first = pictures.read(0)
-    subjects = subjects_of(names)
-    if len(set(subjects)) < len(set(names)):
-        pictures.notes.append("subjects by folder (or BIDS name)")
-    shape = first.values.shape if size is None else (len(first.values), size, size)
-    found = ImageSource(
-        (shape[0], shape[1], shape[2]),
-        subjects,
-        lambda rows: _read_pictures(pictures, rows, size),
-        str(path),
-        first.largest,
-        notes=pictures.notes,
-    )
-    if size is not None:
-        found.notes.append(
-            f"resized to {size} pixels where their size was another; the noise is no longer white"
-        )
-    return found
-
-
-def _read_pictures(pictures: PictureSet, rows: np.ndarray, size: int | None) -> Tensor:
-    first, images = pictures.read(0), []
-    for row in rows:
-        one = pictures.read(int(row))
-        alike = one.largest == first.largest and len(one.values) == len(first.values)
-        if not alike or (size is None and one.values.shape != first.values.shape):
-            raise InputError(
-                f"{pictures.path}: mixed pictures, {pictures.names[0]} is {first.values.shape} of "
-                f"{first.largest:g} and "
-                f"{pictures.names[row]} {one.values.shape} of {one.largest:g} grey levels; resize or sort "
-                "them first"
-            )
-        lossy = "compressed with loss (JPEG, WebP): the noise is not white"
-        if one.lossy and lossy not in pictures.notes:
-            pictures.notes.append(lossy)
-        picture = one.values.astype(np.float32) / np.float32(one.largest)
-        images.append(picture if size is None else resize(picture[None], size)[0])
-    return torch.from_numpy(np.stack(images))
 
 
 # -- volumes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ambient_sci.sampling.api import generate, reconstruct
 from ambient_sci.sampling.conditioning import Likelihood
-from ambient_sci.sampling.export import export_nifti
+from ambient_sci.sampling.export import Exported, export
+from ambient_sci.sampling.export_volumes import export_nifti
 from ambient_sci.sampling.fixed_mask import generate_fixed_mask
 from ambient_sci.sampling.posterior import DPS, MMPS, PiGDM
 from ambient_sci.sampling.problem import Draws, PosteriorSampler, Problem
@@ -39,6 +40,8 @@ __all__ = [
     "ancestral",
     "check_output",
     "conjugate_gradient",
+    "Exported",
+    "export",
     "export_nifti",
     "gaussian_draw",
     "generate",

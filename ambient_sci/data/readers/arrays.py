@@ -63,7 +63,7 @@ def _complex(array: np.ndarray, origin: str) -> tuple[np.ndarray, str | None]:
     if array.ndim == 4:
         raise InputError(
             f"{origin}: expected complex images (N, H, W), got {array.shape}; are these coils? combine "
-            "them first"
+            "them first, or import their k-space (--kind kspace)"
         )
     array = array[None] if array.ndim == 2 else _three_axes(array, origin)[0][:, 0]
     return complex_to_channels(array).numpy(), None
@@ -167,6 +167,74 @@ def stated_noise(arrays: dict[str, np.ndarray], path: Path, num: int) -> np.ndar
             f"{path}: noise_std: expected one number or {num}, got {levels.dtype} {levels.shape}"
         )
     return float(levels.ravel()[0]) if levels.size == 1 else levels.astype(np.float64)
+
+
+# -- k-space in arrays
+
+#: k-space has this share of its energy in a square of `_CENTRE` of its entries, images do not.
+_SHARE, _CENTRE = 0.5, 0.05
+
+
+def refuse_kspace(array: np.ndarray, path: Path | None) -> None:
+    """InputError for complex numbers whose energy lies in the middle (or the corners) of their last two axes.
+
+    Args:
+        array: what was given as images.
+        path: its file, if it has one, for the commands that are spelled out.
+    """
+    if array.dtype.kind != "c" or array.ndim < 2 or min(array.shape[-2:]) < 8 or not np.isfinite(array).all():
+        return
+    energy = (np.abs(array.astype(np.complex128)) ** 2).reshape(-1, *array.shape[-2:]).sum(axis=0)
+    sides = [max(1, round(math.sqrt(_CENTRE) * n)) for n in energy.shape]
+
+    def middle(values: np.ndarray) -> float:
+        starts = [n // 2 - side // 2 for n, side in zip(values.shape, sides, strict=True)]
+        inner = values[starts[0] : starts[0] + sides[0], starts[1] : starts[1] + sides[1]]
+        return float(inner.sum() / max(values.sum(), 1e-300))
+
+    place, share = "middle", middle(energy)
+    if share < _SHARE:
+        place, share = "corners", middle(np.fft.fftshift(energy))
+    if share < _SHARE:
+        return
+    part = 100 * sides[0] * sides[1] / energy.size
+    shift = "" if place == "middle" else ", after np.fft.fftshift over the last two axes"
+    if path is None:
+        ways = f"kind='kspace'{shift} or kind='images'"
+    else:
+        command = f"ambient-sci import {path} --out M.h5 --kind"
+        ways = f"`{command} kspace [--mask FILE]`{shift}, or `{command} images`"
+    raise InputError(
+        f"{path or 'array'}: complex numbers {array.shape} with {100 * share:.0f} % of their energy in "
+        f"{part:.0f} % "
+        f"of the entries, in the {place}: k-space, or images of a small bright object? expected {ways}"
+    )
+
+
+def read_array_scan(kspace: np.ndarray, path: Path, mask: np.ndarray | None) -> RawScan:
+    """Centred k-space (S, N, H, W), (S, H, W) or (H, W), and where it was measured, (S, H, W), (H, W) or
+    (W,).
+
+    Raises: InputError for other shapes, or axes that may be confused.
+    """
+    what = "slices, coils, height, width"
+    if kspace.dtype.kind != "c" or kspace.ndim not in (2, 3, 4) or kspace.size == 0:
+        raise InputError(
+            f"{path}: expected complex k-space ({what}), without coils or for one slice fewer axes, got "
+            f"{kspace.dtype} {kspace.shape}"
+        )
+    if kspace.ndim == 4 and kspace.shape[-1] < min(16, *kspace.shape[1:3]):
+        raise InputError(f"{path}: k-space {kspace.shape} is read as ({what}); are the coils last?")
+    given = kspace.shape
+    kspace = kspace[None, None] if kspace.ndim == 2 else kspace[:, None] if kspace.ndim == 3 else kspace
+    scan = RawScan(
+        kspace, path.stem, str(path), mask=_mask({"mask": mask}, kspace, path) if mask is not None else None
+    )
+    if len(given) == 3:
+        scan.notes.append(
+            f"{given} read as {given[0]} slices of one coil; for coils of one slice give (1, coils, H, W)"
+        )
+    return scan
 
 
 # -- raw scans in npz files

@@ -2,8 +2,8 @@
 
 Every mode is read exactly or refused: grey, bilevel, RGB and palettes of 8 bits, grey of 16 bits, 32-bit
 integers and floats. Alpha is taken off when it is opaque everywhere. What Pillow would reduce to 8 bits (RGB
-of 16 bits) is refused, as are CMYK, Lab and the like. Pages of a TIFF and frames of an animation are images
-of their own. EXIF orientation is applied. Colour profiles and gamma are not.
+of 16 bits) is refused, as are CMYK, Lab and the like. Images of a TIFF (``tiff.py``) and frames of an
+animation are images of their own. EXIF orientation is applied. Colour profiles and gamma are not.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 
 from ambient_sci.data.readers.guard import check_claim, check_regular, listed, one_line, reading, say
+from ambient_sci.data.readers.tiff import Tiff
 from ambient_sci.errors import InputError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".pgm", ".ppm", ".pnm", ".bmp", ".tif", ".tiff", ".gif", ".webp")
 #: Formats that may hold several images, looked into before anything is read.
-_PAGED = (".tif", ".tiff", ".gif", ".webp")
+_PAGED = (".gif", ".webp")
+_TIFF = (".tif", ".tiff")
 _LARGEST = {
     "1": 255.0,
     "L": 255.0,
@@ -35,7 +37,7 @@ _LARGEST = {
 }
 _ALPHA = {"LA": "L", "La": "L", "RGBA": "RGB", "RGBa": "RGB", "PA": "RGB"}
 # TIFF tags
-_SUBFILE, _BITS, _PHOTOMETRIC, _DESCRIPTION = 254, 258, 262, 270
+_BITS, _PHOTOMETRIC = 258, 262
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,15 @@ class Picture:
 class _Entry:
     name: str
     load: Callable[[], bytes]
+    #: the file itself, unless it lies in a zip
+    path: Path | None = None
     page: int = 0
+    #: images in the file
+    pages: int = 1
+    #: of a TIFF, whose shapes are known before it is read
+    shape: tuple[int, int, int] | None = None
+    #: channel, where channels are images of their own
+    group: int = 0
 
 
 @dataclass
@@ -64,6 +74,10 @@ class PictureSet:
     path: Path
     entries: list[_Entry]
     notes: list[str] = field(default_factory=list)
+    channel: int | str | None = None
+    #: what is known of each TIFF: axes, type, resolution
+    about: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _open: tuple[str, Tiff] | None = None
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -73,14 +87,49 @@ class PictureSet:
         """The name of each image's file, relative to the folder or zip."""
         return [e.name for e in self.entries]
 
+    @property
+    def labels(self) -> list[str]:
+        """Names, with the page where a file has several."""
+        return [f"{e.name} page {e.page}" if e.pages > 1 else e.name for e in self.entries]
+
+    def shape(self, number: int) -> tuple[int, int, int]:
+        """(C, H, W) of one picture."""
+        known = self.entries[number].shape
+        return known if known is not None else self.read(number).values.shape  # type: ignore[return-value]
+
     def read(self, number: int) -> Picture:
         """One picture. InputError when it is damaged or not exact."""
         entry = self.entries[number]
-        label = self.path if self.path.name == entry.name else f"{self.path}/{entry.name}"
-        found = decode(entry.load(), str(label), entry.page)
+        if entry.name.lower().endswith(_TIFF):
+            return self._read_tiff(entry)
+        found = decode(entry.load(), self._label(entry), entry.page)
         if found.note and found.note not in self.notes:
-            say(self.notes, label, found.note)
+            say(self.notes, self._label(entry), found.note)
         return found
+
+    def _label(self, entry: _Entry) -> str:
+        return str(self.path) if self.path.name == entry.name else f"{self.path}/{entry.name}"
+
+    def _read_tiff(self, entry: _Entry) -> Picture:
+        tiff = self.tiff(entry)
+        plane = tiff.planes[entry.page]
+        return Picture(tiff.read(entry.page), plane.largest, plane.lossy)
+
+    def tiff(self, entry: _Entry) -> Tiff:
+        """The open TIFF of an entry; one is open at a time."""
+        if self._open is None or self._open[0] != entry.name:
+            if self._open is not None:
+                self._open[1].close()
+            label = self._label(entry)
+            data = entry.path if entry.path is not None else entry.load()
+
+            def pillow(page: int) -> np.ndarray:
+                return decode(entry.load(), label, page).values
+
+            if isinstance(data, Path):
+                check_regular(data)
+            self._open = (entry.name, Tiff(data, label, self.channel, pillow))
+        return self._open[1]
 
 
 # -- one picture
@@ -142,19 +191,13 @@ def _check_exact(picture: Any, data: bytes, name: str, page: int) -> None:
     bits = tuple(np.atleast_1d(tags.get(_BITS, 1)).tolist())
     if len(bits) > 1 and max(bits) > 8:
         raise InputError(
-            f"{name}: page {page} is a TIFF of {max(bits)}-bit colour, which would be cut to 8 bits; save "
-            "it as .npy"
+            f"{name}: page {page} is {max(bits)}-bit colour in a compression that needs the package "
+            "imagecodecs; "
+            "install it, or save the picture uncompressed"
         )
     if max(bits) > 8 and tags.get(_PHOTOMETRIC) == 0:
         raise InputError(
             f"{name}: page {page} is a TIFF whose zero is white, of more than 8 bits; save it as .npy"
-        )
-    description = str(tags.get(_DESCRIPTION, ""))
-    pages = [line[7:] for line in description.splitlines() if line.startswith("images=")]
-    if description.startswith("ImageJ=") and pages and pages[0] != str(picture.n_frames):
-        raise InputError(
-            f"{name}: an ImageJ stack of {one_line(pages[0], 20)} images in {picture.n_frames} pages; save "
-            "it as .npy"
         )
 
 
@@ -192,8 +235,8 @@ def _values(picture: Any, whole_png: bool, name: str) -> tuple[np.ndarray, float
 # -- many pictures
 
 
-def open_pictures(path: Path, expected: Collection[str] = ()) -> PictureSet:
-    """The pictures in a folder, a zip or a single file.
+def open_pictures(path: Path, channel: int | str | None = None, expected: Collection[str] = ()) -> PictureSet:
+    """The pictures in a folder, a zip or a single file; ``channel``: see ``Tiff``.
 
     Args:
         path: which.
@@ -210,7 +253,16 @@ def open_pictures(path: Path, expected: Collection[str] = ()) -> PictureSet:
     if others:
         say(notes, path, f"{len(others)} files are no pictures and are left out: {listed(sorted(others))}")
     entries.sort(key=lambda e: e.name)
-    return PictureSet(path, [page for e in entries for page in _pages(e, path, notes)], notes)
+    found = PictureSet(path, [], notes, channel)
+    if channel is not None and not any(e.name.lower().endswith(_TIFF) for e in entries):
+        raise InputError(
+            f"{path}: channel: only a TIFF has several (axis C), got {listed([e.name for e in entries])}"
+        )
+    for entry in entries:
+        found.entries += (
+            _planes(found, entry) if entry.name.lower().endswith(_TIFF) else _pages(entry, path, notes)
+        )
+    return found
 
 
 def hidden(name: str) -> bool:
@@ -237,7 +289,7 @@ def _files(path: Path) -> tuple[list[_Entry], list[str]]:
 
     names = [(str(p.relative_to(root)), p) for p in found]
     names = [(n, p) for n, p in names if not hidden(n) or p == path]
-    entries = [_Entry(n, loader(p)) for n, p in names if n.lower().endswith(PICTURES)]
+    entries = [_Entry(n, loader(p), p) for n, p in names if n.lower().endswith(PICTURES)]
     return entries, [n for n, _ in names if not n.lower().endswith(PICTURES)]
 
 
@@ -269,8 +321,22 @@ def _members(path: Path) -> tuple[list[_Entry], list[str]]:
     return [_Entry(m.filename, loader(m)) for m in pictures], others
 
 
+def _planes(pictures: PictureSet, entry: _Entry) -> list[_Entry]:
+    """The images of a TIFF."""
+    tiff = pictures.tiff(entry)
+    for note in tiff.notes:
+        if "left out" in note:
+            say(pictures.notes, pictures.path, f"{entry.name}: {note}")
+        else:
+            pictures.notes.append(f"{entry.name}: {note}")
+    pictures.about[entry.name] = tiff.about
+    count = len(tiff.planes)
+    planes = enumerate(tiff.planes)
+    return [replace(entry, page=k, pages=count, shape=p.shape, group=p.channel) for k, p in planes]
+
+
 def _pages(entry: _Entry, path: Path, notes: list[str]) -> list[_Entry]:
-    """The pages of a picture that are images: thumbnails and masks of a TIFF are left out."""
+    """The frames of a picture that may have several."""
     if not entry.name.lower().endswith(_PAGED):
         return [entry]
     name, data = entry.name, entry.load()
@@ -278,18 +344,6 @@ def _pages(entry: _Entry, path: Path, notes: list[str]) -> list[_Entry]:
         count = int(getattr(picture, "n_frames", 1))
         if count > 1 << 16:
             raise InputError(f"{path}: {count} pages in {name}")
-        chosen = [k for k in range(count) if picture.format != "TIFF" or not _is_side_page(picture, k)]
-    if len(chosen) < count:
-        say(
-            notes,
-            path,
-            f"{name}: {count - len(chosen)} of {count} pages are thumbnails or masks and are left out",
-        )
     if count > 1:
-        notes.append(f"{name}: {len(chosen)} pages as images of their own")
-    return [_Entry(name, entry.load, k) for k in chosen]
-
-
-def _is_side_page(picture: Any, page: int) -> bool:
-    picture.seek(page)
-    return bool(int(picture.tag_v2.get(_SUBFILE, 0)) & 0b101)
+        notes.append(f"{name}: {count} pages as images of their own")
+    return [replace(entry, page=k, pages=count) for k in range(count)]
