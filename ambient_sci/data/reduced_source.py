@@ -53,6 +53,9 @@ def reduced(source: ImageSource, reduction: Reduction) -> ImageSource:
         found.noise_std = source.noise_std[image]
     if source.noise_group is not None:
         found.noise_group = source.noise_group[image]
+    if source.labels is not None:
+        found.labels = source.labels[image]
+    found.eight_bits = None
     found.geometry = _geometry(source, reduction, plans, rows)
     _say(found, plans, len(rows))
     return found
