@@ -82,6 +82,7 @@ def run_protocol(
     value_range: Range | None = None,
     cache: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
+    overwrite: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Draw, compare, and write ``report.json`` into the folder ``out``.
@@ -97,6 +98,7 @@ def run_protocol(
         value_range: black and white; default: `natural_range` of the reference (or of the first samples).
         cache: folder of features and statistics; default: ``out``/features.
         device: where features are computed.
+        overwrite: replace images of another protocol or prior in ``out`` (one process only).
         progress: show progress bars.
 
     Returns:
@@ -110,7 +112,7 @@ def run_protocol(
     plan, out = protocol or Protocol(), Path(out)
     cache = Path(cache or out / "features")
     found = get_extractor(extractor)
-    _same_settings(prior, plan, out)
+    _same_settings(prior, plan, out, overwrite and process_share(torch.device(device))[1] == 1)
     paths = [_drawn(prior, plan, seed, out, progress) for seed in plan.seeds]
     if value_range is None and found.rgb:
         value_range = _range(Path(reference), paths[0])
@@ -159,7 +161,7 @@ def _summary(values: Sequence[float]) -> dict[str, Any]:
 # -- samples -----------------------------------------------------------------------------------------------
 
 
-def _same_settings(prior: Prior, plan: Protocol, out: Path) -> None:
+def _same_settings(prior: Prior, plan: Protocol, out: Path, overwrite: bool) -> None:
     """Refuse a folder with images of other settings; note those of this one."""
     settings = {"prior": fingerprint(prior, []), **json.loads(json.dumps(asdict(plan)))}
     settings.pop("batch_size")
@@ -170,12 +172,15 @@ def _same_settings(prior: Prior, plan: Protocol, out: Path) -> None:
         except ValueError:
             raise InputError(f"{path}: expected the settings of a protocol, got a damaged file") from None
         other = {k for k in settings if there.get(k) != settings[k]} - {"seeds"}
-        if other:
+        if not other:
+            return
+        if not overwrite:
             raise InputError(
                 f"{out}: expected a new folder or one of the same protocol, got one with another "
-                f"{', '.join(sorted(other))}"
+                f"{', '.join(sorted(other))}; --overwrite (by one process) replaces it"
             )
-        return
+        for old in out.glob("samples-s*.h5"):
+            old.unlink()
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
 
