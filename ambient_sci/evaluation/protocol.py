@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
 
 from ambient_sci.data import ReferenceFile
 from ambient_sci.errors import InputError
@@ -37,7 +36,7 @@ from ambient_sci.priors import Labels, Prior
 from ambient_sci.priors.given import class_count
 from ambient_sci.sampling import generate_to_file
 from ambient_sci.sampling.parts import fingerprint, process_share
-from ambient_sci.whole_files import read_tensors, whole_file, write_json
+from ambient_sci.whole_files import read_tensors, whole_file, write_json, write_tensors
 
 #: Of the statistics' file and of how they are computed. A change of either makes all anew.
 VERSION = 1
@@ -300,9 +299,7 @@ def reference_statistics(features: np.ndarray, key: dict[str, Any], cache: Path)
     found = FeatureMoments.of(features)
     tensors = {"mean": found.mean.contiguous(), "covariance": found.covariance.contiguous()}
     with whole_file(path) as part:
-        # Into the file that is there: `save_file` would put another one in its place, without the lock that
-        # keeps processes at the same work from taking it for debris.
-        part.write_bytes(save(tensors, metadata={"of": text, "n": str(found.n)}))
+        write_tensors(part, tensors, {"of": text, "n": str(found.n)})
     return found
 
 
