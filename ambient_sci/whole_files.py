@@ -62,9 +62,12 @@ class Part:
         sweep(self._goal.parent, self._goal.name)
         self.path, self._lock = _claim(self._goal, folder=False)
 
-    def commit(self) -> None:
-        """Bring it to the disk and give it its name."""
+    def settle(self) -> None:
+        """Bring it to the disk: what does not fit is noticed here."""
         _to_disk(self.path)
+
+    def commit(self) -> None:
+        """Give it, settled, its name."""
         os.replace(self.path, self._goal)
         _to_disk(self._goal.parent)
 
@@ -84,6 +87,7 @@ def whole_file(path: PathLike) -> Iterator[Path]:
     part = Part(path)
     try:
         yield part.path
+        part.settle()
         part.commit()
     finally:
         part.discard()

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ambient_sci.data.hdf5_writer import close_together
 from ambient_sci.data.identify import identify
 from ambient_sci.data.kspace import PreparedScan, combined_images, crop_slices, prepare
 from ambient_sci.data.layout import check_noise_std, to_numpy
@@ -327,7 +328,7 @@ def write_scans(
         writer.set_design(*_design(found, chosen.design))
         for file in filter(None, (writer, truth)):
             file.geometry, file.history = {"volumes": volumes}, "\n".join(notes)
-            file.close()
+        close_together(*filter(None, (writer, truth)))
     finally:
         for file in filter(None, (writer, truth)):
             file.discard()

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ambient_sci.data.hdf5_writer import close_together
 from ambient_sci.data.layout import OPERATORS, check_noise_std
 from ambient_sci.data.sources import ImageSource, as_complex, open_source
 from ambient_sci.data.writing import ImageWriter, MeasurementWriter
@@ -171,13 +172,14 @@ def simulate(
         f"design {plan.name if plan else None}, coils {coils}{varying}, seed {seed}"
     ) + "".join(f"; {note}" for note in images.notes)
     common = {"history": history, "geometry": images.geometry, "overwrite": overwrite}
-    with (
-        MeasurementWriter(
-            out, operator=operator, image_shape=shape, design=plan, **drawn.shared, **common
-        ) as file,
-        ImageWriter(reference, **common) as truth,
-    ):
+    file = MeasurementWriter(out, operator=operator, image_shape=shape, design=plan, **drawn.shared, **common)
+    truth = ImageWriter(reference, **common)
+    try:
         _fill(file, truth, images, drawn, levels)
+        close_together(file, truth)
+    finally:
+        file.discard()
+        truth.discard()
     return out
 
 

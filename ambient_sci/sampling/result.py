@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from ambient_sci.data.checksums import MARK
 from ambient_sci.data.hdf5_file import one_line, parse_json, plain
+from ambient_sci.data.hdf5_output import Output
 from ambient_sci.data.hdf5_safety import entries
 from ambient_sci.data.survey import fingerprint
 from ambient_sci.errors import InputError
@@ -243,19 +243,21 @@ class ResultWriter:
         overwrite: bool = False,
     ) -> None:
         self.path = check_output(path, overwrite, folder_exists=True)
-        self._part = Part(self.path)
         try:
-            with self._writing():
-                # Version 1.10 of the format stores attributes of more than 64 kB (the subjects of a large
-                # data set), and protects its own structures by checksums.
-                self._file = h5py.File(self._part.path, "w", libver="v110", locking=False)
+            self._part = Part(self.path)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({one_line(error)})") from None
+        try:
+            self._output = Output(self._part.path, self.path)
+            self._file = self._output.file
+            with self._output.at_work():
                 for name, size in (("samples", shape), ("mean", shape[1:]), ("std", shape[1:])):
                     chunk = (*[1] * (len(size) - 3), *size[-3:])
                     self._file.create_dataset(name, size, np.float32, chunks=chunk, fletcher32=True)
                 self._file.attrs.update(format=FORMAT, scale=scale, subjects=json.dumps(subjects or []))
                 self._file.attrs.update(geometry=json.dumps(geometry or {}), source=json.dumps(source or {}))
         except BaseException:
-            self._part.discard()
+            self._discard()
             raise
         self._moments: dict[int, tuple[int, Tensor, Tensor]] = {}
         self._missing = shape[0] * shape[1]
@@ -265,7 +267,7 @@ class ResultWriter:
         """More samples (s, n, C, H, W) of the images ``images``; those of one image come in any number of
         parts.
         """
-        with self._writing():
+        with self._output.at_work():
             self._add(images, samples.detach().to("cpu", torch.float64))
 
     def _add(self, images: slice, data: Tensor) -> None:
@@ -286,32 +288,37 @@ class ResultWriter:
                 self._file["mean"][image] = mean.float().numpy()
                 self._file["std"][image] = (square / max(count - 1, 1)).sqrt().float().numpy()
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """A disk that is full, or refuses, ends in one line; HDF5 reports some of that as RuntimeError."""
-        try:
-            yield
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"{self.path}: cannot be written ({one_line(error)})") from None
-
     def __enter__(self) -> ResultWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
             if kind is None and self._missing == 0:
-                with self._writing():
-                    self._file.attrs["report"] = json.dumps(self.report)
-                    attributes = {name: plain(value) for name, value in self._file.attrs.items()}
-                    self._file.attrs[MARK] = _mark(attributes, {k: self._file[k] for k in DATASETS})
-                    self._file.close()
-                    self._part.commit()
+                self._finish()
         finally:
-            with suppress(OSError, RuntimeError):  # on a full disk; what is open goes with the part
-                self._file.close()
-            self._part.discard()
+            self._discard()
         if kind is None and self._missing:
             raise RuntimeError(f"{self.path}: {self._missing} samples were never added, no file written")
+
+    def _finish(self) -> None:
+        """Complete the file and give it its name."""
+        with self._output.at_work():
+            self._file.attrs["report"] = json.dumps(self.report)
+            attributes = {name: plain(value) for name, value in self._file.attrs.items()}
+            self._file.attrs[MARK] = _mark(attributes, {k: self._file[k] for k in DATASETS})
+        self._output.finish()
+        try:
+            self._part.settle()
+            self._part.commit()
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({one_line(error)})") from None
+
+    def _discard(self) -> None:
+        try:
+            if hasattr(self, "_output"):
+                self._output.close()
+        finally:
+            self._part.discard()
 
 
 def _mark(attributes: dict[str, Any], datasets: dict[str, Any]) -> str:
