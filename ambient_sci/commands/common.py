@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from ambient_sci.errors import InputError
+from ambient_sci.whole_sets import made_folder, sweep_output
 
 if TYPE_CHECKING:
     import torch
@@ -125,20 +125,12 @@ def check_outputs(*paths: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) 
             "the same file",
         )
         if path.exists() and not overwrite:
+            sweep_output(path)
             raise InputError(f"{path}: expected a new file, got one that exists; --overwrite replaces it")
         above = next(p for p in path.absolute().parents if p.exists())
         require(above.is_dir(), f"{path}", "a folder to write to", f"the file {above}")
 
 
-@contextlib.contextmanager
-def folder_of(path: Path) -> Iterator[None]:
+def folder_of(path: Path) -> contextlib.AbstractContextManager[None]:
     """The folder that ``path`` goes to, made where it is missing, and unmade if what is to fill it fails."""
-    made = [folder for folder in path.absolute().parents if not folder.exists()]
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
+    return made_folder(path.absolute().parent)

@@ -42,6 +42,8 @@ class Hdf5Writer:
         self._labels: list[np.ndarray] = []
         self._sums: dict[str, list[np.ndarray]] = {}
         self._overwrite = overwrite
+        #: files that were made from one of this name; they go when it is replaced
+        self.stale: Sequence[Path] = ()
         self._output: Output | None = None
         self._part: Part | None = None
 
@@ -208,8 +210,8 @@ def close_together(*writers: Hdf5Writer) -> None:
     """
     for writer in writers:
         writer.finish()
-    for writer in writers[1:]:
-        writer.path.unlink(missing_ok=True)
+    for path in (*(w.path for w in writers[1:]), *(p for w in writers for p in w.stale)):
+        path.unlink(missing_ok=True)
     for writer in writers:
         assert writer._part is not None
         writer._part.commit()

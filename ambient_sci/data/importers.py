@@ -42,6 +42,7 @@ from ambient_sci.errors import IdentifiabilityError, InputError
 from ambient_sci.operators import MaskDesign, estimate_design
 from ambient_sci.progress import track
 from ambient_sci.whole_files import check_output
+from ambient_sci.whole_sets import only_maker
 
 _BLOCK = 64
 #: Images looked at for a noise level, and masks for a design.
@@ -93,7 +94,13 @@ def import_source(
     then.
     """
     out = check_output(out, overwrite)
-    chosen = ImportOptions(**options)
+    with only_maker(out):
+        _import(source, out, overwrite, ImportOptions(**options))
+    return out
+
+
+def _import(source: Any, out: Path, overwrite: bool, chosen: ImportOptions) -> None:
+    """What kind of data it is decides who reads them."""
     kind, paths = identify(source)
     if kind == "images":
         _refuse_options(chosen, "images", ("noise_scan", "coil_maps", "compress", "design"))
@@ -109,7 +116,6 @@ def import_source(
         padding = common_padding(paths) if kind == "fastmri" and len(paths) > 1 else None
         padding = 0 if padding is None and kind == "fastmri" and len(paths) > 1 else padding
         write_scans(_read_scans(kind, paths, chosen), out, chosen, overwrite, padding=padding)
-    return out
 
 
 def _refuse_options(chosen: ImportOptions, what: str, names: tuple[str, ...]) -> None:

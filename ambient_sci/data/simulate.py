@@ -35,6 +35,7 @@ from ambient_sci.errors import InputError
 from ambient_sci.operators import MRI, MaskDesign, birdcage_maps, make_design
 from ambient_sci.progress import track
 from ambient_sci.whole_files import check_output
+from ambient_sci.whole_sets import only_maker
 
 #: Images simulated at a time. Random draws follow these blocks, so the number is part of what a seed means.
 BLOCK = 64
@@ -174,12 +175,13 @@ def simulate(
     common = {"history": history, "geometry": images.geometry, "overwrite": overwrite}
     file = MeasurementWriter(out, operator=operator, image_shape=shape, design=plan, **drawn.shared, **common)
     truth = ImageWriter(reference, **common)
-    try:
-        _fill(file, truth, images, drawn, levels)
-        close_together(file, truth)
-    finally:
-        file.discard()
-        truth.discard()
+    with only_maker(out), only_maker(reference):
+        try:
+            _fill(file, truth, images, drawn, levels)
+            close_together(file, truth)
+        finally:
+            file.discard()
+            truth.discard()
     return out
 
 

@@ -28,6 +28,7 @@ from ambient_sci.priors import Prior
 from ambient_sci.sampling import POINT_ESTIMATES, Reconstruction, reconstruct
 from ambient_sci.sampling.result import made_from
 from ambient_sci.whole_files import check_output, write_json
+from ambient_sci.whole_sets import whole_set
 
 ROWS_SHOWN = 4
 #: What may be written; the report first.
@@ -88,14 +89,12 @@ def evaluate(
         report, drawn = _of_images(result, reference, calibration, peak, generator), []
     report["text"] = _text(report)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in drawn:
-        draw(folder / name)
     report["figures"] = [str(folder / name) for name, _ in drawn]
     # Figures of an earlier evaluation of something else would contradict the report.
-    for stale in set(OUTPUTS[1:]) - {name for name, _ in drawn}:
-        (folder / stale).unlink(missing_ok=True)
-    write_json(folder / OUTPUTS[0], report)
+    with whole_set(folder, OUTPUTS[0], stale=OUTPUTS[1:]) as part:
+        for name, draw in drawn:
+            draw(part / name)
+        write_json(part / OUTPUTS[0], report)
     return report
 
 

@@ -7,6 +7,7 @@ processes of one ``torchrun`` share them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,7 @@ def generate_to_file(
     overwrite: bool = False,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    stale: Sequence[Path] = (),
 ) -> Path:
     """Generate images into a file of images, at the memory of one part whatever their number: those of
     `generate`, from the same generator.
@@ -203,6 +205,7 @@ def generate_to_file(
             processes.
         history: how the file was made, in words, to be stored in it.
         overwrite: replace an existing file.
+        stale: files that were made from the one that is replaced (its contact sheet), removed with it.
 
     Returns:
         ``out``.
@@ -227,15 +230,18 @@ def generate_to_file(
                 writer.append(as_complex(images) if prior.shape[0] == 2 else images, subjects="generated")
         parts.wait()
         if parts.main:
-            join_images(parts.paths, out, history, overwrite)
+            join_images(parts.paths, out, history, overwrite, stale)
             parts.remove()
         parts.wait()
     return out
 
 
-def join_images(parts: list[Path], out: Path, history: str, overwrite: bool) -> None:
+def join_images(
+    parts: list[Path], out: Path, history: str, overwrite: bool, stale: Sequence[Path] = ()
+) -> None:
     """One file of images from the parts', one part in memory at a time."""
     with ImageWriter(out, history=history, overwrite=overwrite) as writer:
+        writer.stale = stale
         for part in parts:
             with ReferenceFile(part) as file:
                 images = file.images()

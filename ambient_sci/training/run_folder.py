@@ -42,6 +42,7 @@ from ambient_sci.priors.storage import is_saved
 from ambient_sci.training.config import TrainConfig, differences
 from ambient_sci.whole_files import (
     digest_of,
+    holder_of,
     is_part,
     read_tensors,
     recover,
@@ -90,7 +91,7 @@ class RunFolder:
                 if not held:
                     raise InputError(
                         f"run folder {self.path}: expected no other process at work in it, got process "
-                        f"{(self.path / LOCK).read_text().strip() or '(unknown)'}, which holds {LOCK}"
+                        f"{holder_of(self.path / LOCK)}, which holds {LOCK}"
                     )
                 yield
         finally:
