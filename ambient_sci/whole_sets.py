@@ -2,9 +2,9 @@
 
     with whole_set(folder, "report.json") as part:     # fill the folder `part`
 
-What is written lies in a folder beside its goal and is complete on the disk before the first file gets its name.
-The last one, which tells that the set is there, goes first and comes last: killed in between, the folder has no
-report, never one beside the figures of another.
+What is written lies in a folder beside its goal and is complete on the disk before the first file gets its
+name. The last one, which tells that the set is there, goes first and comes last: killed in between, the folder
+has no report, never one beside the figures of another.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def only_maker(path: PathLike) -> Iterator[None]:
     with made_folder(path.parent), sole(lock) as held:
         if not held:
             raise InputError(
-                f"{path}: expected to be the only process that makes it, got process {holder_of(lock)} at work "
-                "on it"
+                f"{path}: expected to be the only process that makes it, got process {holder_of(lock)} at "
+                "work on it"
             )
         yield
 

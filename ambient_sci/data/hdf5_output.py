@@ -1,11 +1,11 @@
 """An HDF5 file in the making that a full disk cannot upset.
 
-HDF5 holds much of a file in caches of its own, and where it cannot write them it cannot be closed either: every
-handle that is still open then complains on standard error. So it is given a file object that never fails. From
-the first write that the system refuses on, everything written is held in memory instead, where HDF5 finds it
-again; the refusal is kept, and raised at the end of the `Output.at_work` that it happened in. What is held is
-what that one block and the closing write: no more than the samples that did not fit, and the caches. Signals
-wait for the end of the block, too: what their handlers raise must not go through HDF5.
+HDF5 holds much of a file in caches of its own, and where it cannot write them it cannot be closed either:
+every handle that is still open then complains on standard error. So it is given a file object that never
+fails. From the first write that the system refuses on, everything written is held in memory instead, where
+HDF5 finds it again; the refusal is kept, and raised at the end of the `Output.at_work` that it happened in.
+What is held is what that one block and the closing write: no more than the samples that did not fit, and the
+caches. Signals wait for the end of the block, too: what their handlers raise must not go through HDF5.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Output:
             raise self._error(error) from None
         try:
             with self.at_work():
-                # Version 1.10 of the format stores attributes of more than 64 kB (the subjects of a large data
-                # set), and protects its own structures by checksums.
+                # Version 1.10 of the format stores attributes of more than 64 kB (the subjects of a large
+                # data set), and protects its own structures by checksums.
                 self.file = h5py.File(self._disk, "w", libver="v110")
         except BaseException:
             self.close()

@@ -74,8 +74,9 @@ class Parts:
                 raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and not any(path.exists() for path in self.paths):
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        finished = sum(path.exists() for path in self.paths)
+        if kind is not None and not finished:
             # Kept only if it holds finished parts, to go on from. Files of other processes are theirs to
             # remove.
             (self.folder / "lock").unlink(missing_ok=True) if self.main else None
@@ -84,6 +85,11 @@ class Parts:
         if self._lock is not None:
             os.close(self._lock)
         self._held.close()
+        if isinstance(error, InputError) and finished:
+            raise InputError(
+                f"{error}; {finished} of {len(self.paths)} parts are finished and wait in {self.folder}: the "
+                "same command will go on with them"
+            ) from None
 
     def missing(self, read: Callable[[Path], Any]) -> list[int]:
         """Parts that this process has to make. One that ``read`` cannot open (cut off by a crash of the
