@@ -3,8 +3,8 @@
     with whole_set(folder, "report.json") as part:     # fill the folder `part`
 
 What is written lies in a folder beside its goal and is complete on the disk before the first file gets its
-name. The last one, which tells that the set is there, goes first and comes last: killed in between, the folder
-has no report, never one beside the figures of another.
+name. The last one, which tells that the set is there, goes first and comes last: killed in between, the
+folder has no report, never one beside the figures of another.
 """
 
 from __future__ import annotations

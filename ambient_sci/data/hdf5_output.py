@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +78,15 @@ class Output:
             InputError: as of `at_work`.
         """
         with self.at_work():
-            self.close()
+            self.file.close()
+        self._disk.close()
 
     def close(self) -> None:
         """Let go of the file, whatever its state; doing it twice does no harm."""
-        with _signals_wait():
+        with _signals_wait(), suppress(OSError, RuntimeError):
             if hasattr(self, "file"):
                 self.file.close()
-            self._disk.close()
+        self._disk.close()
 
 
 @contextmanager
