@@ -79,14 +79,14 @@ class Output:
         """
         with self.at_work():
             self.file.close()
-        self._disk.close()
+        self._disk.release()
 
     def close(self) -> None:
         """Let go of the file, whatever its state; doing it twice does no harm."""
         with _signals_wait(), suppress(OSError, RuntimeError):
             if hasattr(self, "file"):
                 self.file.close()
-        self._disk.close()
+        self._disk.release()
 
 
 @contextmanager
@@ -149,7 +149,7 @@ class _Disk(io.RawIOBase):
     def readinto(self, target: Any) -> int:
         """Read from the place at hand: what was written last, zeros where nothing was."""
         view = memoryview(target).cast("B")
-        found = os.pread(self._descriptor, len(view), self._place)
+        found = os.pread(self._descriptor, len(view), self._place) if self._descriptor >= 0 else b""
         view[: len(found)] = found
         view[len(found) :] = bytes(len(view) - len(found))
         for start, data in self._held:
@@ -169,8 +169,9 @@ class _Disk(io.RawIOBase):
                 self.refusal = error
         return self._size
 
-    def close(self) -> None:
-        """Let go of the descriptor; doing it twice does no harm."""
-        if not self.closed:
+    def release(self) -> None:
+        """Let go of the descriptor. What HDF5 still wants to write, if it could not close the file, is held."""
+        if self._descriptor >= 0:
             os.close(self._descriptor)
-        super().close()
+        self._descriptor = -1
+        self.refusal = self.refusal or OSError("the file was let go of")
