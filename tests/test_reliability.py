@@ -16,12 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from ambient_sci import cli, whole_files
 from ambient_sci.cli import main
-from ambient_sci.data import MeasurementFile, write_measurements
+from ambient_sci.data import MeasurementFile, ReferenceFile, write_images, write_measurements
 from ambient_sci.errors import InputError
-from ambient_sci.priors import GaussianPrior, NetworkConfig, load_prior
+from ambient_sci.evaluation import features_of
+from ambient_sci.operators import MRI, normalise_maps
+from ambient_sci.priors import GaussianPrior, LoraPrior, NetworkConfig, NetworkPrior, load_prior
 from ambient_sci.sampling import Reconstruction, ResultFile, reconstruct_to_file
 from ambient_sci.sampling.parts import Parts
 from ambient_sci.training import EMConfig, RunFolder, TrainConfig, em_report, fit
+from ambient_sci.training.draws import Draws
 
 SHAPE = (1, 4, 4)
 
@@ -68,6 +71,27 @@ def work(tmp_path_factory) -> Path:
     for seed in (1, 2):
         scans(folder / f"m{seed}.h5", seed)
     scans(folder / "full.h5", masked=False)
+    options: dict = {"noise_std": 0.1, "subjects": list("aabbccdd"), "scale": np.arange(1.0, 9.0)}
+    mask = (torch.rand(8, *SHAPE, generator=rng(11)) < 0.6).float()
+    mask[:, :, 0] = 1
+    stored = (mask * 200).to(torch.uint8)
+    write_measurements(
+        folder / "mask8.h5", measurements=stored, mask=mask, operator="masking", image_shape=SHAPE, dtype="uint8",
+        **options,
+    )  # fmt: skip
+    maps = normalise_maps(torch.randn(1, 2, 4, 4, dtype=torch.complex64, generator=rng(12)))
+    lines = torch.ones(8, 1, 4, 4)
+    lines[4:, ..., 0] = 0
+    y = MRI(lines, maps).A(torch.randn(8, 2, 4, 4, generator=rng(13)))
+    write_measurements(
+        folder / "kspace.h5", measurements=y, mask=lines, operator="mri", image_shape=(2, 4, 4), coil_maps=maps,
+        geometry={"volumes": []}, **options,
+    )  # fmt: skip
+    write_images(folder / "images.h5", images=IMAGES, labels=torch.arange(8), history="by hand")
+    features_of(IMAGES, "pixels", folder / "features", batch_size=3)
+    network = NetworkPrior(SHAPE, 1.0, network=NetworkConfig(kind="mlp", channels=(8,)))
+    network.save(folder / "base")
+    LoraPrior(load_prior(folder / "base"), rank=1, source=str(folder / "base")).save(folder / "lora")
     fit(folder / "full.h5", settings(), out=folder / "run", progress=False)
     fit(folder / "full.h5", settings(max_steps=None, em=em), out=folder / "em", progress=False)
     with MeasurementFile(folder / "m1.h5") as file:
@@ -104,7 +128,54 @@ def state_of_settings(path: Path) -> object:
     return folder.config.to_dict()
 
 
+def state_of_measurements(path: Path) -> object:
+    with MeasurementFile(path) as file:
+        maps, rows = file.coil_maps(), file.measurements()
+        values = [
+            rows,
+            file.sigma(),
+            file.mask(),
+            torch.zeros(0) if maps is None else torch.view_as_real(maps),
+        ]
+        about = [
+            file.subjects,
+            np.asarray(file.scale).tolist(),
+            file.history,
+            file.geometry,
+            file.design_dict,
+        ]
+        return [v.tolist() for v in values], about, file.operator_name, file.image_shape, file.design_status
+
+
+def state_of_images(path: Path) -> object:
+    with ReferenceFile(path) as file:
+        labels = file.labels()
+        assert labels is not None
+        return [
+            file.images().tolist(),
+            labels.tolist(),
+            file.subjects,
+            file.scale,
+            file.history,
+            file.geometry,
+        ]
+
+
+def state_of_features(path: Path) -> object:
+    return features_of(IMAGES, "pixels", path.parent, batch_size=3).tolist()
+
+
+IMAGES = torch.rand(8, *SHAPE, generator=rng(7))
 KINDS = {
+    "full.h5": (state_of_measurements, 30),
+    "mask8.h5": (state_of_measurements, 30),
+    "kspace.h5": (state_of_measurements, 40),
+    "images.h5": (state_of_images, 40),
+    "features/KEY.npy": (state_of_features, 40),
+    "features/KEY.sums": (state_of_features, 20),
+    "lora/prior.json": (state_of_prior, 30),
+    "lora/weights.safetensors": (state_of_prior, 50),
+    "em/laps/00/prior/weights.safetensors": (state_of_prior, 20),
     "prior/prior.json": (state_of_prior, 100),
     "prior/weights.safetensors": (state_of_prior, 100),
     "run/prior/prior.json": (state_of_prior, 50),
@@ -114,6 +185,12 @@ KINDS = {
     "run/run.json": (state_of_run, 100),
     "em/em.json": (state_of_run, 100),
 }
+#: Whatever a bit does to these, nothing is computed from them.
+HARMLESS = {
+    "config.json": "people edit it; a resumed run compares it with run.json",
+    "log.jsonl": "for people; a resumed run drops lines that are none",
+    "KEY.json": "for people: what the features are of is in their name",
+}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -121,6 +198,7 @@ def test_a_flipped_bit_is_refused_by_name_or_changes_nothing(name, work, tmp_pat
     """A bit that nothing is read from (a space between two words of JSON, a gap in an HDF5 file) is no harm;
     every other one is refused, in one line with the name of the file."""
     state, flips = KINDS[name]
+    name = name.replace("KEY", next((work / "features").glob("*.npy")).stem)
     top = Path(name).parts[0]
     (shutil.copytree if (work / top).is_dir() else shutil.copy)(work / top, tmp_path / top)
     path, generator, harmless = tmp_path / name, random.Random(0), 0
@@ -137,6 +215,62 @@ def test_a_flipped_bit_is_refused_by_name_or_changes_nothing(name, work, tmp_pat
             assert found == good, (place, bit)
             harmless += 1
     assert harmless < flips / 2 if path.suffix != ".h5" else harmless < flips
+
+
+def test_every_file_of_ours_is_of_a_kind_that_was_tried(work):
+    """1,000 flips in all; what people or only the disk of the machine look at is named."""
+    key = next((work / "features").glob("*.npy")).stem
+    names = {str(p.relative_to(work)).replace(key, "KEY") for p in work.rglob("*") if p.is_file()}
+    kinds = {(Path(name).name, Path(name).suffix) for name in KINDS}
+    of_result = {"r.h5", "m1.h5", "m2.h5"}  # of the kinds of r.h5 and mask8.h5
+    for name in names - of_result:
+        stem = (Path(name).name, Path(name).suffix)
+        assert stem in kinds or Path(name).name in HARMLESS or stem[1] == ".safetensors", name
+    assert sum(flips for _, flips in KINDS.values()) >= 1000
+
+
+@pytest.mark.parametrize("name", ["config.json", "log.jsonl"])
+def test_files_for_people_do_no_harm(name, work, tmp_path, capsys):
+    """Refused by name, or the run goes on as it is."""
+    run, generator = shutil.copytree(work / "run", tmp_path / "run"), random.Random(1)
+    whole, weights = (run / name).read_bytes(), (run / "prior" / "weights.safetensors").read_bytes()
+    for _ in range(12):
+        place, bit = generator.randrange(len(whole)), generator.randrange(8)
+        (run / name).write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
+        status = main(["train", str(work / "full.h5"), "--out", str(run), "--resume"])
+        said = capsys.readouterr().err
+        assert status == 0 or (status == 2 and str(run) in said and said.count("\n") == 1), said
+        assert (run / "prior" / "weights.safetensors").read_bytes() == weights
+
+
+def test_damaged_draws_and_parts_of_features_are_made_again(tmp_path):
+    class Alone:
+        is_main_process = True
+        wait_for_everyone = staticmethod(lambda: None)
+
+    generator = random.Random(2)
+    draws, rows = Draws(tmp_path, (8, *SHAPE), Alone()), torch.arange(8)  # type: ignore[arg-type]
+    draws.add(0, rows, IMAGES)
+    for _ in range(30):
+        path = generator.choice([tmp_path / "draws.npy", tmp_path / "drawn" / "0"])
+        whole = path.read_bytes()
+        place = generator.randrange(128 if path.suffix else 0, len(whole))
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert not Draws(tmp_path, (8, *SHAPE), Alone()).has(0, rows)  # type: ignore[arg-type]
+        path.write_bytes(whole)
+        assert Draws(tmp_path, (8, *SHAPE), Alone()).has(0, rows)  # type: ignore[arg-type]
+
+    cache = tmp_path / "features"
+    good = np.array(features_of(IMAGES, "pixels", cache, batch_size=3))
+    (whole,), (sums,) = cache.glob("*.npy"), cache.glob("*.sums")
+    content, known = whole.read_bytes(), sums.read_bytes()
+    for _ in range(30):
+        whole.unlink(missing_ok=True)
+        part, cut = whole.with_suffix(".part"), 128 + 6 * 16 * 4
+        place = generator.randrange(cut)
+        part.write_bytes(content[:place] + bytes([content[place] ^ 2]) + content[place + 1 : cut])
+        sums.write_bytes(known)
+        assert np.array_equal(features_of(IMAGES, "pixels", cache, batch_size=3), good), place
 
 
 def test_numbers_that_were_changed_by_hand_are_refused(work, tmp_path):

@@ -7,6 +7,7 @@ Free of torch: ``--help`` must answer at once, so machinery is imported where a 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from ambient_sci.errors import InputError
+from ambient_sci.numbers import number_in_range, short
 from ambient_sci.whole_sets import made_folder, sweep_output
 
 if TYPE_CHECKING:
@@ -66,7 +68,14 @@ def require(good: bool, option: str, expected: str, got: Any) -> None:
 
 
 def check_common(command: Any) -> None:
-    """The options that every command has: a seed that every generator takes, a device that is there."""
+    """What holds for all commands: numbers in range, a seed that every generator takes, a device that is
+    there."""
+    for field in dataclasses.fields(command):
+        value = getattr(command, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)):
+                expected = number_in_range(number, field.name)
+                require(expected is None, "--" + field.name.replace("_", "-"), expected or "", short(number))
     seed = getattr(command, "seed", None)
     require(seed is None or 0 <= seed < 2**63, "--seed", "an integer from 0 to 2^63 - 1", seed)
     if getattr(command, "device", None) == "cuda":

@@ -18,6 +18,7 @@ from torch import Tensor
 from ambient_sci.data.checksums import CHECKSUMS, KINDS, MARK, digest, row_checksums
 from ambient_sci.data.hdf5_safety import entries, plain_dataset, plain_group
 from ambient_sci.errors import InputError
+from ambient_sci.numbers import check_numbers
 
 #: Versions that are read. Version 1 keeps subjects and scales as attributes and has no checksums.
 FORMAT_VERSIONS = (1, 2)
@@ -25,6 +26,7 @@ FORMAT_VERSIONS = (1, 2)
 FULL_CHECK_BYTES = 64 << 20
 FULL_CHECK_ROWS = 4096
 TEXTS = "texts"
+LARGEST_SCALE = 1e37
 _CHUNK_BYTES = 32 << 20
 #: Rows of fewer values are read together where they follow each other.
 _SMALL_ROW = 1 << 15
@@ -52,6 +54,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return [v.decode() if isinstance(v, bytes) else v for v in value.tolist()]
     return value.item() if isinstance(value, np.generic) else value
+
+
+def scales_in_range(scale: np.ndarray) -> bool:
+    """Whether these are positive numbers that single precision, which volumes are written in, can hold."""
+    return bool(((scale >= 1 / LARGEST_SCALE) & (scale <= LARGEST_SCALE)).all())
 
 
 def format_of(file: h5py.File) -> str | None:
@@ -182,7 +189,7 @@ class Hdf5File:
         if self._has(file, "scale"):
             scale = self._dataset(file, "scale", (np.float64,))[()]
         scale = np.asarray(scale, dtype=np.float64)
-        if scale.shape not in ((), (num,)) or not np.isfinite(scale).all() or (scale <= 0).any():
+        if scale.shape not in ((), (num,)) or not scales_in_range(scale):
             raise InputError(
                 f"scale: expected one positive number or {num} of them, got {one_line(ValueError(scale))}"
             )
@@ -190,6 +197,7 @@ class Hdf5File:
         self.scale: float | np.ndarray = float(scale) if scale.ndim == 0 else scale
         self.history: str = str(self.attributes.get("history", ""))
         self.geometry: dict[str, Any] = parse_json(self.attributes.get("geometry") or "{}", "geometry") or {}
+        check_numbers(self.geometry, "geometry")
         self._labels: np.ndarray | None = None
         if self._has(file, "labels"):
             self._labels = self._dataset(file, "labels", (np.int32,))[()]

@@ -170,7 +170,7 @@ class _Disk(io.RawIOBase):
         return self._size
 
     def release(self) -> None:
-        """Let go of the descriptor. What HDF5 still wants to write, if it could not close the file, is held."""
+        """Let go of the descriptor. What HDF5 still wants to write, if it could not be closed, is held."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor = -1

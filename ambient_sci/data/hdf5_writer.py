@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 from ambient_sci.data.checksums import CHECKSUMS, MARK, digest, row_checksums
-from ambient_sci.data.hdf5_file import FORMAT_VERSIONS, TEXTS, one_line, plain
+from ambient_sci.data.hdf5_file import FORMAT_VERSIONS, TEXTS, one_line, plain, scales_in_range
 from ambient_sci.data.hdf5_output import Output
 from ambient_sci.data.hdf5_safety import entries
 from ambient_sci.data.layout import Numbers, to_numpy
@@ -87,7 +87,7 @@ class Hdf5Writer:
         if len(subjects) != num:
             raise InputError(f"subjects: expected {num}, one a sample, got {len(subjects)}")
         scales = to_numpy(scale, "scale").astype(np.float64)
-        if scales.shape not in ((), (num,)) or not np.isfinite(scales).all() or (scales <= 0).any():
+        if scales.shape not in ((), (num,)) or not scales_in_range(scales):
             raise InputError(f"scale: expected one positive number or {num} of them, got {scale}")
         if (labels is not None) != (len(self._labels) > 0) and self._num:
             raise InputError("labels: expected them for all samples or for none")

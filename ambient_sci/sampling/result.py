@@ -28,11 +28,12 @@ import torch
 from torch import Tensor
 
 from ambient_sci.data.checksums import MARK
-from ambient_sci.data.hdf5_file import one_line, parse_json, plain
+from ambient_sci.data.hdf5_file import one_line, parse_json, plain, scales_in_range
 from ambient_sci.data.hdf5_output import Output
 from ambient_sci.data.hdf5_safety import entries
 from ambient_sci.data.survey import fingerprint
 from ambient_sci.errors import InputError
+from ambient_sci.numbers import check_numbers
 from ambient_sci.whole_files import Part, check_output
 
 FORMAT = "ambient_sci reconstruction 1"
@@ -158,11 +159,12 @@ class ResultFile:
         if len(self.subjects) not in (0, len(self)):
             raise InputError(f"expected {len(self)} subjects or none, got {len(self.subjects)}")
         scale = np.asarray(attributes["scale"], dtype=np.float64)
-        if scale.shape not in ((), (len(self),)) or not (np.isfinite(scale) & (scale > 0)).all():
+        if scale.shape not in ((), (len(self),)) or not scales_in_range(scale):
             raise InputError(f"expected a positive scale, or one for each of {len(self)} images")
         self.scale: float | np.ndarray = float(scale) if scale.ndim == 0 else scale
         # Results of before geometry and source were kept have none.
         self.geometry: dict[str, Any] = _json(attributes.get("geometry", "{}"), "geometry", dict)
+        check_numbers(self.geometry, "geometry")
         self.source: dict[str, Any] = _json(attributes.get("source", "{}"), "source", dict)
 
     def __len__(self) -> int:

@@ -29,6 +29,7 @@ from ambient_sci.whole_files import write_text
 
 AUGMENTATIONS = ("flip-horizontal", "flip-vertical", "transpose", "phase", "gain")
 DEFAULT_STEPS = 20_000
+LARGEST_BATCH = 2**20
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,8 @@ class TrainConfig:
             require(value is None or value > 0, key, "a value > 0", value)
         for key in ("batch_size", "micro_batches", "learning_rate", "gradient_clip", "log_interval"):
             require(getattr(self, key) > 0, key, "a value > 0", getattr(self, key))
+        for key in ("batch_size", "micro_batches"):
+            require(getattr(self, key) <= LARGEST_BATCH, key, f"at most {LARGEST_BATCH}", getattr(self, key))
         for key in ("warmup_steps", "weight_decay", "checkpoint_minutes"):
             require(getattr(self, key) >= 0, key, "a value >= 0", getattr(self, key))
         require(0 <= self.drop_labels <= 1, "drop_labels", "a value in [0, 1]", self.drop_labels)

@@ -37,6 +37,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ambient_sci.errors import InputError
+from ambient_sci.numbers import check_numbers
 from ambient_sci.priors import Prior
 from ambient_sci.priors.storage import is_saved
 from ambient_sci.training.config import TrainConfig, differences
@@ -334,6 +335,7 @@ class RunFolder:
                 "the file is damaged, or was edited by hand"
             )
         value.pop(_FORMAT, None)
+        check_numbers(value, str(self.path / name))
         return value
 
 
