@@ -355,6 +355,55 @@ def test_a_result_keeps_its_source(work, tmp_path):
     assert Reconstruction.load(tmp_path / "again.h5").source == found.source
 
 
+def test_a_result_that_does_not_know_its_source_says_so(work, tmp_path, capsys):
+    """Of an earlier version, or made in memory: evaluate and inspect say that nothing was checked."""
+    found = Reconstruction.load(work / "r.h5")
+    found.source = {}
+    found.save(tmp_path / "r.h5")
+    assert main(["evaluate", str(tmp_path / "r.h5"), "--calibration", str(work / "m2.h5")]) == 0
+    assert "was not checked" in capsys.readouterr().out
+    assert "was not checked" in (tmp_path / "r_evaluation" / "report.json").read_text()
+    for path, said in ((tmp_path / "r.h5", "cannot be checked"), (work / "r.h5", "m1.h5 (8 samples)")):
+        assert main(["inspect", str(path), "--out", str(tmp_path / f"{said[0]}.png")]) == 0
+        assert said in capsys.readouterr().out
+
+
+GEOMETRY = {"name": "a", "affine": np.eye(4).tolist(), "shape": [4, 4, 8], "axis": 2, "first": 0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"affine": [[1.0]]},
+        {"affine": None},
+        {"shape": [4, 4, 10**10]},
+        {"shape": [4, 4]},
+        {"axis": 3},
+        {"axis": "x"},
+        {"first": 1},
+        {"first": -1},
+        {"slices": [0, 0, 1, 2, 3, 4, 5, 6]},
+        {"slices": [0, 1, 2, 3, 4, 5, 6, 8]},
+        {"slices": []},
+        {"slices": [0.5]},
+        {"name": 5},
+    ],
+)
+def test_geometry_that_loses_or_moves_slices_is_refused(change, work, tmp_path, capsys):
+    """By whatever reads it: two slices at one place would be one, in silence."""
+    found = Reconstruction.load(work / "r.h5")
+    found.geometry = {"volumes": [{**GEOMETRY, "slices": list(range(8))}]}
+    found.save(tmp_path / "good.h5")
+    assert main(["export", str(tmp_path / "good.h5"), "--out", str(tmp_path / "good.nii.gz")]) == 0
+    found.geometry = {"volumes": [{**GEOMETRY, "slices": list(range(8)), **change}]}
+    found.save(tmp_path / "r.h5")
+    assert main(["export", str(tmp_path / "r.h5"), "--out", str(tmp_path / "r.nii.gz")]) == 2
+    assert "geometry" in capsys.readouterr().err
+    with pytest.raises(InputError, match="geometry"):
+        write_images(tmp_path / "t.h5", images=IMAGES, geometry=found.geometry)
+    assert not (tmp_path / "t.h5").exists()
+
+
 # -- the end of a command ------------------------------------------------------------------------------------
 
 

@@ -281,7 +281,10 @@ class Inspect:
     file: Annotated[
         Path,
         Positional,
-        arg(metavar="FILE.h5", help="Measurement file, or a file of images (references, generated samples)."),
+        arg(
+            metavar="FILE.h5",
+            help="Measurement file, a file of images (references, generated samples), or a result.",
+        ),
     ]
     out: Annotated[
         Path | None,
@@ -298,13 +301,16 @@ class Inspect:
     def run(self) -> None:
         """Print the description, write the contact sheet."""
         from ambient_sci.data import contact_sheet, describe
+        from ambient_sci.sampling.inspect import describe_result, is_result, result_sheet
 
+        result = is_result(self.file)
         if self.out is not None:
             check_outputs(self.out, overwrite=self.overwrite, inputs=(self.file,))
-        description = describe(self.file)
+        description = describe_result(self.file) if result else describe(self.file)
         sheet = self.out or self.file.with_suffix(".png")
         kept = self.out is None and sheet.exists() and not self.overwrite
         if not kept:
-            contact_sheet(self.file, sheet, overwrite=self.overwrite)
+            draw = result_sheet if result else contact_sheet
+            draw(self.file, sheet, overwrite=self.overwrite)
         print(description)
         print(f"contact sheet: {sheet}" + (" exists already (--overwrite draws it anew)" if kept else ""))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ambient_sci.data.checksums import CHECKSUMS, KINDS, MARK, digest, row_checksums
+from ambient_sci.data.geometry import check_geometry
 from ambient_sci.data.hdf5_safety import entries, plain_dataset, plain_group
 from ambient_sci.errors import InputError
 from ambient_sci.numbers import check_numbers
@@ -198,6 +199,7 @@ class Hdf5File:
         self.history: str = str(self.attributes.get("history", ""))
         self.geometry: dict[str, Any] = parse_json(self.attributes.get("geometry") or "{}", "geometry") or {}
         check_numbers(self.geometry, "geometry")
+        check_geometry(self.geometry, num)
         self._labels: np.ndarray | None = None
         if self._has(file, "labels"):
             self._labels = self._dataset(file, "labels", (np.int32,))[()]

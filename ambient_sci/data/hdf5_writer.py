@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 
 from ambient_sci.data.checksums import CHECKSUMS, MARK, digest, row_checksums
+from ambient_sci.data.geometry import check_geometry
 from ambient_sci.data.hdf5_file import FORMAT_VERSIONS, TEXTS, one_line, plain, scales_in_range
 from ambient_sci.data.hdf5_output import Output
 from ambient_sci.data.hdf5_safety import entries
@@ -136,6 +137,7 @@ class Hdf5Writer:
         if self._labels:
             self._small("labels", np.concatenate(self._labels))
         self._text("history", self.history)
+        check_geometry(self.geometry, self._num)
         self._text("geometry", json.dumps(self.geometry))
         for name, value in self.attributes.items():
             if name in file.attrs or name in (MARK, "step", "complex_pairs"):

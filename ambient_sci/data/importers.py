@@ -15,73 +15,31 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ambient_sci.data.hdf5_writer import close_together
 from ambient_sci.data.identify import identify
-from ambient_sci.data.kspace import PreparedScan, combined_images, crop_slices, prepare
+from ambient_sci.data.import_options import ImportOptions, design_of, history_of
+from ambient_sci.data.import_scans import read_scans, write_scans
 from ambient_sci.data.layout import check_noise_std, to_numpy
 from ambient_sci.data.noise_estimation import estimate_noise
-from ambient_sci.data.raw import RawScan
-from ambient_sci.data.readers.arrays import image_arrays, load_npy, read_npz_scan
-from ambient_sci.data.readers.bart import read_bart, read_cfl
-from ambient_sci.data.readers.fastmri import common_padding, read_fastmri
-from ambient_sci.data.readers.guard import listed, naming, one_line, say
-from ambient_sci.data.readers.ismrmrd import read_ismrmrd
+from ambient_sci.data.readers.arrays import image_arrays
+from ambient_sci.data.readers.fastmri import common_padding
+from ambient_sci.data.readers.guard import naming, say
 from ambient_sci.data.sources import ImageSource, open_source
-from ambient_sci.data.subjects import stem, subjects_of
 from ambient_sci.data.whiteness import THRESHOLD, noise_correlation
-from ambient_sci.data.writing import ImageWriter, MeasurementWriter
-from ambient_sci.errors import IdentifiabilityError, InputError
-from ambient_sci.operators import MaskDesign, estimate_design
+from ambient_sci.data.writing import MeasurementWriter
+from ambient_sci.errors import InputError
 from ambient_sci.progress import track
 from ambient_sci.whole_files import check_output
 from ambient_sci.whole_sets import only_maker
 
 _BLOCK = 64
-#: Images looked at for a noise level, and masks for a design.
-_SAMPLED, _SAMPLED_MASKS = 512, 4096
-_READERS = {"fastmri": read_fastmri, "ismrmrd": read_ismrmrd, "bart": read_bart, "npz": read_npz_scan}
-
-
-@dataclass(frozen=True)
-class ImportOptions:
-    """Options of an import. The first group is for all data, the second for images, the third for raw scans.
-
-    noise_std: per real channel; estimated when None. noise_units: "scaled" (as stored, the default of the
-        library) or "original" (grey levels, scanner units). design: the mask design, if known. subject: one
-        name for everything.
-    size, plane, min_foreground: see ``open_source``.
-    noise_scan: noise readouts (N, n) complex: an array, .npy or BART file. coil_maps: an array, .npy or BART
-        file instead of ESPIRiT.
-        compress: number of virtual coils. remove_oversampling: crop the readout to its field of view.
-            keep_padding: do not cut off zero padding around a fully sampled k-space.
-    """
-
-    noise_std: float | None = None
-    noise_units: str = "scaled"
-    design: MaskDesign | None = None
-    subject: str | None = None
-    size: int | None = None
-    plane: str = "axial"
-    min_foreground: float = 0.0
-    noise_scan: Any = None
-    coil_maps: Any = None
-    compress: int | None = None
-    remove_oversampling: bool = True
-    keep_padding: bool = False
-
-    def __post_init__(self) -> None:
-        if self.noise_units not in ("scaled", "original"):
-            raise InputError(f"noise_units: expected 'scaled' or 'original', got {self.noise_units!r}")
-        if self.noise_std is not None:
-            check_noise_std(self.noise_std, 1)
+#: Images looked at for a noise level.
+_SAMPLED = 512
 
 
 def import_source(
@@ -115,7 +73,7 @@ def _import(source: Any, out: Path, overwrite: bool, chosen: ImportOptions) -> N
         _refuse_options(chosen, "raw scans", ("size",))
         padding = common_padding(paths) if kind == "fastmri" and len(paths) > 1 else None
         padding = 0 if padding is None and kind == "fastmri" and len(paths) > 1 else padding
-        write_scans(_read_scans(kind, paths, chosen), out, chosen, overwrite, padding=padding)
+        write_scans(read_scans(kind, paths, chosen), out, chosen, overwrite, padding=padding)
 
 
 def _refuse_options(chosen: ImportOptions, what: str, names: tuple[str, ...]) -> None:
@@ -135,7 +93,7 @@ def _import_images(images: ImageSource, out: Path, chosen: ImportOptions, overwr
             f"{images.origin}: magnitude images have Rician noise; it is taken for Gaussian, which is "
             "wrong where the signal is "
             "not well above the noise",
-            stacklevel=3,
+            stacklevel=4,
         )
     with MeasurementWriter(
         out,
@@ -154,11 +112,7 @@ def _import_images(images: ImageSource, out: Path, chosen: ImportOptions, overwr
                 subjects=chosen.subject or [images.subjects[r] for r in rows],
                 scale=images.scale_of(rows),
             )
-        writer.history = _history(images.origin, [how, *images.notes])
-
-
-def _history(origin: Any, notes: list[str]) -> str:
-    return f"import {one_line(origin, 400)}: {'; '.join(dict.fromkeys(notes))}"
+        writer.history = history_of(images.origin, [how, *images.notes])
 
 
 def _image_noise(
@@ -223,7 +177,7 @@ def _import_masked(path: Path, out: Path, chosen: ImportOptions, overwrite: bool
         raise InputError(f"{path}: the noise level of incomplete images cannot be estimated; give noise_std")
     with naming(path):
         level = check_noise_std(level, num)
-    design, status = _design(torch.from_numpy(mask.astype(np.float32)), chosen.design)
+    design, status = design_of(torch.from_numpy(mask.astype(np.float32)), chosen.design)
     with (
         naming(path),
         MeasurementWriter(
@@ -233,7 +187,7 @@ def _import_masked(path: Path, out: Path, chosen: ImportOptions, overwrite: bool
             shared_mask=mask if len(mask) == 1 else None,
             design=design,
             design_status=status,
-            history=_history(path, ["noise level given", *images.notes]),
+            history=history_of(path, ["noise level given", *images.notes]),
             overwrite=overwrite,
         ) as writer,
     ):
@@ -262,180 +216,3 @@ def _masks(path: Path, images: ImageSource) -> np.ndarray:
     if not np.isin(mask, (0, 1)).all():
         raise InputError(f"{path}: mask: expected only 0 and 1")
     return mask
-
-
-def _design(masks: torch.Tensor, given: MaskDesign | None) -> tuple[MaskDesign | None, str]:
-    """The design to record and its status: given, estimated from the masks (n, m, H, W), or unknown."""
-    if given is not None:
-        return given, "given"
-    if bool((masks != 0).all()):
-        return None, "unknown"
-    try:
-        return estimate_design(masks), "estimated"
-    except IdentifiabilityError:
-        return None, "unknown"
-
-
-# -- raw scans
-
-
-def write_scans(
-    scans: Iterable[tuple[Path, RawScan]],
-    out: Path,
-    chosen: ImportOptions,
-    overwrite: bool,
-    reference: Path | None = None,
-    padding: int | None = None,
-) -> None:
-    """Prepare raw scans one after the other and write their measurement file.
-
-    Args:
-        scans: the scans with the files they are from.
-        out: the file to write.
-        chosen: options.
-        overwrite: replace files that exist.
-        reference: a file for their coil-combined images S^H F^H M y, in the same units. Of fully sampled
-            scans these are what reconstructions are scored against; they have the noise of the scan.
-        padding: lines of zero padding cut off on each side at most; None: all.
-
-    Raises:
-        InputError: unusable scans, mixed shapes, or no scan at all; nothing is written then.
-    """
-    writer: MeasurementWriter | None = None
-    truth = None if reference is None else ImageWriter(reference, overwrite=overwrite)
-    masks: list[np.ndarray] = []
-    volumes: list[dict[str, Any]] = []
-    notes: list[str] = []
-    try:
-        for path, scan in scans:
-            scan = crop_slices(scan) if chosen.remove_oversampling else scan
-            with naming(path):
-                ready = _prepared(scan, chosen, padding)
-            shape = (2, *ready.kspace.shape[2:])
-            if writer is None:
-                writer = MeasurementWriter(out, operator="mri", image_shape=shape, overwrite=overwrite)
-                first = (path, ready.kspace.shape[1:])
-            elif ready.kspace.shape[1:] != first[1]:
-                raise InputError(
-                    f"{path}: mixed shapes, k-space (coils, H, W) {ready.kspace.shape[1:]} unlike "
-                    f"{first[1]} of {first[0].name}"
-                )
-            volumes += _volumes(scan, ready, len(writer))
-            with naming(path):
-                _append_scan(writer, scan, ready)
-            if truth is not None:
-                truth.append(combined_images(ready), subjects=scan.subject, scale=ready.scale)
-            masks.append(ready.mask[: max(0, _SAMPLED_MASKS - sum(map(len, masks)))])
-            notes += [_history(path, ready.notes)]
-        if writer is None:
-            raise InputError("import: no scan found")
-        found = torch.from_numpy(np.concatenate(masks)[:, None].astype(np.float32))
-        notes += _never_measured(np.concatenate(masks), out)
-        writer.set_design(*_design(found, chosen.design))
-        for file in filter(None, (writer, truth)):
-            file.geometry, file.history = {"volumes": volumes}, "\n".join(notes)
-        close_together(*filter(None, (writer, truth)))
-    finally:
-        for file in filter(None, (writer, truth)):
-            file.discard()
-
-
-def _prepared(scan: RawScan, chosen: ImportOptions, padding: int | None) -> PreparedScan:
-    return prepare(
-        scan,
-        noise_std=chosen.noise_std,
-        noise_scaled=chosen.noise_units == "scaled",
-        compress=chosen.compress,
-        remove_oversampling=chosen.remove_oversampling,
-        padding=0 if chosen.keep_padding else padding,
-    )
-
-
-def _never_measured(masks: np.ndarray, out: Path) -> list[str]:
-    """Outer lines around a fully sampled k-space that no scan has measured: nothing can supervise a prior
-    there."""
-    notes: list[str] = []
-    ever = masks.any(axis=0)
-    for name, filled in (
-        ("rows", np.flatnonzero(ever.any(axis=1))),
-        ("columns", np.flatnonzero(ever.any(axis=0))),
-    ):
-        size = ever.shape[0 if name == "rows" else 1]
-        missing = np.setdiff1d(np.arange(size), filled)
-        if len(missing) and len(filled) == filled[-1] - filled[0] + 1:
-            say(
-                notes,
-                out,
-                f"{name} {listed(missing.tolist(), 8)} of k-space are never measured (partial Fourier or "
-                "padding)",
-            )
-    return notes
-
-
-def _read_scans(kind: str, paths: list[Path], chosen: ImportOptions) -> Iterator[tuple[Path, RawScan]]:
-    root = Path(os.path.commonpath([str(p.parent) for p in paths]))
-    subjects = subjects_of([str(p.relative_to(root)) for p in paths])
-    for path, subject in zip(track(paths, f"importing {len(paths)} scans"), subjects, strict=True):
-        with naming(path):
-            scan = _READERS[kind](path)
-        if scan.subject == stem(path.name):  # the file does not say whose it is
-            scan.subject = subject
-        scan.subject = one_line(scan.subject if chosen.subject is None else chosen.subject, 200)
-        if chosen.noise_scan is not None:
-            noise = _array(chosen.noise_scan, "noise_scan")
-            scan.noise = (
-                noise.reshape(noise.shape[0], -1) if noise.shape[0] == scan.kspace.shape[1] else noise
-            )
-        if chosen.coil_maps is not None:
-            scan.coil_maps = _array(chosen.coil_maps, "coil_maps")
-        yield path, scan
-
-
-def _array(value: Any, name: str) -> np.ndarray:
-    """An array given as such, as .npy, or as a BART file (whose dimension 3 are the coils)."""
-    if not isinstance(value, (str, os.PathLike)):
-        return to_numpy(value, name)
-    path = Path(value)
-    if path.suffix == ".npy":
-        return to_numpy(load_npy(path, f"{name} (numpy file)"), name)
-    array = read_cfl(path)
-    array = array.reshape(*array.shape, *[1] * (14 - array.ndim)) if array.ndim < 14 else array
-    # (slices, coils, x, y) for maps; coils first for noise, whose other dimensions are all readouts.
-    ordered = np.moveaxis(array, (13, 3), (0, 1)).reshape(array.shape[13], array.shape[3], array.shape[0], -1)
-    return ordered if name == "coil_maps" else ordered.swapaxes(0, 1).reshape(array.shape[3], -1)
-
-
-def _append_scan(writer: MeasurementWriter, scan: RawScan, ready: PreparedScan) -> None:
-    multi = ready.coil_maps is not None
-    writer.append(
-        ready.kspace if multi else ready.kspace[:, 0],
-        noise_std=ready.noise_std,
-        noise_std_error=ready.noise_std_error,
-        mask=ready.mask,
-        coil_maps=ready.coil_maps,
-        subjects=scan.subject,
-        scale=ready.scale,
-    )
-
-
-def _volumes(scan: RawScan, ready: PreparedScan, first: int) -> list[dict[str, Any]]:
-    """Geometry of the volumes of a scan, array axes (H, W, slice); slices that were left out leave their
-    places empty."""
-    height, width = ready.kspace.shape[2:]
-    found = []
-    for part in scan.volumes():
-        rows = np.flatnonzero((ready.slices >= part.first) & (ready.slices < part.first + len(part.numbers)))
-        if len(rows) == 0:
-            continue
-        affine = np.eye(4) if part.affine is None else part.affine @ ready.grid
-        volume = {
-            "name": scan.subject + part.name,
-            "affine": affine.tolist(),
-            "shape": [height, width, part.count],
-            "axis": 2,
-            "first": first + int(rows[0]),
-            "slices": part.numbers[ready.slices[rows] - part.first].tolist(),
-        }
-        known = part.affine is not None and part.positioned
-        found.append(volume if known else {**volume, "positioned": False})
-    return found

@@ -139,6 +139,18 @@ def _describe_common(file: MeasurementFile | ReferenceFile) -> list[tuple[str, s
     return lines + [("history" if k == 0 else "", line) for k, line in enumerate(history)]
 
 
+def check_sheet(path: str | os.PathLike[str], overwrite: bool) -> Path:
+    """The path of a picture to be made.
+
+    Raises:
+        InputError: another suffix than those of pictures, or a file that exists.
+    """
+    out = check_output(path, overwrite)
+    if out.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
+        raise InputError(f"{out}: expected a picture name ending in .png, .pdf, .svg or .jpg")
+    return out
+
+
 def contact_sheet(
     path: str | os.PathLike[str],
     out_png: str | os.PathLike[str],
@@ -151,15 +163,13 @@ def contact_sheet(
 
     Raises: InputError when the file is not valid or the picture exists.
     """
-    out = check_output(out_png, overwrite)
-    if out.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
-        raise InputError(f"{out}: expected a picture name ending in .png, .pdf, .svg or .jpg")
+    out = check_sheet(out_png, overwrite)
     with open_any(path) as file:
         rows = np.unique(np.linspace(0, len(file) - 1, min(len(file), columns)).astype(int))
         panels = _panels(file, rows)
         titles = [f"{r}: {file.subjects[r]}" for r in rows]
         turn = file.orientation == "RAS"
-    _draw(panels, titles, turn, f"{Path(path).name}", out)
+    draw_sheet(panels, titles, turn, f"{Path(path).name}", out)
     return out
 
 
@@ -186,7 +196,8 @@ def picture(images: Tensor) -> np.ndarray:
     return images.mean(1).numpy()
 
 
-def _draw(panels: dict[str, np.ndarray], titles: list[str], turn: bool, heading: str, out: Path) -> None:
+def draw_sheet(panels: dict[str, np.ndarray], titles: list[str], turn: bool, heading: str, out: Path) -> None:
+    """A sheet of pictures as the file ``out``: one row a panel, one column a title; upright with ``turn``."""
     from matplotlib.figure import Figure
 
     count = len(titles)

@@ -33,6 +33,10 @@ from ambient_sci.whole_sets import whole_set
 ROWS_SHOWN = 4
 #: What may be written; the report first.
 OUTPUTS = ("report.json", "figure.png", "calibration.png")
+UNKNOWN_SOURCE = (
+    "the result does not record what it was made from (it is of an earlier version, or was made in memory): "
+    "that these are its measurements was not checked"
+)
 FOUND_BY_DEFAULT = ("sampler", "steps", "sigma_min", "sigma_max")
 
 Figure = tuple[str, Callable[[Path], Path]]
@@ -205,6 +209,8 @@ def _against_scans(
     with MeasurementFile(calibration) as file:
         _check_pair(result, len(file), list(file.subjects), calibration)
         _check_source(result, file, calibration)
+        if not result.source:
+            report["notes"] = [UNKNOWN_SOURCE]
         if tuple(file.image_shape) != tuple(result.mean.shape[1:]):
             raise InputError(
                 f"{calibration}: expected scans of images {tuple(result.mean.shape[1:])} like the result's, "
@@ -318,6 +324,7 @@ def _text(report: dict[str, Any]) -> str:
             lines.append(f"{title}: {report[key]['verdict']}")
     if "distances" in report:
         lines += _distance_lines(report["distances"])
+    lines += [f"note: {note}" for note in report.get("notes", [])]
     return "\n".join(lines).strip()
 
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ambient_sci.data.checksums import MARK
+from ambient_sci.data.geometry import check_geometry
 from ambient_sci.data.hdf5_file import one_line, parse_json, plain, scales_in_range
 from ambient_sci.data.hdf5_output import Output
 from ambient_sci.data.hdf5_safety import entries
@@ -165,6 +166,7 @@ class ResultFile:
         # Results of before geometry and source were kept have none.
         self.geometry: dict[str, Any] = _json(attributes.get("geometry", "{}"), "geometry", dict)
         check_numbers(self.geometry, "geometry")
+        check_geometry(self.geometry, len(self))
         self.source: dict[str, Any] = _json(attributes.get("source", "{}"), "source", dict)
 
     def __len__(self) -> int:
