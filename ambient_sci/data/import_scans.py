@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def write_scans(
     overwrite: bool,
     reference: Path | None = None,
     padding: int | None = None,
+    notes: Sequence[str] = (),
 ) -> None:
     """Prepare raw scans one after the other and write their measurement file.
 
@@ -48,6 +49,7 @@ def write_scans(
         reference: a file for their coil-combined images S^H F^H M y, in the same units. Of fully sampled
             scans these are what reconstructions are scored against; they have the noise of the scan.
         padding: lines of zero padding cut off on each side at most; None: all.
+        notes: what the history says first.
 
     Raises:
         InputError: unusable scans, mixed shapes, or no scan at all; nothing is written then.
@@ -56,7 +58,7 @@ def write_scans(
     truth = None if reference is None else ImageWriter(reference, overwrite=overwrite)
     masks: list[np.ndarray] = []
     volumes: list[dict[str, Any]] = []
-    notes: list[str] = []
+    notes = list(notes)
     try:
         for path, scan in scans:
             scan = crop_slices(scan) if chosen.remove_oversampling else scan

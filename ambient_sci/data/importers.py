@@ -59,7 +59,8 @@ def import_source(
 
 def _import(source: Any, out: Path, overwrite: bool, chosen: ImportOptions) -> None:
     """What kind of data it is decides who reads them."""
-    kind, paths = identify(source)
+    left_out: list[str] = []
+    kind, paths = identify(source, left_out)
     if kind == "images":
         _refuse_options(chosen, "images", ("noise_scan", "coil_maps", "compress", "design"))
         images = open_source(
@@ -73,7 +74,8 @@ def _import(source: Any, out: Path, overwrite: bool, chosen: ImportOptions) -> N
         _refuse_options(chosen, "raw scans", ("size",))
         padding = common_padding(paths) if kind == "fastmri" and len(paths) > 1 else None
         padding = 0 if padding is None and kind == "fastmri" and len(paths) > 1 else padding
-        write_scans(read_scans(kind, paths, chosen), out, chosen, overwrite, padding=padding)
+        scans = read_scans(kind, paths, chosen)
+        write_scans(scans, out, chosen, overwrite, padding=padding, notes=left_out)
 
 
 def _refuse_options(chosen: ImportOptions, what: str, names: tuple[str, ...]) -> None:
