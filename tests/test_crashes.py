@@ -18,9 +18,12 @@ import torch
 from crashes import every, hidden, killed, on_a_full_disk
 from test_reliability import prior, rng, scans
 
+from ambient_sci import quickstart
 from ambient_sci.cli import main
 from ambient_sci.data import MeasurementFile, write_images
+from ambient_sci.errors import InputError
 from ambient_sci.sampling import generate, generate_to_file, reconstruct_to_file, streaming
+from ambient_sci.training import TrainConfig
 
 SHAPE = (1, 4, 4)
 
@@ -249,3 +252,25 @@ def test_parts_that_were_finished_are_not_made_again(what, overwrite, inputs, tm
         if not died:
             break
     assert {0, 1, 2} <= saved or not EVERY
+
+
+def test_a_quickstart_that_starts_anew_and_dies_is_not_mixed_with_the_older_one(tmp_path, monkeypatch):
+    """Killed while it writes new scans: no report, run or result of the older one is left to be gone on from."""
+    kept = {"notes.txt": "mine", "report.json": "{}", "figure.png": "", "reconstruction.h5": ""}
+    for name, text in kept.items():
+        (tmp_path / name).write_text(text)
+    TrainConfig().save(tmp_path / "config.json")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "config.json").rename(tmp_path / "run" / "config.json")
+
+    def dies(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "make_scans", dies)
+    with pytest.raises(KeyboardInterrupt):
+        quickstart.run(tmp_path, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").touch()  # no run of ours
+    with pytest.raises(InputError, match="expected a training run to overwrite"):
+        quickstart.run(tmp_path, overwrite=True)
