@@ -107,6 +107,7 @@ _PLAIN: dict[str, Any] = {
     "augmentations": (),
     "network": NetworkConfig(),
     "centre": False,
+    "levels": LevelConfig(),
 }
 
 
@@ -149,7 +150,8 @@ class TrainConfig:
             `ambient_sci.priors.presets`), or "auto".
         centre: the network works around the mean of the images, see `ambient_sci.priors.network`; "auto" is
             true. Complex images have a mean of 0.
-        levels, loss: see there.
+        levels: a `LevelConfig`, or "auto": log-normal, where it helps most for the noise of the data.
+        loss: see there.
         consistency: learn what lies below the noise of the data, too: `StagedConfig` or `JointConfig`
             (``mode`` in a file says which); None: do not.
         em: learn an unconditional prior from incomplete (or any) measurements by expectation maximisation;
@@ -178,15 +180,15 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     network: NetworkConfig = AUTO
     centre: bool = AUTO
-    levels: LevelConfig = field(default_factory=LevelConfig)
+    levels: LevelConfig = AUTO
     loss: LossConfig = field(default_factory=LossConfig)
     consistency: StagedConfig | JointConfig | None = None
     em: EMConfig | None = None
 
     #: Settings that may be left to be chosen, with the words that leave them.
     OPEN: ClassVar[dict[str, tuple[str, ...]]] = {
-        **dict.fromkeys(("batch_size", "learning_rate", "warmup_steps", "ema_decay", "centre"), ("auto",)),
-        "augmentations": ("auto",),
+        **dict.fromkeys(("batch_size", "learning_rate", "warmup_steps", "ema_decay"), ("auto",)),
+        **dict.fromkeys(("augmentations", "centre", "levels"), ("auto",)),
         "network": ("auto", *PRESETS),
     }
 
@@ -243,8 +245,8 @@ class TrainConfig:
         Args:
             chosen: values of settings that are open; those that are not keep theirs. What is open and not
                 among them takes a plain value: 16 samples a step, learning rate 0.001 after 50 steps, decay
-                0.999, no augmentations, images as they are, a U-Net of `NetworkConfig`'s defaults. Stages
-                that are run by themselves, not by `fit`, do so.
+                0.999, no augmentations, images as they are, levels and a U-Net of the defaults of
+                `LevelConfig` and `NetworkConfig`. Stages that are run by themselves, not by `fit`, do so.
         """
         plain = {**_PLAIN, **chosen}
         found = {key: plain[key] for key in self.open_settings}
