@@ -296,10 +296,6 @@ def sample(run: str, file: str, **options: Any) -> Any:
         )
 
 
-def deep() -> NetworkConfig:
-    return NetworkConfig(channels=(8,) * 6, norm_groups=4, head_channels=8)
-
-
 def array(value: Any) -> Callable[[], None]:
     return lambda: np.save("images.npy", value)
 
@@ -366,15 +362,6 @@ CASES = [
         ("noise_std: expected finite levels >= 0",),
     ),
     # configurations
-    Case(
-        "train: a size the network cannot divide",
-        "train full.h5 --out new --config deep.json",
-        ("image size: expected height and width divisible by 32", "got 16 x 16"),
-        write(
-            "deep.json", json.dumps({"network": {"channels": [8] * 6, "norm_groups": 4, "head_channels": 8}})
-        ),
-        lambda: NetworkPrior((2, 16, 16), data_std=1, network=deep()),
-    ),
     Case(
         "train: unknown setting",
         "train full.h5 --out new --config odd.json",
