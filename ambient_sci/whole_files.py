@@ -211,18 +211,19 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
 
 def write_tensors(path: PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file.
+    """A safetensors file, written into the file that is there, if there is one.
+
+    safetensors' own writer puts another file in its place: the lock that a part is known by would be gone
+    with the first, and another process's `sweep` would take the new one for debris.
 
     Raises:
-        OSError: it cannot be written; safetensors has an error of its own for a disk that is full.
+        OSError: it cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    try:
-        save_file(tensors, str(path), metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from None
+    content = save(tensors, metadata=metadata)
+    with open(path, "wb") as file:
+        file.write(content)
 
 
 def digest_of(tensors: dict[str, Tensor]) -> str:

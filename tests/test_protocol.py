@@ -177,6 +177,9 @@ def test_other_settings_and_too_few_images_are_one_line(tmp_path):
     other = GaussianPrior(torch.ones(SHAPE), torch.eye(9))
     with pytest.raises(InputError, match="another prior"):
         run_protocol(other, real, out, protocol=PLAN, extractor="pixels")
+    found = run_protocol(other, real, out, protocol=PLAN, extractor="pixels", overwrite=True)
+    assert found["frechet"]["least"] > 1
+    run_protocol(gaussian(), real, out, protocol=PLAN, extractor="pixels", overwrite=True)
     few = write_images(tmp_path / "few.h5", images=torch.rand(5, *SHAPE))
     with pytest.raises(InputError, match="more samples than the 9 dimensions, got 60 and 5"):
         run_protocol(gaussian(), few, out, protocol=PLAN, extractor="pixels")

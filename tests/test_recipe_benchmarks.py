@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from ambient_sci.errors import InputError
+from ambient_sci.priors import StationaryGaussianPrior
 from ambient_sci.quickstart import Settings
 from ambient_sci.quickstart import run as quickstart
 from recipes.benchmarks import first_hour
-from recipes.benchmarks.posterior import capacity, run
+from recipes.benchmarks.posterior import capacity, mean_of_means, run
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +83,33 @@ def test_the_first_hour_in_two_steps(tmp_path, capsys, monkeypatch):
     assert "| ellipses | denoising | 2 | 2 |" in capsys.readouterr().out
     first_hour.main(arguments)
     assert len(commands) == 2, "what is there is not made again"
+
+
+def test_means_of_means_are_those_of_reconstruct(tmp_path, capsys, monkeypatch):
+    """On a Gaussian prior: groups are made once, the control takes nearly all noise off, denoising has none from
+    the start, and the mean of a group is what `reconstruct` returns."""
+    prior = StationaryGaussianPrior(torch.zeros(2, 64, 64), torch.full((2, 64, 64), 0.06))
+    prior.sigma_min = 0.05
+    monkeypatch.setattr(mean_of_means.asci, "load_prior", lambda name: prior)
+    monkeypatch.delitem(mean_of_means.PROBLEMS, "MRI, R = 2.5")
+    arguments = ["--out", str(tmp_path), "--groups", "2"]
+    mean_of_means.main(arguments)
+    made = {p: p.read_bytes() for p in (tmp_path / "groups").glob("*.json")}
+    assert len(made) == 4
+    found = {f["problem"]: f for f in json.loads((tmp_path / "table.json").read_text())}
+    psnr = found["inpainting"]["psnr"]
+    assert abs(psnr["mean"]["4"] - psnr["mean"]["8"]) < 0.05 < abs(psnr["draws"]["4"] - psnr["draws"]["1"])
+    assert psnr["mean"]["1"] == pytest.approx(psnr["conditional"]["1"]) != psnr["draws"]["1"]
+    assert found["denoising"]["psnr"]["mean"]["1"] == pytest.approx(found["denoising"]["psnr"]["mean"]["8"])
+    assert f"| inpainting | mean | {psnr['mean']['1']:.2f} |" in capsys.readouterr().out
+    mean_of_means.main(arguments)
+    assert made == {p: p.read_bytes() for p in (tmp_path / "groups").glob("*.json")}
+    operator, y, truth = mean_of_means.problem_of("inpainting")
+    result = mean_of_means.asci.reconstruct(
+        prior, operator, y, 0.05, samples=4, precision="auto", generator=torch.Generator().manual_seed(0)
+    )
+    only = json.loads((tmp_path / "groups" / "000 inpainting.json").read_text())
+    first = mean_of_means.quality(tmp_path / "groups", [only])
+    assert first["psnr"]["mean"][4] == pytest.approx(
+        float(mean_of_means.psnr(result.mean, truth, 1.0).mean()), abs=1e-3
+    )

@@ -10,6 +10,7 @@ from tyro.conf import arg
 
 from ambient_sci.commands.common import (
     DeviceOption,
+    OverwriteOption,
     RunArgument,
     SigmaMinOption,
     UnusedSeedOption,
@@ -96,6 +97,7 @@ class EvaluatePrior:
     ] = 64
     seed: UnusedSeedOption = 0
     device: DeviceOption = "auto"
+    overwrite: OverwriteOption = False
 
     def run(self) -> None:
         """Draw, compare, write, and print the summary."""
@@ -118,6 +120,7 @@ class EvaluatePrior:
             value_range=self.value_range,
             cache=self.cache,
             device=device,
+            overwrite=self.overwrite,
             progress=True,
         )
         if main_process():

@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
 
 from ambient_sci.data import ReferenceFile
 from ambient_sci.errors import InputError
@@ -37,7 +36,7 @@ from ambient_sci.priors import Labels, Prior
 from ambient_sci.priors.given import class_count
 from ambient_sci.sampling import generate_to_file
 from ambient_sci.sampling.parts import fingerprint, process_share
-from ambient_sci.whole_files import read_tensors, whole_file, write_json
+from ambient_sci.whole_files import read_tensors, whole_file, write_json, write_tensors
 
 #: Of the statistics' file and of how they are computed. A change of either makes all anew.
 VERSION = 1
@@ -82,6 +81,7 @@ def run_protocol(
     value_range: Range | None = None,
     cache: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
+    overwrite: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Draw, compare, and write ``report.json`` into the folder ``out``.
@@ -97,6 +97,7 @@ def run_protocol(
         value_range: black and white; default: `natural_range` of the reference (or of the first samples).
         cache: folder of features and statistics; default: ``out``/features.
         device: where features are computed.
+        overwrite: replace images of another protocol or prior in ``out`` (one process only).
         progress: show progress bars.
 
     Returns:
@@ -110,7 +111,7 @@ def run_protocol(
     plan, out = protocol or Protocol(), Path(out)
     cache = Path(cache or out / "features")
     found = get_extractor(extractor)
-    _same_settings(prior, plan, out)
+    _same_settings(prior, plan, out, overwrite and process_share(torch.device(device))[1] == 1)
     paths = [_drawn(prior, plan, seed, out, progress) for seed in plan.seeds]
     if value_range is None and found.rgb:
         value_range = _range(Path(reference), paths[0])
@@ -159,7 +160,7 @@ def _summary(values: Sequence[float]) -> dict[str, Any]:
 # -- samples -----------------------------------------------------------------------------------------------
 
 
-def _same_settings(prior: Prior, plan: Protocol, out: Path) -> None:
+def _same_settings(prior: Prior, plan: Protocol, out: Path, overwrite: bool) -> None:
     """Refuse a folder with images of other settings; note those of this one."""
     settings = {"prior": fingerprint(prior, []), **json.loads(json.dumps(asdict(plan)))}
     settings.pop("batch_size")
@@ -170,12 +171,15 @@ def _same_settings(prior: Prior, plan: Protocol, out: Path) -> None:
         except ValueError:
             raise InputError(f"{path}: expected the settings of a protocol, got a damaged file") from None
         other = {k for k in settings if there.get(k) != settings[k]} - {"seeds"}
-        if other:
+        if not other:
+            return
+        if not overwrite:
             raise InputError(
                 f"{out}: expected a new folder or one of the same protocol, got one with another "
-                f"{', '.join(sorted(other))}"
+                f"{', '.join(sorted(other))}; --overwrite (by one process) replaces it"
             )
-        return
+        for old in out.glob("samples-s*.h5"):
+            old.unlink()
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
 
@@ -295,9 +299,7 @@ def reference_statistics(features: np.ndarray, key: dict[str, Any], cache: Path)
     found = FeatureMoments.of(features)
     tensors = {"mean": found.mean.contiguous(), "covariance": found.covariance.contiguous()}
     with whole_file(path) as part:
-        # Into the file that is there: `save_file` would put another one in its place, without the lock that
-        # keeps processes at the same work from taking it for debris.
-        part.write_bytes(save(tensors, metadata={"of": text, "n": str(found.n)}))
+        write_tensors(part, tensors, {"of": text, "n": str(found.n)})
     return found
 
 

@@ -39,7 +39,7 @@ from recipes.grid import Cell, Grid, parser, table
 PRIOR, GROUP = "pretrained:brain64", 4
 #: Problem to its noise.
 PROBLEMS = {"inpainting": 0.05, "denoising": 0.15, "MRI, R = 2.5": 0.05}
-NUMBERS = (1, 2, 4, 8, 16, 32, 64)
+NUMBERS = (1, 2, 4, 8, 16, 64)
 
 
 def problem_of(name: str) -> tuple[RowMaskedOperator, Tensor, Tensor]:
