@@ -19,7 +19,7 @@ from ambient_sci.noise import expand
 from ambient_sci.operators import MRI, Identity, Masking, RowMaskedOperator
 from ambient_sci.operators.foreign import Linear, from_deepinv
 from ambient_sci.sampling.border import as_real, noise_of
-from ambient_sci.sampling.reconstruct import check_linear
+from ambient_sci.sampling.checks import check_linear
 
 EXPECTED = "a path or (operator, y, sigma_y), a list of paths or of (operator, y), or MeasurementArrays"
 
