@@ -21,7 +21,7 @@ import torch
 from ambient_sci.cli import main
 from ambient_sci.data import MeasurementFile
 from ambient_sci.errors import ConditioningError, IdentifiabilityError, InputError
-from ambient_sci.priors import NetworkConfig, NetworkPrior, load_prior
+from ambient_sci.priors import load_prior
 from ambient_sci.sampling import Reconstruction, ResultFile, generate, reconstruct
 from ambient_sci.training import TrainConfig, fit
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ambient_sci import fit, reconstruct
 from ambient_sci.operators import Identity, Independent, Masking
-from ambient_sci.priors import KeptRows, NetworkConfig, NetworkPrior, backbones, load_prior
+from ambient_sci.priors import KeptRows, NetworkPrior, load_prior
 from ambient_sci.priors.network import call_network
 from ambient_sci.priors.padding import on_multiples
 from ambient_sci.training import TrainConfig
@@ -30,7 +30,9 @@ class Smooth(nn.Module):
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         assert x.shape[2] % 4 == 0 and x.shape[3] % 4 == 0
         means = nn.functional.avg_pool2d(x, 4)
-        return self.gain * nn.functional.interpolate(means, scale_factor=4.0) + nn.functional.avg_pool2d(x, 3, 1, 1)
+        return self.gain * nn.functional.interpolate(means, scale_factor=4.0) + nn.functional.avg_pool2d(
+            x, 3, 1, 1
+        )
 
 
 # -- padding -----------------------------------------------------------------------------------------------------------------
@@ -54,7 +56,9 @@ def test_others_are_put_into_the_middle_of_zeros_and_cut_out_again(size):
     assert torch.equal(on_multiples(network, x, 4), 2 * x)
     rows, columns = seen[0].shape[2:]
     assert rows % 4 == columns % 4 == 0 and rows - size[0] < 4 and columns - size[1] < 4
-    assert torch.equal(seen[0].sum((2, 3)), x.sum((2, 3))) or torch.allclose(seen[0].sum((2, 3)), x.sum((2, 3)))
+    assert torch.equal(seen[0].sum((2, 3)), x.sum((2, 3))) or torch.allclose(
+        seen[0].sum((2, 3)), x.sum((2, 3))
+    )
     # The centre of Fourier space stays the centre.
     assert torch.equal(seen[0][:, :, rows // 2, columns // 2], x[:, :, size[0] // 2, size[1] // 2])
 
@@ -62,7 +66,9 @@ def test_others_are_put_into_the_middle_of_zeros_and_cut_out_again(size):
 def test_a_padded_jacobian_stays_symmetric_and_equivariance_stays():
     network, level = Smooth(), torch.ones(1, dtype=F64)
     x = normal(1, 1, 5, 6)
-    jacobian = torch.autograd.functional.jacobian(lambda z: call_network(network, z, level), x).reshape(30, 30)
+    jacobian = torch.autograd.functional.jacobian(lambda z: call_network(network, z, level), x).reshape(
+        30, 30
+    )
     assert torch.allclose(jacobian, jacobian.T) and float(jacobian.abs().sum()) > 0
     x = normal(1, 1, 6, 6)  # two rows of zeros: one on either side
     assert torch.allclose(call_network(network, x.flip(3), level), call_network(network, x, level).flip(3))

@@ -174,7 +174,7 @@ class DiffusersUNet(Backbone):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.multiple = 2 ** (len(getattr(model, "config").block_out_channels) - 1)
+        self.multiple = 2 ** (len(model.config.block_out_channels) - 1)
 
     def at(self, x: Tensor, time: Tensor, given: Labels | None = None) -> Tensor:
         """``x`` (B, in, H, W) at ``time`` (B,) to (B, out, H, W)."""

@@ -63,8 +63,11 @@ class TiledPrior(Prior):
                 "than it was trained on take a prior of complete measurements, or one from EM"
             )
         tile = tuple(prior.shape)
-        if len(tile) != 3 or len(shape) != 3 or shape[0] != tile[0] or any(
-            n < t for n, t in zip(shape[1:], tile[1:], strict=True)
+        if (
+            len(tile) != 3
+            or len(shape) != 3
+            or shape[0] != tile[0]
+            or any(n < t for n, t in zip(shape[1:], tile[1:], strict=True))
         ):
             raise InputError(f"tiles: expected images of at least {tile}, (C, H, W), got {tuple(shape)}")
         smallest = min([t for n, t in zip(shape[1:], tile[1:], strict=True) if n > t], default=2)
@@ -162,4 +165,3 @@ def _axis(size: int, tile: int, overlap: int) -> tuple[list[int], Tensor]:
     for start, window in zip(starts, windows, strict=True):
         window /= total[start : start + tile]
     return starts, windows
-
