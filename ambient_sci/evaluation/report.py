@@ -35,7 +35,7 @@ from ambient_sci.whole_files import check_output, write_json
 ROWS_SHOWN = 4
 #: What may be written; the report first.
 OUTPUTS = ("report.json", "figure.png", "calibration.png")
-FOUND_BY_DEFAULT = ("sampler", "steps", "sigma_min", "sigma_max")
+FOUND_BY_DEFAULT = ("sampler", "steps", "sigma_min", "sigma_max", "tile_overlap")
 
 Figure = tuple[str, Callable[[Path], Path]]
 

@@ -208,8 +208,8 @@ def description_of(prior: Prior) -> dict[str, Any]:
     """
     if prior.resized:
         raise InputError(
-            "saving a prior: expected one of the size it was trained on, got one that at_shape made of it; save "
-            "the original"
+            "saving a prior: expected one of the size it was trained on, got one that at_shape made of it; "
+            "save the original"
         )
     description = prior.describe()
     known = Prior.kinds.get(description["kind"])

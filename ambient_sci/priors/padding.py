@@ -4,10 +4,10 @@ A network that halves its input k times takes multiples of 2^k. Others are put i
 
     F'(x) = C F(P x),        P = C^T puts an image into zeros, C cuts it out again,
 
-and not mirrored at their border, for three reasons. The Jacobian of a denoiser is a covariance; C J C^T is one
-where J is, and a mirrored border would make it asymmetric. Zeros are what convolutions see beyond the border
-of any image. And a mask of zeros says "missing". What goes into a network has mean zero or nearly so. Images
-that divide are not touched.
+and not mirrored at their border, for three reasons. The Jacobian of a denoiser is a covariance; C J C^T is
+one where J is, and a mirrored border would make it asymmetric. Zeros are what convolutions see beyond the
+border of any image. And a mask of zeros says "missing". What goes into a network has mean zero or nearly so.
+Images that divide are not touched.
 
 The middle is that of Fourier space, row H // 2 of H, so that the masks of k-space lines keep their centre.
 """
@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 
 def multiple_of(network: Any) -> int:
-    """What height and width have to be multiples of inside ``network``: its attribute ``multiple``, else 1."""
+    """What height and width have to be multiples of inside ``network``: its ``multiple``, else 1."""
     return int(getattr(network, "multiple", 1))
 
 

@@ -7,9 +7,9 @@
 
 There are two levels, and more until the coarsest image has 16 pixels a side or fewer (six at most): the
 self-attention there costs the square of its pixels. Images of a size that cannot be halved so often are
-padded (`ambient_sci.priors.padding`); where that would add more than a quarter to their pixels there are fewer
-levels. "small" folds 2 x 2 pixels into channels, which makes a step a third as long; where padding for that
-would add as much, it has patch 1 and half the channels.
+padded (`ambient_sci.priors.padding`); where that would add more than a quarter to their pixels there are
+fewer levels. "small" folds 2 x 2 pixels into channels, which makes a step a third as long; where padding for
+that would add as much, it has patch 1 and half the channels.
 """
 
 from __future__ import annotations

@@ -18,13 +18,14 @@ def for_images(prior: Prior, shape: tuple[int, ...], overlap: int | None = None)
         raise InputError(f"prior: expected images {own}, (C, H, W), or of another size, got {shape}")
     tile = (own[0], *(min(n, t) for n, t in zip(shape[1:], own[1:], strict=True)))
     fitted = prior if tile == own else _with_network_at(prior, tile)
-    if tile == shape:
-        fitted.resized = (
-            f"images are {shape[1]} x {shape[2]}, the prior's {own[1]} x {own[2]}: its network runs at their "
-            "size, which it was not trained for"
+    found = fitted if tile == shape else TiledPrior(fitted, shape, overlap)
+    if tile != own:
+        how = f", in {found.how}" if isinstance(found, TiledPrior) else ""
+        found.resized = (
+            f"images are {shape[1]} x {shape[2]}, the prior's {own[1]} x {own[2]}: its network runs on "
+            f"{tile[1]} x {tile[2]} pixels, which it was not trained for{how}"
         )
-        return fitted
-    return TiledPrior(fitted, shape, overlap)
+    return found
 
 
 def _with_network_at(prior: Prior, shape: tuple[int, ...]) -> Prior:

@@ -26,7 +26,6 @@ from itertools import product
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.checkpoint import checkpoint
 
 from ambient_sci.errors import ConditioningError, InputError
 from ambient_sci.priors.base import Prior, per_sample
@@ -59,8 +58,8 @@ class TiledPrior(Prior):
         super().__init__()
         if prior.conditioning != "unconditional":
             raise ConditioningError(
-                f"tiles: expected an unconditional prior, got one that is {prior.conditioning}: images larger "
-                "than it was trained on take a prior of complete measurements, or one from EM"
+                f"tiles: expected an unconditional prior, got one that is {prior.conditioning}: images "
+                "larger than it was trained on take a prior of complete measurements, or one from EM"
             )
         tile = tuple(prior.shape)
         if (
@@ -83,12 +82,19 @@ class TiledPrior(Prior):
         self.sigma_min, self.sigma_max = prior.sigma_min, prior.sigma_max
         axes = [_axis(n, t, overlap) for n, t in zip(shape[1:], tile[1:], strict=True)]
         self.corners = list(product(axes[0][0], axes[1][0]))
-        for name, axis in zip(("rows", "columns"), axes, strict=True):
-            self.register_buffer(f"_{name}", axis[1], persistent=False)
+        # No buffers: what type and where a prior is, is what its own tensors say.
+        self.rows, self.columns = axes[0][1], axes[1][1]
         self.resized = (
-            f"images are {shape[1]} x {shape[2]}, the prior's {tile[1]} x {tile[2]}: {len(self.corners)} "
-            f"tiles with an overlap of {overlap} pixels or more, averaged at every noise level; longer "
+            f"images are {shape[1]} x {shape[2]}, the prior's {tile[1]} x {tile[2]}: {self.how}; longer "
             "structures than a tile are not in the prior"
+        )
+
+    @property
+    def how(self) -> str:
+        """How the images are covered, in words."""
+        return (
+            f"{len(self.corners)} tiles with an overlap of {self.overlap} pixels or more, averaged at every "
+            "noise level"
         )
 
     def forward(self, x: Tensor, sigma: float | Tensor, given: Given | None = None) -> Tensor:  # type: ignore[override]
@@ -100,6 +106,8 @@ class TiledPrior(Prior):
         tiles: list[Tensor] = []
         for corners in self._groups(len(x), self._limit(x)):
             if forget:
+                from torch.utils.checkpoint import checkpoint  # loads a compiler
+
                 told = checkpoint(
                     self._answers, x, sigma, given, corners, use_reentrant=False, preserve_rng_state=False
                 )
@@ -130,7 +138,7 @@ class TiledPrior(Prior):
 
     def _blended(self, tiles: list[Tensor]) -> Tensor:
         """sum_k W_k tiles_k: along each strip of tiles, then over the strips, always in this order."""
-        rows, columns = self._rows.to(tiles[0]), self._columns.to(tiles[0])
+        rows, columns = self.rows.to(tiles[0]), self.columns.to(tiles[0])
         (height, width), (high, wide) = self.shape[1:], self.prior.shape[1:]
         whole: Tensor | float = 0.0
         for i, row in enumerate(rows):
@@ -147,15 +155,17 @@ class TiledPrior(Prior):
 def _axis(size: int, tile: int, overlap: int) -> tuple[list[int], Tensor]:
     """Where tiles begin along an axis, evenly, and their windows (tiles, tile), which add up to 1.
 
-    A window is flat, falls as a squared sine over what the tile shares with its neighbour, and stays 1 at the
-    border of the image.
+    A window is flat and falls as a squared sine over the middle half of what the tile shares with its
+    neighbour. It is zero in the quarter next to where the tile ends, where it knows least of what is around a
+    pixel, and stays 1 at the border of the image.
     """
     count = 1 if size == tile else math.ceil((size - overlap) / (tile - overlap))
     starts = [round(k * (size - tile) / max(count - 1, 1)) for k in range(count)]
     windows = torch.ones(count, tile, dtype=torch.float64)
     for k in range(count - 1):
         shared = starts[k] + tile - starts[k + 1]
-        ramp = torch.sin(math.pi / 2 * (torch.arange(shared, dtype=torch.float64) + 0.5) / shared) ** 2
+        along = (torch.arange(shared, dtype=torch.float64) + 0.5) / shared
+        ramp = torch.sin(math.pi / 2 * (2 * along - 0.5).clamp(0, 1)) ** 2
         windows[k + 1, :shared] *= ramp
         windows[k, -shared:] *= ramp.flip(0)
     # Where three tiles meet (overlaps near a half), what they weigh together is not 1 yet.
