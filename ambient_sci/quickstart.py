@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,6 +90,8 @@ def run(
             f"{out}: expected an empty or new folder; give --overwrite to start anew or --resume to go on"
         )
     out.mkdir(parents=True, exist_ok=True)
+    if overwrite and not resume:
+        _start_anew(out)
     clock = _Clock()
     if not (resume and (out / "run").exists()):
         say("quickstart: simulating scans")
@@ -121,6 +124,20 @@ def run(
         f"{clock.total():.0f} s in all"
     )
     return report
+
+
+def _start_anew(out: Path) -> None:
+    """Remove what an earlier quickstart concluded and trained: interrupted, the new one is not mixed with
+    it."""
+    from ambient_sci.training import RunFolder
+
+    for name in ("report.json", "figure.png", "reconstruction.h5"):
+        (out / name).unlink(missing_ok=True)
+    if (out / "run").exists():
+        run = RunFolder(out / "run")
+        run.check_free(overwrite=True)
+        with run.alone():
+            shutil.rmtree(run.path)
 
 
 class _Clock:

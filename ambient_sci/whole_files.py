@@ -60,13 +60,16 @@ class Part:
     def __init__(self, path: PathLike) -> None:
         self._goal = Path(path)
         sweep(self._goal.parent, self._goal.name)
-        self.path, self._lock = _claim(self._goal, folder=False)
+        self.path, self._lock = claim(self._goal, folder=False)
+
+    def settle(self) -> None:
+        """Bring it to the disk: what does not fit is noticed here."""
+        to_disk(self.path)
 
     def commit(self) -> None:
-        """Bring it to the disk and give it its name."""
-        _to_disk(self.path)
+        """Give it, settled, its name."""
         os.replace(self.path, self._goal)
-        _to_disk(self._goal.parent)
+        to_disk(self._goal.parent)
 
     def discard(self) -> None:
         """Remove it unless it has its name; let go of the lock."""
@@ -84,6 +87,7 @@ def whole_file(path: PathLike) -> Iterator[Path]:
     part = Part(path)
     try:
         yield part.path
+        part.settle()
         part.commit()
     finally:
         part.discard()
@@ -104,15 +108,15 @@ def whole_folder(path: PathLike) -> Iterator[Path]:
     sweep(path.parent, path.name)
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: expected the name of a folder, got a file")
-    part, lock = _claim(path, folder=True)
+    part, lock = claim(path, folder=True)
     try:
         yield part
         for root, _, files in os.walk(part):
             for name in files:
-                _to_disk(Path(root, name))
-            _to_disk(Path(root))
+                to_disk(Path(root, name))
+            to_disk(Path(root))
         _take_place(part, path)
-        _to_disk(path.parent)
+        to_disk(path.parent)
     finally:
         # After an exchange this is the old content.
         shutil.rmtree(part, ignore_errors=True)
@@ -128,14 +132,14 @@ def recover(path: PathLike) -> None:
     path = Path(path)
     if path.exists() or not path.parent.is_dir():
         return
-    for old in sorted(path.parent.glob(f".{_escaped(path.name)}.*.old")):
+    for old in sorted(path.parent.glob(f".{escaped(path.name)}.*.old")):
         found = _DEBRIS.fullmatch(old.name)
         if found is None or found["name"] != path.name:
             continue
         with _held(old, wait=True) as held:
             if held and not path.exists():
                 os.rename(old, path)
-                _to_disk(path.parent)
+                to_disk(path.parent)
 
 
 def sweep(folder: PathLike, name: str | None = None) -> list[Path]:
@@ -145,7 +149,7 @@ def sweep(folder: PathLike, name: str | None = None) -> list[Path]:
     Returns what was removed.
     """
     removed = []
-    for path in sorted(Path(folder).glob(".*" if name is None else f".{_escaped(name)}.*")):
+    for path in sorted(Path(folder).glob(".*" if name is None else f".{escaped(name)}.*")):
         found = _DEBRIS.fullmatch(path.name)
         if found is None or name not in (None, found["name"]):
             continue
@@ -273,6 +277,13 @@ def sole(path: PathLike) -> Iterator[bool]:
         os.close(descriptor)
 
 
+def holder_of(lock: Path) -> str:
+    """The process that holds a lock of `sole`, in words."""
+    with suppress(OSError, ValueError):
+        return lock.read_text().strip() or "(unknown)"
+    return "(unknown)"
+
+
 def is_part(path: Path) -> bool:
     """Whether this is a file or folder in the making, or what a killed writer left of one."""
     found = _DEBRIS.fullmatch(path.name)
@@ -282,7 +293,7 @@ def is_part(path: Path) -> bool:
 # -- parts, locks and renames ----------------------------------------------------------------------
 
 
-def _claim(path: Path, *, folder: bool) -> tuple[Path, int]:
+def claim(path: Path, *, folder: bool) -> tuple[Path, int]:
     """A new part of ``path`` and the descriptor that holds its lock."""
     for count in itertools.count():
         part = path.with_name(f".{path.name}.{os.getpid()}.{count}.part")
@@ -354,7 +365,7 @@ def _alive(path: Path) -> bool:
     return True
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
     """fsync of a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -402,6 +413,6 @@ def _exchange(a: Path, b: Path) -> bool:
     raise OSError(number, os.strerror(number), str(b))
 
 
-def _escaped(name: str) -> str:
+def escaped(name: str) -> str:
     """``name`` in a glob pattern."""
     return re.sub(r"([*?\[])", r"[\1]", name)

@@ -480,7 +480,7 @@ CASES = [
     Case(
         "generate: level NaN",
         "generate full_run --num 1 --out new.h5 --sigma-min nan",
-        ("expected 0 < sigma_min",),
+        ("--sigma-min: expected a finite number, got nan",),
     ),
     Case(
         "reconstruct: sampler",

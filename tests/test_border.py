@@ -22,7 +22,7 @@ from ambient_sci.operators import MRI, Identity, Masking
 from ambient_sci.priors import GaussianPrior
 from ambient_sci.sampling import POSTERIOR_SAMPLERS, Reconstruction, reconstruct_to_file
 from ambient_sci.sampling.border import as_device, as_generator
-from ambient_sci.sampling.reconstruct import sampler_options
+from ambient_sci.sampling.checks import sampler_options
 from ambient_sci.sampling.subset import check_indices, parse_indices
 
 SHAPE, SIGMA = (1, 4, 4), 0.3

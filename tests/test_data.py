@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -22,10 +23,12 @@ from ambient_sci.data import (
     MeasurementWriter,
     ReferenceFile,
     brains,
+    checksums,
     contact_sheet,
     describe,
     files,
     hdf5_file,
+    hdf5_writer,
     loader,
     open_source,
     simulate,
@@ -34,7 +37,7 @@ from ambient_sci.data import (
     write_images,
     write_measurements,
 )
-from ambient_sci.data.checksums import row_checksums
+from ambient_sci.data.checksums import KINDS
 from ambient_sci.data.images import resize, slices, square_pad
 from ambient_sci.errors import InputError
 from ambient_sci.operators import MRI, FixedBudget, Identity, Independent, Masking
@@ -317,7 +320,9 @@ def test_an_edited_description_is_checked_like_a_foreign_one(tmp_path: Path):
         MeasurementFile(path)
 
 
-def test_checksums_tell_words_and_places_apart():
+@pytest.mark.parametrize("kind", KINDS)
+def test_checksums_tell_words_and_places_apart(kind: str):
+    row_checksums = partial(checksums.row_checksums, kind=kind)
     block = rng(1).integers(0, 255, (50, 3, 7), dtype=np.uint8)
     sums = row_checksums(block)
     assert sums.dtype == np.uint64 and len(set(sums.tolist())) == 50
@@ -334,6 +339,27 @@ def test_checksums_tell_words_and_places_apart():
     assert np.array_equal(row_checksums(shifted), sums)
 
 
+def test_files_with_the_checksums_of_earlier_versions_are_trusted_and_checked(tmp_path: Path, monkeypatch):
+    now = write_mri(tmp_path / "now.h5")
+    sums = partial(checksums.row_checksums, kind="checksums")
+    with monkeypatch.context() as patch:
+        patch.setattr(hdf5_writer, "CHECKSUMS", "checksums")
+        patch.setattr(hdf5_writer, "row_checksums", sums)
+        path = write_mri(tmp_path / "m.h5")
+    with h5py.File(path) as raw, MeasurementFile(path) as file, MeasurementFile(now) as newer:
+        assert file.trusted and "xxh3_64" not in raw
+        stored = raw["checksums/measurements"][()]
+        assert np.array_equal(stored, sums(raw["measurements"][()]))
+        assert torch.equal(file.measurements([2, 0]), newer.measurements([2, 0]))
+        assert file.checksum != newer.checksum
+    whole = path.read_bytes()
+    with h5py.File(path) as raw:
+        place = raw["measurements"].id.get_chunk_info(1).byte_offset + 5
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(InputError, match="sample 1 is not what was written"):
+        MeasurementFile(path)
+
+
 VERSION_1 = {"format_version": 1, "subjects": ["a", "b", "a"], "scale": [1.0, 2.0, 3.0]}
 
 
@@ -342,7 +368,7 @@ def test_files_of_version_1_are_read(tmp_path: Path):
     path = write_mri(tmp_path / "m.h5", num=3)
 
     def age(raw: h5py.File) -> None:
-        for name in ("checksums", "subject", "subject_names", "isometric"):
+        for name in ("xxh3_64", "subject", "subject_names", "isometric"):
             del raw[name]
         for name in ("verified", "measured"):
             del raw.attrs[name]
@@ -502,7 +528,7 @@ def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:3000])
 
 
-PARTS = {"mask", "measurements", "noise_std", "subject", "subject_names", "checksums"}
+PARTS = {"mask", "measurements", "noise_std", "subject", "subject_names", "xxh3_64"}
 BAD_FILES = {
     "missing file": (lambda p: p.unlink(), "no such file"),
     "empty file": (lambda p: p.write_bytes(b""), "not an HDF5 file|truncated"),

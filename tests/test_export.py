@@ -210,7 +210,18 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["export", str(tmp_path / "R.h5"), "--out", str(out)]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "R.h5"), "--out", str(out), "--overwrite"]) == 0
-    result.geometry = {"volumes": [{"name": "a", "slices": [0], "first": 0, "shape": [4, 4, 1], "axis": 2}]}
+    result.geometry = {
+        "volumes": [
+            {
+                "name": "a",
+                "slices": [0],
+                "first": 0,
+                "shape": [4, 4, 1],
+                "axis": 2,
+                "affine": np.eye(4).tolist(),
+            }
+        ]
+    }
     result.save(tmp_path / "R.h5", overwrite=True)
     with pytest.raises(InputError, match="the geometry is of 1 slices, got 2 images"):
         export_nifti(tmp_path / "R.h5", tmp_path / "other")

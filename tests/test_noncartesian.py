@@ -63,5 +63,7 @@ def test_samples_are_those_of_the_exact_posterior(tutorial: dict) -> None:
     exact = exact_mean(prior, physics, y, sigma_y)
     spread = result.std.square().mean().sqrt()
     # The mean of 12 samples misses the exact mean by spread / sqrt(12); a wrong operator or level moves it by a spread or more.
-    assert float((result.mean - exact).square().mean().sqrt() / spread) == pytest.approx(12**-0.5, rel=0.25)
+    drawn = result.samples.mean(0)
+    assert float((drawn - exact).square().mean().sqrt() / spread) == pytest.approx(12**-0.5, rel=0.25)
+    assert float((result.mean - exact).square().mean().sqrt() / spread) < 0.6 * 12**-0.5
     assert float((x - exact).square().mean().sqrt() / spread) == pytest.approx(1, rel=0.15)

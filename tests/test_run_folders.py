@@ -5,28 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from crashes import killed
 
 from ambient_sci.cli import main
 from ambient_sci.data import write_measurements
 from ambient_sci.errors import InputError
 from ambient_sci.priors import NetworkConfig, load_prior
 from ambient_sci.training import EMConfig, RunFolder, StagedConfig, TrainConfig, fit
-
-WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-OPERATIONS = {
-    "os.rename",
-    "os.mkdir",
-    "os.remove",
-    "os.rmdir",
-    "os.truncate",
-    "shutil.rmtree",
-    "ctypes.dlsym",
-}
 
 
 def settings(**changes) -> TrainConfig:
@@ -45,35 +34,6 @@ def images(tmp_path_factory) -> list[Path]:
         options = {"mask": None, "noise_std": 0.4, "operator": "identity", "image_shape": (1, 4, 4)}
         paths.append(write_measurements(folder / name, measurements=y, **options))
     return paths
-
-
-def killed(folder: Path, at: int, work) -> bool:
-    """Do ``work`` in a child that dies before its ``at``-th operation on a file below ``folder``; did it die?"""
-    child = os.fork()
-    if child == 0:
-        left = at
-
-        def watch(event: str, arguments: tuple) -> None:
-            nonlocal left
-            if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & WRITES):
-                return
-            if event != "open" and event not in OPERATIONS:
-                return
-            if event != "ctypes.dlsym" and str(folder) not in str(arguments[0]):
-                return
-            left -= 1
-            if left == 0:
-                os._exit(9)
-
-        try:
-            sys.addaudithook(watch)
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, 9), status
-    return status == 9
 
 
 def weights(run: Path) -> bytes:
@@ -102,7 +62,7 @@ def every_kill(tmp_path: Path, work, check, start=None, stride: int = 1) -> int:
         run = tmp_path / f"run{k}"
         if start is not None:
             shutil.copytree(start, run)
-        died = killed(run, k, lambda run=run: work(run))
+        died = killed(run, k, lambda run=run: work(run), bytes_too=False)
         check(run, k)
         shutil.rmtree(run)
         if not died:

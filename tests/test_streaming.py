@@ -159,27 +159,22 @@ def test_a_part_that_cannot_be_read_is_made_again(work, monkeypatch):
     assert torch.equal(*(Reconstruction.load(work / "out" / f"{n}.h5").samples for n in ("whole", "r")))
 
 
-def test_a_live_run_of_another_seed_keeps_its_parts(work, monkeypatch):
-    """While seed 1 is at work, seed 0 ends: it removes what was given up (seed 2), and not what is in use."""
+def test_a_live_run_of_another_seed_is_refused_and_what_was_given_up_goes(work, monkeypatch):
+    """While seed 1 is at work on an output seed 0 is refused; what seed 2 gave up is removed in the end."""
     plain = streaming.prepare
-
-    def stopped(*arguments):
-        raise KeyboardInterrupt
-
     (work / "out" / ".r.h5.parts-abandoned").mkdir()
     (work / "out" / ".r.h5.parts-abandoned" / "00000000.h5").touch()
-    inside = []
 
-    def other_run_ends_first(*arguments):
-        if not inside:
-            inside.append(True)
+    def meanwhile(*arguments):
+        with pytest.raises(InputError, match=f"only process.*process {os.getpid()}"):
             run(work, "r.h5", seed=0)
         return plain(*arguments)
 
-    monkeypatch.setattr(streaming, "prepare", other_run_ends_first)
+    monkeypatch.setattr(streaming, "prepare", meanwhile)
     run(work, "r.h5", seed=1, overwrite=True)
     assert left(work) == ["r.h5"]
     again = Reconstruction.load(work / "out" / "r.h5").samples
+    monkeypatch.setattr(streaming, "prepare", plain)
     run(work, "s.h5", seed=1)
     assert torch.equal(again, Reconstruction.load(work / "out" / "s.h5").samples)
 

@@ -7,14 +7,16 @@ Free of torch: ``--help`` must answer at once, so machinery is imported where a 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from ambient_sci.errors import InputError
+from ambient_sci.numbers import number_in_range, short
+from ambient_sci.whole_sets import made_folder, sweep_output
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +78,14 @@ def require(good: bool, option: str, expected: str, got: Any) -> None:
 
 
 def check_common(command: Any) -> None:
-    """The options that every command has: a seed that every generator takes, a device that is there."""
+    """What holds for all commands: numbers in range, a seed that every generator takes, a device that is
+    there."""
+    for field in dataclasses.fields(command):
+        value = getattr(command, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)):
+                expected = number_in_range(number, field.name)
+                require(expected is None, "--" + field.name.replace("_", "-"), expected or "", short(number))
     seed = getattr(command, "seed", None)
     require(seed is None or 0 <= seed < 2**63, "--seed", "an integer from 0 to 2^63 - 1", seed)
     if getattr(command, "device", None) == "cuda":
@@ -135,6 +144,7 @@ def check_outputs(*paths: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) 
             "the same file",
         )
         if path.exists() and not overwrite:
+            sweep_output(path)
             raise InputError(f"{path}: expected a new file, got one that exists; --overwrite replaces it")
         above = next(p for p in path.absolute().parents if p.exists())
         require(above.is_dir(), f"{path}", "a folder to write to", f"the file {above}")
@@ -154,15 +164,6 @@ def sheet_beside(out: Path, left_out: bool, overwrite: bool, inputs: tuple[Path,
     return sheet
 
 
-@contextlib.contextmanager
-def folder_of(path: Path) -> Iterator[None]:
+def folder_of(path: Path) -> contextlib.AbstractContextManager[None]:
     """The folder that ``path`` goes to, made where it is missing, and unmade if what is to fill it fails."""
-    made = [folder for folder in path.absolute().parents if not folder.exists()]
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
+    return made_folder(path.absolute().parent)

@@ -117,6 +117,7 @@ class Generate:
                 overwrite=self.overwrite,
                 generator=generator(self.seed),
                 progress=True,
+                stale=(sheet,),
             )
         if not main_process():
             return

@@ -234,11 +234,15 @@ class Train:
 
 def _last_line(log: Path) -> str:
     """The end of the log in words."""
-    lines = log.read_text().splitlines() if log.exists() else []
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     if not lines:
         return "nothing left to do"
-    last = json.loads(lines[-1])
-    what = "held-out CRPS" if last["stage"] == "em" else "loss"
-    return (
-        f"stage {last['stage']}, {last['step']} steps in {last['seconds']:.0f} s, {what} {last['loss']:.4g}"
-    )
+    try:
+        last = json.loads(lines[-1])
+        what = "held-out CRPS" if last["stage"] == "em" else "loss"
+        return (
+            f"stage {last['stage']}, {last['step']} steps in {last['seconds']:.0f} s, {what} "
+            f"{last['loss']:.4g}"
+        )
+    except (ValueError, KeyError, TypeError):  # for people: nothing is computed from it
+        return f"done; the last line of {log} is damaged"

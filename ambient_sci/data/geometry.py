@@ -113,3 +113,55 @@ def zooming(axis: int, first: float, zoom: float) -> np.ndarray:
     grid[axis, axis] = zoom
     grid[axis, 3] = first + (zoom - 1) / 2
     return grid
+
+
+#: Largest size of a volume along an axis: what NIfTI-1 can say.
+LARGEST_AXIS = 32_767
+
+
+def check_geometry(geometry: object, num: int) -> None:
+    """Raise InputError unless a geometry says of each of ``num`` images at most once where it lies.
+
+    Args:
+        geometry: what a file records: a table, its ``volumes`` each with name, affine (4, 4), shape of three
+            sizes, axis of the slices, number of its first image, and numbers of its slices.
+        num: images in the file.
+    """
+    if not isinstance(geometry, dict):
+        raise InputError(f"geometry: expected a table, got {type(geometry).__name__}")
+    volumes = geometry.get("volumes") or []
+    if not isinstance(volumes, list):
+        raise InputError(f"geometry: expected a list of volumes, got {type(volumes).__name__}")
+    end = 0
+    for number, volume in enumerate(volumes):
+        try:
+            first, slices = _checked_volume(volume)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise InputError(
+                f"geometry: expected volumes with name, affine, shape, axis, first and slices, got another "
+                f"one at {number} ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
+            ) from None
+        if first < end or first + slices > num:
+            raise InputError(
+                f"geometry: expected each of {num} images in one volume, got images {first} to "
+                f"{first + slices - 1} in volume {number} after {end} before"
+            )
+        end = first + slices
+
+
+def _checked_volume(volume: dict) -> tuple[int, int]:
+    """Number of the first image of a volume, and how many it has; ValueError and its kin where it is none."""
+    affine = np.asarray(volume["affine"], np.float64)
+    shape, axis, slices = volume["shape"], volume["axis"], volume["slices"]
+    numbers = [*shape, axis, volume["first"], *slices]
+    if not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in numbers):
+        raise ValueError("numbers that are not whole")
+    if affine.shape != (4, 4) or not np.isfinite(affine).all():
+        raise ValueError(f"an affine of shape {affine.shape}, or not finite")
+    if len(shape) != 3 or not all(1 <= n <= LARGEST_AXIS for n in shape) or axis not in (0, 1, 2):
+        raise ValueError(f"shape {shape}, axis {axis}")
+    if not slices or len(set(slices)) < len(slices) or not 0 <= min(slices) <= max(slices) < shape[axis]:
+        raise ValueError(f"slices {slices[:4]} of {shape[axis]}, or one twice")
+    if not isinstance(volume["name"], str) or volume["first"] < 0:
+        raise ValueError(f"name {volume['name']!r}, first {volume['first']}")
+    return int(volume["first"]), len(slices)

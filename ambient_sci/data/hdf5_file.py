@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ambient_sci.data.checksums import CHECKSUMS, MARK, digest, row_checksums
+from ambient_sci.data.checksums import CHECKSUMS, KINDS, MARK, digest, row_checksums
+from ambient_sci.data.geometry import check_geometry
 from ambient_sci.data.hdf5_safety import entries, plain_dataset, plain_group
 from ambient_sci.errors import InputError
+from ambient_sci.numbers import check_numbers
 
 #: Versions that are read. Version 1 keeps subjects and scales as attributes and has no checksums.
 FORMAT_VERSIONS = (1, 2)
@@ -25,7 +27,10 @@ FORMAT_VERSIONS = (1, 2)
 FULL_CHECK_BYTES = 64 << 20
 FULL_CHECK_ROWS = 4096
 TEXTS = "texts"
+LARGEST_SCALE = 1e37
 _CHUNK_BYTES = 32 << 20
+#: Rows of fewer values are read together where they follow each other.
+_SMALL_ROW = 1 << 15
 
 Indices = int | slice | Sequence[int] | np.ndarray | Tensor | None
 
@@ -52,22 +57,35 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def scales_in_range(scale: np.ndarray) -> bool:
+    """Whether these are positive numbers that single precision, which volumes are written in, can hold."""
+    return bool(((scale >= 1 / LARGEST_SCALE) & (scale <= LARGEST_SCALE)).all())
+
+
 def format_of(file: h5py.File) -> str | None:
     """The attribute ``format`` of an HDF5 file, whichever way its text is stored; None without one."""
     found = plain(file.attrs.get("format"))
     return found if isinstance(found, str) else None
 
 
-def _scattered(dataset: h5py.Dataset, rows: np.ndarray) -> np.ndarray:
-    """Rows of a dataset in any order, each read into its place: h5py's own indexing would copy it there."""
+def _scattered(
+    dataset: h5py.Dataset, rows: np.ndarray, checksum: Callable[[np.ndarray], int] | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Rows of a dataset in any order, each read into its place, and their checksums.
+
+    h5py's own indexing would copy each row there; and a row that was just read is in the processor's cache.
+    """
     shape = dataset.shape[1:]
     block = np.empty((len(rows), *shape), dataset.dtype)
+    sums = None if checksum is None else np.empty(len(rows), np.uint64)
     target, space = h5py.h5s.create_simple((1, *shape)), dataset.id.get_space()
     kind, corner = h5py.h5t.py_create(dataset.dtype), (0,) * len(shape)
     for k, row in enumerate(rows):
         space.select_hyperslab((int(row), *corner), (1, *shape))
         dataset.id.read(target, space, block[k : k + 1], kind)
-    return block
+        if checksum is not None and sums is not None:
+            sums[k] = checksum(block[k])
+    return block, sums
 
 
 class Hdf5File:
@@ -81,6 +99,7 @@ class Hdf5File:
         self._handle: h5py.File | None = None
         self._owner: int | None = None
         self._checksums: dict[str, np.ndarray] = {}
+        self._checksum_kind = CHECKSUMS
         try:
             self._load(self._open())
         except InputError as error:
@@ -138,15 +157,16 @@ class Hdf5File:
 
     def _read_mark(self, file: h5py.File, attributes: dict[str, Any]) -> None:
         """Look at every entry, fetch long attributes, and take over the checksums of an unchanged file."""
-        datasets = entries(file, (CHECKSUMS, TEXTS), self._file_bytes)
+        datasets = entries(file, (*KINDS, TEXTS), self._file_bytes)
         for path, dataset in datasets.items():
             if path.startswith(f"{TEXTS}/"):
                 attributes[path.partition("/")[2]] = dataset[()].tobytes().decode()
         #: as its writer left it, so that opening it reads no values again
         self.trusted = attributes.get(MARK) is not None and attributes[MARK] == digest(attributes, datasets)
-        if self.trusted and CHECKSUMS in file:
-            group = plain_group(file, CHECKSUMS)
-            self._checksums = {name: datasets[f"{CHECKSUMS}/{name}"][()] for name in group}
+        kind = next((kind for kind in KINDS if kind in file), None)
+        if self.trusted and kind is not None:
+            self._checksums = {name: datasets[f"{kind}/{name}"][()] for name in plain_group(file, kind)}
+            self._checksum_kind = kind
 
     def _has(self, file: h5py.File, name: str) -> bool:
         return file.get(name, getlink=True) is not None
@@ -170,7 +190,7 @@ class Hdf5File:
         if self._has(file, "scale"):
             scale = self._dataset(file, "scale", (np.float64,))[()]
         scale = np.asarray(scale, dtype=np.float64)
-        if scale.shape not in ((), (num,)) or not np.isfinite(scale).all() or (scale <= 0).any():
+        if scale.shape not in ((), (num,)) or not scales_in_range(scale):
             raise InputError(
                 f"scale: expected one positive number or {num} of them, got {one_line(ValueError(scale))}"
             )
@@ -178,6 +198,8 @@ class Hdf5File:
         self.scale: float | np.ndarray = float(scale) if scale.ndim == 0 else scale
         self.history: str = str(self.attributes.get("history", ""))
         self.geometry: dict[str, Any] = parse_json(self.attributes.get("geometry") or "{}", "geometry") or {}
+        check_numbers(self.geometry, "geometry")
+        check_geometry(self.geometry, num)
         self._labels: np.ndarray | None = None
         if self._has(file, "labels"):
             self._labels = self._dataset(file, "labels", (np.int32,))[()]
@@ -272,17 +294,20 @@ class Hdf5File:
         """Rows of a dataset as they are stored, compared with their checksums where there are any."""
         dataset = self._open()[name]
         assert isinstance(dataset, h5py.Dataset)
+        expected, small = self._checksums.get(name), math.prod(dataset.shape[1:]) < _SMALL_ROW
         try:
-            if len(rows) and (np.diff(rows) == 1).all():
+            if small and len(rows) and (np.diff(rows) == 1).all():
                 block = dataset[int(rows[0]) : int(rows[-1]) + 1]
+                sums = None if expected is None else row_checksums(block, self._checksum_kind)
             else:
-                block = _scattered(dataset, rows)
+                checksum = None if expected is None else KINDS[self._checksum_kind]
+                block, sums = _scattered(dataset, rows, checksum)
         except (OSError, RuntimeError) as error:
             raise InputError(
                 f"{self.path}: cannot read {name!r}, the file is damaged ({one_line(error)})"
             ) from None
-        if name in self._checksums:
-            wrong = np.flatnonzero(row_checksums(block) != self._checksums[name][rows])
+        if expected is not None:
+            wrong = np.flatnonzero(sums != expected[rows])
             if len(wrong):
                 self._refuse(name, block[wrong[:1]], rows[wrong[:1]])
         return block

@@ -7,15 +7,17 @@ sample leaves nothing behind. Samples are appended in blocks, so a data set need
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import h5py
 import numpy as np
 
 from ambient_sci.data.checksums import CHECKSUMS, MARK, digest, row_checksums
-from ambient_sci.data.hdf5_file import FORMAT_VERSIONS, TEXTS, one_line, plain
+from ambient_sci.data.geometry import check_geometry
+from ambient_sci.data.hdf5_file import FORMAT_VERSIONS, TEXTS, one_line, plain, scales_in_range
+from ambient_sci.data.hdf5_output import Output
 from ambient_sci.data.hdf5_safety import entries
 from ambient_sci.data.layout import Numbers, to_numpy
 from ambient_sci.errors import InputError
@@ -42,38 +44,34 @@ class Hdf5Writer:
         self._labels: list[np.ndarray] = []
         self._sums: dict[str, list[np.ndarray]] = {}
         self._overwrite = overwrite
-        self._file: h5py.File | None = None
+        #: files that were made from one of this name; they go when it is replaced
+        self.stale: Sequence[Path] = ()
+        self._output: Output | None = None
         self._part: Part | None = None
 
     def __len__(self) -> int:
         return self._num
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """A disk that is full, or refuses, ends in one line; HDF5 reports some of that as RuntimeError."""
-        try:
-            yield
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"{self.path}: cannot be written ({one_line(error)})") from None
-
-    def _open(self) -> h5py.File:
-        if self._file is None:
-            with self._writing():
+    def _open(self) -> Output:
+        if self._output is None:
+            try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                # Version 1.10 of the format protects its own structures by checksums.
                 self._part = Part(self.path)
-                self._file = h5py.File(self._part.path, "w", libver="v110", locking=False)
-        return self._file
+            except OSError as error:
+                raise InputError(f"{self.path}: cannot be written ({one_line(error)})") from None
+            self._output = Output(self._part.path, self.path)
+        return self._output
 
     def _extend(self, name: str, block: np.ndarray, **options: Any) -> None:
         """Append rows to a dataset, and their checksums to what the file will say of them."""
-        file = self._open()
-        with self._writing():
-            if name not in file:
-                shape = block.shape[1:]
-                file.create_dataset(name, data=block, maxshape=(None, *shape), chunks=(1, *shape), **options)
+        output = self._open()
+        with output.at_work():
+            if name not in output.file:
+                chunks = (1, *block.shape[1:])
+                options = {"maxshape": (None, *block.shape[1:]), "chunks": chunks, **options}
+                output.file.create_dataset(name, data=block, **options)
             else:
-                dataset = file[name]
+                dataset = output.file[name]
                 assert isinstance(dataset, h5py.Dataset)
                 if dataset.shape[1:] != block.shape[1:]:
                     expected = f"expected samples of shape {dataset.shape[1:]} like the first"
@@ -90,7 +88,7 @@ class Hdf5Writer:
         if len(subjects) != num:
             raise InputError(f"subjects: expected {num}, one a sample, got {len(subjects)}")
         scales = to_numpy(scale, "scale").astype(np.float64)
-        if scales.shape not in ((), (num,)) or not np.isfinite(scales).all() or (scales <= 0).any():
+        if scales.shape not in ((), (num,)) or not scales_in_range(scales):
             raise InputError(f"scale: expected one positive number or {num} of them, got {scale}")
         if (labels is not None) != (len(self._labels) > 0) and self._num:
             raise InputError("labels: expected them for all samples or for none")
@@ -105,7 +103,7 @@ class Hdf5Writer:
 
     def _small(self, name: str, data: np.ndarray) -> None:
         """A dataset that is read whole when the file is opened; HDF5 keeps its checksum."""
-        self._open().create_dataset(name, data=data, fletcher32=True, chunks=True)
+        self._open().file.create_dataset(name, data=data, fletcher32=True, chunks=True)
 
     def _text(self, name: str, text: str) -> None:
         """A text of fixed length, or a dataset where it is long: HDF5 protects both, but not its heap."""
@@ -113,7 +111,7 @@ class Hdf5Writer:
         if len(data) > _LONGEST_ATTRIBUTE or b"\0" in data:
             self._small(f"{TEXTS}/{name}", np.frombuffer(data, np.uint8))
         else:
-            self._open().attrs[name] = np.array(data, f"S{max(len(data), 1)}")
+            self._open().file.attrs[name] = np.array(data, f"S{max(len(data), 1)}")
 
     def _say(self, text: str) -> None:
         """Add to the history."""
@@ -141,6 +139,7 @@ class Hdf5Writer:
         if self._labels:
             self._small("labels", np.concatenate(self._labels))
         self._text("history", self.history)
+        check_geometry(self.geometry, self._num)
         self._text("geometry", json.dumps(self.geometry))
         for name, value in self.attributes.items():
             if name in file.attrs or name in (MARK, "step", "offset", "complex_pairs"):
@@ -163,24 +162,33 @@ class Hdf5Writer:
 
     def close(self) -> None:
         """Complete the file and give it its name. Raises InputError when nothing was appended."""
-        if self._file is None or self._part is None:
+        close_together(self)
+
+    def finish(self) -> None:
+        """Complete the file, and bring it to the disk, under another name still.
+
+        Raises:
+            InputError: nothing was appended, or the disk is full.
+        """
+        if self._output is None or self._part is None:
             raise InputError(f"{self.path}: no sample to write")
-        with self._writing():
-            self._finish(self._file)
-            self._sign(self._file)
-            self._file.close()
-            self._file = None
-            check_output(self.path, self._overwrite)
-            self._part.commit()
+        with self._output.at_work():
+            self._finish(self._output.file)
+            self._sign(self._output.file)
+        self._output.finish()
+        check_output(self.path, self._overwrite)
+        try:
+            self._part.settle()
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({one_line(error)})") from None
 
     def discard(self) -> None:
         """Throw the temporary file away, whatever state it is in."""
         try:
-            if self._file is not None:
-                with suppress(OSError, RuntimeError):  # a full disk: closing would write
-                    self._file.close()
+            if self._output is not None:
+                self._output.close()
         finally:
-            self._file = None
+            self._output = None
             if self._part is not None:
                 self._part.discard()
 
@@ -194,6 +202,24 @@ class Hdf5Writer:
         finally:
             self.discard()
         return False
+
+
+def close_together(*writers: Hdf5Writer) -> None:
+    """Complete files that belong together and give them their names: all of them, or none.
+
+    Every file is complete on the disk before the first gets its name. Files that they replace go before that,
+    from the second on: killed in between, a pair is short of one, never of two generations.
+
+    Raises:
+        InputError: nothing was appended to one of them, or the disk is full.
+    """
+    for writer in writers:
+        writer.finish()
+    for path in (*(w.path for w in writers[1:]), *(p for w in writers for p in w.stale)):
+        path.unlink(missing_ok=True)
+    for writer in writers:
+        assert writer._part is not None
+        writer._part.commit()
 
 
 def _checked_labels(labels: Any, num: int) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,82 +11,21 @@ import torch
 
 from ambient_sci.data.clipping import check_plausible
 from ambient_sci.data.image_source import ImageSource
+from ambient_sci.data.import_options import ImportOptions, design_of, history_of
 from ambient_sci.data.layout import check_noise_std, to_numpy
 from ambient_sci.data.noise_estimation import estimate_noise
 from ambient_sci.data.readers.arrays import image_arrays
-from ambient_sci.data.readers.guard import naming, one_line, say
+from ambient_sci.data.readers.guard import naming, say
 from ambient_sci.data.reduced_source import reduced
-from ambient_sci.data.reductions import Reduction
 from ambient_sci.data.sources import open_source
 from ambient_sci.data.whiteness import THRESHOLD, noise_correlation
 from ambient_sci.data.writing import MeasurementWriter
-from ambient_sci.errors import IdentifiabilityError, InputError
-from ambient_sci.operators import MaskDesign, estimate_design
+from ambient_sci.errors import InputError
 from ambient_sci.progress import track
 
 _BLOCK = 64
 #: Images looked at for a noise level.
 _SAMPLED = 512
-
-
-@dataclass(frozen=True)
-class ImportOptions:
-    """Options of an import. The first group is for all data, the second for images, the third for raw scans.
-
-    noise_std: per real channel; estimated when None. noise_units: "scaled" (as stored, the default of the
-        library) or "original" (grey levels, scanner units). design: the mask design, if known. subject: one
-        name for everything.
-    kind: of complex numbers in an array or .npy file: "images" or "kspace"; None refuses what looks like
-        k-space. mask: an array or .npy of 0/1 with what was measured of such k-space; None: where it is not
-        zero.
-    grey, crop, bin, size, patch, stride: see ``Reduction``. A noise level that is given is that of the pixels
-        before. With noise_std = 0 (clean images) ``size`` pads and resizes as ``open_source`` does.
-    channel, plane, min_foreground: see ``open_source``.
-    noise_scan: noise readouts (N, n) complex: an array, .npy or BART file. coil_maps: an array, .npy or BART
-        file instead of ESPIRiT.
-        compress: number of virtual coils. remove_oversampling: crop the readout to its field of view.
-            keep_padding: do not cut off zero padding around a fully sampled k-space.
-    """
-
-    noise_std: float | None = None
-    noise_units: str = "scaled"
-    design: MaskDesign | None = None
-    subject: str | None = None
-    kind: str | None = None
-    mask: Any = None
-    grey: bool = False
-    crop: tuple[int, int] | None = None
-    bin: int | None = None
-    size: int | None = None
-    patch: int | None = None
-    stride: int | None = None
-    channel: int | str | None = None
-    plane: str = "axial"
-    min_foreground: float = 0.0
-    noise_scan: Any = None
-    coil_maps: Any = None
-    compress: int | None = None
-    remove_oversampling: bool = True
-    keep_padding: bool = False
-
-    def __post_init__(self) -> None:
-        if self.noise_units not in ("scaled", "original"):
-            raise InputError(f"noise_units: expected 'scaled' or 'original', got {self.noise_units!r}")
-        if self.kind not in (None, "images", "kspace"):
-            raise InputError(f"kind: expected 'images' or 'kspace', got {self.kind!r}")
-        if self.noise_std is not None:
-            check_noise_std(self.noise_std, 1)
-
-    @property
-    def clean(self) -> bool:
-        """Whether the images are stated to have no noise."""
-        return self.noise_std == 0
-
-    @property
-    def reduction(self) -> Reduction:
-        """What is done to noisy images."""
-        size = None if self.clean else self.size
-        return Reduction(self.grey, self.crop, self.bin, size, self.patch, self.stride)
 
 
 def import_images(source: Any, out: Path, chosen: ImportOptions, overwrite: bool) -> None:
@@ -129,7 +67,7 @@ def import_images(source: Any, out: Path, chosen: ImportOptions, overwrite: bool
                 scale=images.scale_of(rows),
             )
         _say_clipping(images, float(levels.max()))
-        writer.history = history(images.origin, [how, *images.notes])
+        writer.history = history_of(images.origin, [how, *images.notes])
 
 
 def _say_clipping(images: ImageSource, level: float) -> None:
@@ -137,11 +75,6 @@ def _say_clipping(images: ImageSource, level: float) -> None:
     clipped = images.ends.text() if images.ends is not None and level > 0 else None
     if clipped:
         say(images.notes, images.origin, clipped)
-
-
-def history(origin: Any, notes: list[str]) -> str:
-    """What is recorded of an import, one line."""
-    return f"import {one_line(origin, 400)}: {'; '.join(dict.fromkeys(notes))}"
 
 
 def _sample(images: ImageSource, rows: np.ndarray) -> torch.Tensor:
@@ -242,7 +175,7 @@ def import_masked(path: Path, out: Path, chosen: ImportOptions, overwrite: bool)
             shared_mask=mask if len(mask) == 1 else None,
             design=design,
             design_status=status,
-            history=history(path, ["noise level given", *images.notes]),
+            history=history_of(path, ["noise level given", *images.notes]),
             overwrite=overwrite,
         ) as writer,
     ):
@@ -271,15 +204,3 @@ def _masks(path: Path, images: ImageSource) -> np.ndarray:
     if not np.isin(mask, (0, 1)).all():
         raise InputError(f"{path}: mask: expected only 0 and 1")
     return mask
-
-
-def design_of(masks: torch.Tensor, given: MaskDesign | None) -> tuple[MaskDesign | None, str]:
-    """The design to record and its status: given, estimated from the masks (n, m, H, W), or unknown."""
-    if given is not None:
-        return given, "given"
-    if bool((masks != 0).all()):
-        return None, "unknown"
-    try:
-        return estimate_design(masks), "estimated"
-    except IdentifiabilityError:
-        return None, "unknown"

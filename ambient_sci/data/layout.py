@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ambient_sci.errors import InputError
+from ambient_sci.numbers import LARGEST
 
 OPERATORS = ("identity", "masking", "mri")
 
@@ -278,10 +279,12 @@ def check_noise_std(noise_std: Any, num: int) -> np.ndarray:
 
 
 def check_levels(levels: np.ndarray) -> None:
-    """InputError when a noise level is negative or not finite."""
-    if not np.isfinite(levels).all() or (levels < 0).any():
-        bad = levels[~np.isfinite(levels) | (levels < 0)].flat[0]
-        raise InputError(f"noise_std: expected finite levels >= 0, got {bad}")
+    """InputError when a noise level is negative, not finite, or so large that its square is not."""
+    good = (levels >= 0) & (levels <= LARGEST)
+    if not good.all():
+        bad = levels[~good].flat[0]
+        most = f", of {LARGEST:g} at most" if np.isfinite(bad) and bad > 0 else ""
+        raise InputError(f"noise_std: expected finite levels >= 0{most}, got {bad}")
 
 
 def check_noise_map(noise_std: Any, num: int, shape: tuple[int, ...]) -> np.ndarray:

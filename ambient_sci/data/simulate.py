@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ambient_sci.data.clipping import check_plausible
+from ambient_sci.data.hdf5_writer import close_together
 from ambient_sci.data.layout import OPERATORS, check_noise_std
 from ambient_sci.data.readers.guard import say
 from ambient_sci.data.sources import ImageSource, as_complex, open_source
@@ -36,6 +37,7 @@ from ambient_sci.errors import InputError
 from ambient_sci.operators import MRI, MaskDesign, birdcage_maps, make_design
 from ambient_sci.progress import track
 from ambient_sci.whole_files import check_output
+from ambient_sci.whole_sets import only_maker
 
 #: Images simulated at a time. Random draws follow these blocks, so the number is part of what a seed means.
 BLOCK = 64
@@ -176,13 +178,15 @@ def simulate(
         f"design {plan.name if plan else None}, coils {coils}{varying}, seed {seed}"
     ) + "".join(f"; {note}" for note in images.notes)
     common = {"history": history, "geometry": images.geometry, "overwrite": overwrite}
-    with (
-        MeasurementWriter(
-            out, operator=operator, image_shape=shape, design=plan, **drawn.shared, **common
-        ) as file,
-        ImageWriter(reference, **common, **_as_stored(images, complex_images)) as truth,
-    ):
-        _fill(file, truth, images, drawn, levels)
+    file = MeasurementWriter(out, operator=operator, image_shape=shape, design=plan, **drawn.shared, **common)
+    truth = ImageWriter(reference, **common, **_as_stored(images, complex_images))
+    with only_maker(out), only_maker(reference):
+        try:
+            _fill(file, truth, images, drawn, levels)
+            close_together(file, truth)
+        finally:
+            file.discard()
+            truth.discard()
     return out
 
 

@@ -190,7 +190,7 @@ class MeasurementWriter(Hdf5Writer):
         return masks, maps
 
     def _store_masks(self, masks: np.ndarray, maps: np.ndarray | None) -> None:
-        file = self._open()
+        file = self._open().file
         if not (self._shared_mask is not None and "mask" in file):
             self._extend("mask", masks, compression="gzip", compression_opts=1)
             self._measured[0] += int(masks.sum(dtype=np.int64))

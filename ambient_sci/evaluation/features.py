@@ -1,10 +1,11 @@
 r"""Features of many images, batch by batch, on disk: kept under a hash of the data, the extractor and the
 preparation, and resumable.
 
-A cache is a folder. ``KEY.npy`` holds finished features, ``KEY.json`` says what they are of; ``KEY.part``
-grows by whole batches, and an interrupted run goes on where it ended. The key is the SHA-256 of the pixels,
-of what identifies the extractor (weights and preparation), and of the number type: change any, and features
-are computed anew.
+A cache is a folder. ``KEY.npy`` holds finished features, ``KEY.json`` says what they are of, ``KEY.sums`` has
+a checksum of each row; ``KEY.part`` grows by whole batches, and an interrupted run goes on where it ended.
+What does not fit its checksum is computed anew while it is a part, and refused afterwards. The key is the
+SHA-256 of the pixels, of what identifies the extractor (weights and preparation), and of the number type:
+change any, and features are computed anew.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import json
 import os
 import tempfile
+import tokenize
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ambient_sci.data import ReferenceFile
+from ambient_sci.data.checksums import row_checksums
 from ambient_sci.errors import InputError
 from ambient_sci.evaluation.extractors import Extractor, Range, get_extractor, natural_range
 from ambient_sci.progress import track
@@ -33,6 +36,8 @@ from ambient_sci.whole_files import whole_file, write_json
 Images = Tensor | np.ndarray | ReferenceFile | str | os.PathLike[str]
 Number = Literal["float16", "float32"]
 BLOCK = 1024
+#: What numpy raises for the header of a damaged .npy.
+DAMAGE = (ValueError, EOFError, SyntaxError, TypeError, tokenize.TokenError)
 #: A warning is given where more than this share of the values lies outside the range by more than that part
 #: of it.
 CLIPPED_WORTH_SAYING, CLIPPED_BY = 0.01, 0.05
@@ -81,8 +86,8 @@ def features_of(
             source, found, value_range if found.rgb else None, np.dtype(dtype), batch_size, device, progress
         )
         if cache is None:
-            with tempfile.TemporaryFile() as file:
-                work.fill(file)
+            with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as sums:
+                work.fill(file, sums)
                 return _mapped(file)
         return _cached(work, Path(cache))
 
@@ -219,9 +224,9 @@ class _Work:
             "dtype": self.dtype.name,
         }
 
-    def fill(self, file: IO[bytes]) -> None:
-        """Append what is missing."""
-        done = self._done(file)
+    def fill(self, file: IO[bytes], sums: IO[bytes]) -> None:
+        """Append what is missing, and a checksum of each row."""
+        done = self._done(file, sums)
         starts = range(done, len(self.source), self.batch_size)
         clipped = entries = 0
         for start in track(starts, f"features ({self.extractor.name})", enabled=self.progress):
@@ -234,7 +239,9 @@ class _Work:
             if start == 0:
                 self.write_header(file, block.shape[1])
             file.write(block.tobytes())
+            sums.write(row_checksums(block).tobytes())
         file.flush()
+        sums.flush()
         if clipped > CLIPPED_WORTH_SAYING * max(entries, 1):
             warnings.warn(
                 f"features ({self.extractor.name}): {clipped / entries:.1%} of the values lay well outside "
@@ -269,24 +276,40 @@ class _Work:
             )
         return block
 
-    def _done(self, file: IO[bytes]) -> int:
-        """Images whose features are in ``file``, which is cut back to whole batches of them and left open at
-        its end."""
+    def _done(self, file: IO[bytes], sums: IO[bytes]) -> int:
+        """Images whose features are in ``file``, which is cut back to whole batches of undamaged ones, as are
+        their checksums; both are left open at their ends."""
         file.seek(0)
-        try:
-            np.lib.format.read_magic(file)
-            (count, dim), _, dtype = np.lib.format.read_array_header_1_0(file)
-        except (ValueError, EOFError):
-            count, dim, dtype = 0, 1, self.dtype
-        begin = file.tell()
-        row = dim * dtype.itemsize
-        rows = (file.seek(0, os.SEEK_END) - begin) // row
-        done = min(rows - rows % self.batch_size if rows < len(self.source) else rows, len(self.source))
+        sums.seek(0)
+        count, dim = self._header(file)
+        begin, row = file.tell(), dim * self.dtype.itemsize
+        text = sums.read()
+        known = np.frombuffer(text[: len(text) // 8 * 8], np.uint64)
+        rows = min((file.seek(0, os.SEEK_END) - begin) // row, len(known), len(self.source))
+        done = rows if rows == len(self.source) else rows - rows % self.batch_size
+        file.seek(begin)
+        for start in range(0, done, self.batch_size):
+            some = min(self.batch_size, done - start)
+            block = np.frombuffer(file.read(some * row), self.dtype).reshape(some, dim)
+            if not np.array_equal(row_checksums(block), known[start : start + some]):
+                done = start
+                break
         if count != len(self.source) or done <= 0:
             done, begin = 0, 0
         file.truncate(begin + done * row)
+        sums.truncate(8 * done)
         file.seek(0, os.SEEK_END)
+        sums.seek(0, os.SEEK_END)
         return done
+
+    def _header(self, file: IO[bytes]) -> tuple[int, int]:
+        """Images and numbers for each that a part says it is of; no image where it is not one of ours."""
+        try:
+            np.lib.format.read_magic(file)
+            (count, dim), order, dtype = np.lib.format.read_array_header_1_0(file)
+        except DAMAGE:
+            return 0, 1
+        return (count, dim) if dim > 0 and not order and dtype == self.dtype else (0, 1)
 
 
 def _place(work: _Work, folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -307,18 +330,19 @@ def _cached(work: _Work, folder: Path) -> np.memmap:
     whole, description = _place(work, folder)
     part = whole.with_suffix(".part")
     if whole.exists():
-        return _read(whole, len(work.source))
+        return _read(whole, len(work.source), work.dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(part, "a+b") as file:
+    with open(part, "a+b") as file, open(whole.with_suffix(".sums"), "a+b") as sums:
         _lock(file, part)
         if whole.exists():  # by a process that held the lock until just now
             part.unlink()
         else:
-            work.fill(file)
+            work.fill(file, sums)
             os.fsync(file.fileno())
+            os.fsync(sums.fileno())
             write_json(whole.with_suffix(".json"), description)
             os.replace(part, whole)
-    return _read(whole, len(work.source))
+    return _read(whole, len(work.source), work.dtype)
 
 
 def _lock(file: IO[bytes], path: Path) -> None:
@@ -335,17 +359,30 @@ def _lock(file: IO[bytes], path: Path) -> None:
         ) from None
 
 
-def _read(path: Path, count: int) -> np.memmap:
+def _read(path: Path, count: int, dtype: np.dtype) -> np.memmap:
+    """Finished features, compared with their checksums; those of earlier versions have none."""
+    again = "delete it and try again"
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        sums = path.with_suffix(".sums")
+        known = np.frombuffer(sums.read_bytes(), np.uint64) if sums.exists() else None
+    except (OSError, *DAMAGE) as error:
         raise InputError(
-            f"{path}: expected features, got a damaged file ({error}); delete it and try again"
+            f"{path}: expected features, got a damaged file ({' '.join(str(error).split())}); {again}"
         ) from None
-    if found.ndim != 2 or len(found) != count:
+    if found.ndim != 2 or len(found) != count or found.dtype != dtype or not found.flags.c_contiguous:
         raise InputError(
-            f"{path}: expected features of {count} images, got {found.shape}; delete it and try again"
+            f"{path}: expected {dtype} features of {count} images, got {found.dtype} {found.shape}; {again}"
         )
+    if path.stat().st_size != found.offset + found.nbytes:
+        raise InputError(f"{path}: expected features of {found.nbytes} bytes, got another size; {again}")
+    for start in range(0, count if known is not None else 0, BLOCK):
+        rows = slice(start, start + BLOCK)
+        if known is not None and not np.array_equal(row_checksums(found[rows]), known[rows]):
+            raise InputError(
+                f"{path}: expected the features that were computed, got others (their checksums differ): the "
+                f"file is damaged; {again}"
+            )
     return found
 
 

@@ -158,7 +158,8 @@ def frontier_figure(
             x, y, xerr=reach[0], yerr=reach[1], fmt="o" + style, color=colour, markersize=4, linewidth=1,
             elinewidth=0.7, alpha=0.85, label=name,
         )  # fmt: skip
-        style_of_text: dict[str, Any] = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 8}
+        place = (4, 4) if number == 0 else (4, -10)
+        style_of_text: dict[str, Any] = {"xytext": place, "textcoords": "offset points", "fontsize": 8}
         for p in points:
             axes.annotate(p["text"], (p["x"], p["y"]), color=colour, **style_of_text)
     if all(p["y_interval"][0] > 0 for points in curves.values() for p in points):

@@ -4,7 +4,8 @@ in words."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from ambient_sci.evaluation.memorization import MemorizationScore
 from ambient_sci.evaluation.memorization_attack import MemorizationAttack
 from ambient_sci.evaluation.memorization_error import MemorizationError
 from ambient_sci.evaluation.memorization_images import Images, take
-from ambient_sci.whole_files import write_json
+from ambient_sci.whole_files import write_json, write_tensors
+from ambient_sci.whole_sets import whole_set
 
+#: Figures by name, and what draws them.
+Drawn = dict[str, Callable[[Path], Path]]
 PAIRS = 12
 NO_YARDSTICK = (
     "no held-out images were attacked: how alike an image is that merely fits cannot be said, and nothing "
@@ -30,7 +34,6 @@ def write_score(
 ) -> list[Path]:
     """Write a score into the folder ``out``: report, similarities, histogram, the most similar pairs of both
     kinds."""
-    folder = _folder(out)
     near, held = found.neighbours, found.neighbours.held_out
     assert held is not None
     values = {
@@ -52,18 +55,22 @@ def write_score(
     panels = {
         "nearest training image": {"generated": near.similarity[:, 0], "held out": held.similarity[:, 0]}
     }
-    written = [
-        figures.distributions_figure(folder / "similarity.png", panels),
-        figures.pairs_figure(folder / "pairs.png", columns, notes),
-    ]
-    return _finish(folder, "similarities", values, found.report, score_text(found.report), written)
+    drawn: Drawn = {
+        "similarity.png": lambda path: figures.distributions_figure(path, panels),
+        "pairs.png": lambda path: figures.pairs_figure(path, columns, notes),
+    }
+    return _write(out, "similarities", values, found.report, score_text(found.report), drawn)
 
 
 def write_attack(out: str | os.PathLike[str], found: MemorizationAttack) -> list[Path]:
     """Write an attack into the folder ``out``: report, similarities and errors, histograms, what came
     back."""
-    folder = _folder(out)
-    values, panels, written = {}, {}, []
+    values, panels = {}, {}
+    drawn: Drawn = {
+        "similarity.png": lambda path: figures.distributions_figure(
+            path, panels, "similarity to the image itself"
+        )
+    }
     for attack, suspects in found.suspects.items():
         sides = {"trained on": suspects} | (
             {} if found.controls is None else {"held out": found.controls[attack]}
@@ -85,19 +92,15 @@ def write_attack(out: str | os.PathLike[str], found: MemorizationAttack) -> list
                 f"{name} {title}".strip(): images[:rows].cpu().float() for title, images in shown.items()
             }
             notes[f"{name} sample"] = [f"{v:.3f}" for v in side["similarity"][0, :rows].tolist()]
-        written.append(figures.pairs_figure(folder / f"{attack}.png", columns, notes))
-    written.insert(
-        0, figures.distributions_figure(folder / "similarity.png", panels, "similarity to the image itself")
-    )
-    return _finish(folder, "similarities", values, found.report, attack_text(found.report), written)
+        drawn[f"{attack}.png"] = partial(figures.pairs_figure, columns=columns, notes=notes)
+    return _write(out, "similarities", values, found.report, attack_text(found.report), drawn)
 
 
 def write_error(out: str | os.PathLike[str], found: MemorizationError) -> list[Path]:
     """Write an error curve into the folder ``out``: report, errors of every image, figure."""
-    folder = _folder(out)
-    written = [figures.error_figure(folder / "error.png", found.report["levels"])]
+    drawn: Drawn = {"error.png": lambda path: figures.error_figure(path, found.report["levels"])}
     values = {"train": found.train, "held_out": found.held_out}
-    return _finish(folder, "errors", values, found.report, error_text(found.report), written)
+    return _write(out, "errors", values, found.report, error_text(found.report), drawn)
 
 
 def score_text(report: Mapping[str, Any]) -> str:
@@ -179,26 +182,22 @@ def error_text(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _finish(
-    folder: Path, name: str, values: dict[str, Tensor], report: dict[str, Any], text: str, written: list[Path]
+def _write(
+    out: str | os.PathLike[str],
+    name: str,
+    values: dict[str, Tensor],
+    report: dict[str, Any],
+    text: str,
+    drawn: Drawn,
 ) -> list[Path]:
-    from safetensors.torch import save_file
-
-    path = folder / f"{name}.safetensors"
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file({k: v.contiguous() for k, v in values.items()}, str(part))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    write_json(folder / "report.json", {**report, "text": text})
-    return [folder / "report.json", path, *written]
-
-
-def _folder(out: str | os.PathLike[str]) -> Path:
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    """Report, values and figures, all of them or none; their paths, the report first."""
+    folder, values = Path(out), {k: v.contiguous() for k, v in values.items()}
+    with whole_set(folder, "report.json") as part:
+        for figure, draw in drawn.items():
+            draw(part / figure)
+        write_tensors(part / f"{name}.safetensors", values, {})
+        write_json(part / "report.json", {**report, "text": text})
+    return [folder / file for file in ("report.json", f"{name}.safetensors", *drawn)]
 
 
 def _range(report: Mapping[str, Any]) -> str:

@@ -31,10 +31,15 @@ from ambient_sci.sampling.checks import sampler_options
 from ambient_sci.sampling.result import made_from
 from ambient_sci.sampling.subset import partners
 from ambient_sci.whole_files import check_output, write_json
+from ambient_sci.whole_sets import whole_set
 
 ROWS_SHOWN = 4
 #: What may be written; the report first.
 OUTPUTS = ("report.json", "figure.png", "calibration.png")
+UNKNOWN_SOURCE = (
+    "the result does not record what it was made from (it is of an earlier version, or was made in memory): "
+    "that these are its measurements was not checked"
+)
 FOUND_BY_DEFAULT = ("sampler", "steps", "sigma_min", "sigma_max", "tile_overlap")
 
 Figure = tuple[str, Callable[[Path], Path]]
@@ -93,14 +98,12 @@ def evaluate(
         report, drawn = _of_images(result, reference, calibration, peak, generator), []
     report["text"] = _text(report)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in drawn:
-        draw(folder / name)
     report["figures"] = [str(folder / name) for name, _ in drawn]
     # Figures of an earlier evaluation of something else would contradict the report.
-    for stale in set(OUTPUTS[1:]) - {name for name, _ in drawn}:
-        (folder / stale).unlink(missing_ok=True)
-    write_json(folder / OUTPUTS[0], report)
+    with whole_set(folder, OUTPUTS[0], stale=OUTPUTS[1:]) as part:
+        for name, draw in drawn:
+            draw(part / name)
+        write_json(part / OUTPUTS[0], report)
     return report
 
 
@@ -214,6 +217,8 @@ def _against_scans(
         rows = partners(result.source, len(result.mean), len(file)) or list(range(len(file)))
         _check_pair(result, len(rows), [file.subjects[i] for i in rows], calibration)
         _check_source(result, file, calibration)
+        if not result.source:
+            report["notes"] = [UNKNOWN_SOURCE]
         if tuple(file.image_shape) != tuple(result.mean.shape[1:]):
             raise InputError(
                 f"{calibration}: expected scans of images {tuple(result.mean.shape[1:])} like the result's, "
@@ -330,6 +335,7 @@ def _text(report: dict[str, Any]) -> str:
             lines.append(f"{title}: {report[key]['verdict']}")
     if "distances" in report:
         lines += _distance_lines(report["distances"])
+    lines += [f"note: {note}" for note in report.get("notes", [])]
     return "\n".join(lines).strip()
 
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from ambient_sci.errors import InputError
 from ambient_sci.known_settings import refuses_unknown_settings
+from ambient_sci.numbers import LARGEST as LARGEST_NUMBER
+from ambient_sci.numbers import SMALLEST, number_in_range
 from ambient_sci.priors.registry import OWN, is_known, names
 
 #: Bounds of what a description may ask for: far above any network in use, far below what would fill a machine
@@ -148,14 +150,16 @@ class PriorConfig:
             )
         if not self.shape or min(self.shape) < 1:
             raise InputError(f"prior: expected a shape of positive sizes, got {self.shape}")
-        if not 1e-18 < self.data_std < 1e18:  # its square is a number in single precision
+        if not SMALLEST <= self.data_std <= LARGEST_NUMBER:  # its square is a number in single precision
             raise InputError(f"prior: expected a positive data_std, 1e-18 to 1e18, got {self.data_std}")
         if not abs(self.data_mean) < 1e18:
             raise InputError(f"prior: expected a data_mean between -1e18 and 1e18, got {self.data_mean}")
         high = math.inf if self.sigma_max is None else self.sigma_max
-        if not 0 <= self.sigma_min <= high or math.isinf(self.sigma_min):
+        wrong = [v for v in (self.sigma_min, self.sigma_max or 0.0) if number_in_range(float(v)) is not None]
+        if wrong or not 0 <= self.sigma_min <= high:
             raise InputError(
-                f"prior: expected 0 <= sigma_min <= sigma_max, got {self.sigma_min} and {self.sigma_max}"
+                "prior: expected 0 <= sigma_min <= sigma_max, each 0 or 1e-18 to 1e18, got "
+                f"{self.sigma_min} and {self.sigma_max}"
             )
         if self.mask_channels < 1:
             raise InputError(f"prior: expected mask_channels >= 1, got {self.mask_channels}")

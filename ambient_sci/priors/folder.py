@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ambient_sci.errors import InputError
+from ambient_sci.numbers import check_numbers
 from ambient_sci.whole_files import digest_of, read_tensors, whole_folder, write_tensors
 
 FORMAT = 1
@@ -77,6 +78,7 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     description = json.loads(text)
     if not isinstance(description, dict) or description.pop("format", None) != FORMAT:
         raise InputError(f"{path / 'prior.json'}: expected a prior of format {FORMAT}")
+    check_numbers(description, str(path / "prior.json"))
     tensors, header = read_tensors(path / "weights.safetensors")
     expected = description.pop(_KEY, None)
     if expected is None and _HEADER not in header:

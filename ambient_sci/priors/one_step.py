@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ambient_sci.errors import InputError
-from ambient_sci.operators import Masking
 from ambient_sci.priors.base import Prior, Tensors, description_of, rebuild_prior
 from ambient_sci.priors.given import Given, KeptRows
 from ambient_sci.priors.network import NetworkPrior
@@ -68,6 +67,8 @@ class OneStepPrior(Prior):
 
     def _everything(self, x: Tensor) -> KeptRows:
         """Every row kept, in the form the network was shown its masks in."""
+        from ambient_sci.operators import Masking
+
         channels = self.network.config.mask_channels if isinstance(self.network, NetworkPrior) else 1
         mask = torch.ones((1, channels, *self.shape[1:]), dtype=x.dtype, device=x.device)
         return KeptRows(Masking._trusted(mask, self.shape))

@@ -90,7 +90,7 @@ def as_generator(generator: Any, seed: Any, what: str) -> torch.Generator | None
     Raises:
         InputError: both, or what is neither a generator nor a whole number from 0 to 2^63 - 1.
     """
-    if generator is not None and not isinstance(generator, torch.Generator):
+    if generator is not None and not hasattr(generator, "get_state"):
         hint = f"; for a seed give seed={generator}" if isinstance(generator, int) else ""
         raise InputError(
             f"{what}: expected generator to be a torch.Generator, got {type(generator).__name__}{hint}"

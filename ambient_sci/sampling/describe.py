@@ -21,6 +21,7 @@ from ambient_sci.sampling.result import FORMAT, ResultFile
 
 #: Samples that a sheet shows.
 SHOWN_SAMPLES = 3
+UNRECORDED = "not recorded: that a measurement file is the one it was made from cannot be checked"
 #: What a report says that is not a setting or a count.
 _SKIPPED = ("sampler", "samples", "steps", "sigma_min", "sigma_max", "options", "notes")
 
@@ -30,7 +31,7 @@ def is_result(path: str | os.PathLike[str]) -> bool:
     try:
         with h5py.File(path, "r") as file:
             return format_of(file) == FORMAT
-    except OSError:
+    except (OSError, RuntimeError, ValueError, KeyError):
         return False
 
 
@@ -43,7 +44,9 @@ def describe_result(path: str | os.PathLike[str]) -> str:
     with ResultFile(path) as file:
         lines = _lines(file)
     width = max(len(name) for name, _ in lines)
-    return "\n".join([f"{Path(path)}", *(f"  {name:<{width}}  {value}".rstrip() for name, value in lines)])
+    text = "\n".join([f"{Path(path)}", *(f"  {name:<{width}}  {value}".rstrip() for name, value in lines)])
+    # Names come from files of others: nothing in them may steer a terminal.
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def _lines(file: ResultFile) -> list[tuple[str, str]]:
@@ -57,6 +60,8 @@ def _lines(file: ResultFile) -> list[tuple[str, str]]:
         if source.get("indices"):
             made += f", of which {num}"
         lines.append(("made from", made))
+    else:
+        lines.append(("made from", UNRECORDED))
     lines.append(("sampler", _sampler(report)))
     settings = {**report.get("options", {}), **{k: v for k, v in report.items() if k not in _SKIPPED}}
     if settings:
@@ -78,6 +83,10 @@ def _lines(file: ResultFile) -> list[tuple[str, str]]:
     low, high = float(scale.min()), float(scale.max())
     between = f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
     lines.append(("scale", f"{between} (original = stored x scale)"))
+    volumes = file.geometry.get("volumes") or []
+    if volumes:
+        placed = sum(bool(v.get("positioned", True)) for v in volumes)
+        lines.append(("geometry", f"{len(volumes)} volumes, {placed} of them at a known position"))
     return lines + [("note" if k == 0 else "", note) for k, note in enumerate(report.get("notes", []))]
 
 

@@ -5,9 +5,9 @@ that decides what is in it; so a run that was interrupted continues when it is r
 somebody else's parts. Processes of one ``torchrun`` or ``accelerate launch`` share the parts out between
 them; the main one joins them into the output, which appears under its name only when it is complete.
 
-The main process holds a lock on the folder for as long as it lives (the system releases it, whatever ends the
-process). A second run of the same work is refused; folders whose lock is free have been given up, and are
-removed once an output of that name is complete.
+The main process holds a lock on the output and one on the folder for as long as it lives (the system releases
+them, whatever ends the process). A second run for the same output is refused; folders whose lock is free have
+been given up, and are removed once an output of that name is complete.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ambient_sci.errors import InputError
 from ambient_sci.priors.base import Prior
 from ambient_sci.process_group import leave_at_exit
 from ambient_sci.whole_files import digest_of
+from ambient_sci.whole_sets import only_maker
 
 try:
     import fcntl
@@ -62,14 +63,21 @@ class Parts:
         self.rank, self.processes = process_share(device)
         self.main = self.rank == 0
         self._lock: int | None = None
+        self._held = ExitStack()
 
     def __enter__(self) -> Parts:
         if self.main:
-            self._lock = self._hold()
+            self._held.enter_context(only_maker(self.out))  # whatever the work
+            try:
+                self._lock = self._hold()
+            except BaseException:
+                self._held.close()
+                raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and not any(path.exists() for path in self.paths):
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        finished = sum(path.exists() for path in self.paths)
+        if kind is not None and not finished:
             # Kept only if it holds finished parts, to go on from. Files of other processes are theirs to
             # remove.
             (self.folder / "lock").unlink(missing_ok=True) if self.main else None
@@ -77,6 +85,12 @@ class Parts:
                 self.folder.rmdir()
         if self._lock is not None:
             os.close(self._lock)
+        self._held.close()
+        if isinstance(error, InputError) and finished:
+            raise InputError(
+                f"{error}; {finished} of {len(self.paths)} parts are finished and wait in {self.folder}: the "
+                "same command will go on with them"
+            ) from None
 
     def missing(self, read: Callable[[Path], Any]) -> list[int]:
         """Parts that this process has to make. One that ``read`` cannot open (cut off by a crash of the

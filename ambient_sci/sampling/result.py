@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,10 +27,13 @@ from torch import Tensor
 
 from ambient_sci import plotting
 from ambient_sci.data.checksums import MARK
-from ambient_sci.data.hdf5_file import one_line, parse_json, plain
+from ambient_sci.data.geometry import check_geometry
+from ambient_sci.data.hdf5_file import one_line, parse_json, plain, scales_in_range
+from ambient_sci.data.hdf5_output import Output
 from ambient_sci.data.hdf5_safety import entries
 from ambient_sci.data.survey import fingerprint
 from ambient_sci.errors import InputError
+from ambient_sci.numbers import check_numbers
 from ambient_sci.sampling.moments import Moments, add_to
 from ambient_sci.sampling.problem import Draws
 from ambient_sci.whole_files import Part, check_output
@@ -199,11 +201,13 @@ class ResultFile:
         if len(self.subjects) not in (0, len(self)):
             raise InputError(f"expected {len(self)} subjects or none, got {len(self.subjects)}")
         scale = np.asarray(attributes["scale"], dtype=np.float64)
-        if scale.shape not in ((), (len(self),)) or not (np.isfinite(scale) & (scale > 0)).all():
+        if scale.shape not in ((), (len(self),)) or not scales_in_range(scale):
             raise InputError(f"expected a positive scale, or one for each of {len(self)} images")
         self.scale: float | np.ndarray = float(scale) if scale.ndim == 0 else scale
         # Results of before geometry and source were kept have none.
         self.geometry: dict[str, Any] = _json(attributes.get("geometry", "{}"), "geometry", dict)
+        check_numbers(self.geometry, "geometry")
+        check_geometry(self.geometry, len(self))
         self.source: dict[str, Any] = _json(attributes.get("source", "{}"), "source", dict)
 
     def __len__(self) -> int:
@@ -284,19 +288,21 @@ class ResultWriter:
         overwrite: bool = False,
     ) -> None:
         self.path = check_output(path, overwrite, folder_exists=True)
-        self._part = Part(self.path)
         try:
-            with self._writing():
-                # Version 1.10 of the format stores attributes of more than 64 kB (the subjects of a large
-                # data set), and protects its own structures by checksums.
-                self._file = h5py.File(self._part.path, "w", libver="v110", locking=False)
+            self._part = Part(self.path)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({one_line(error)})") from None
+        try:
+            self._output = Output(self._part.path, self.path)
+            self._file = self._output.file
+            with self._output.at_work():
                 for name, size in (("samples", shape), ("mean", shape[1:]), ("std", shape[1:])):
                     chunk = (*[1] * (len(size) - 3), *size[-3:])
                     self._file.create_dataset(name, size, np.float32, chunks=chunk, fletcher32=True)
                 self._file.attrs.update(format=FORMAT, scale=scale, subjects=json.dumps(subjects or []))
                 self._file.attrs.update(geometry=json.dumps(geometry or {}), source=json.dumps(source or {}))
         except BaseException:
-            self._part.discard()
+            self._discard()
             raise
         self._moments: dict[int, Moments] = {}
         self._variances: list[float] = []
@@ -308,14 +314,14 @@ class ResultWriter:
         of one image come in any number of parts.
         """
         draws = draws if isinstance(draws, Draws) else Draws(draws)
-        with self._writing():
+        with self._output.at_work():
             self._add(images, draws.samples.detach().cpu())
             chosen = [self._moments.setdefault(i, Moments()) for i in range(images.start, images.stop)]
             add_to(chosen, draws)
             for image in range(images.start, images.stop):
                 if self._moments[image].count == self._file["samples"].shape[0]:
                     done = self._moments.pop(image)
-                    self._finish(slice(image, image + 1), done.mean(), done.std())
+                    self._settle(slice(image, image + 1), done.mean(), done.std())
 
     def put(self, images: slice, samples: Iterable[Tensor], mean: Tensor, std: Tensor) -> None:
         """Images that are finished.
@@ -325,11 +331,11 @@ class ResultWriter:
             samples: all S of them, one (n, C, H, W) after the other.
             mean, std: (n, C, H, W).
         """
-        with self._writing():
+        with self._output.at_work():
             for k, sample in enumerate(samples):
                 self._file["samples"][k, images] = sample.detach().cpu().float().numpy()
                 self._missing -= len(sample)
-            self._finish(images, mean.detach(), std.detach())
+            self._settle(images, mean.detach(), std.detach())
 
     def spread(self) -> float:
         """Root mean square of the standard deviations of images that are finished; 0 if there are none."""
@@ -342,18 +348,10 @@ class ResultWriter:
             count = self._moments[image].count if image in self._moments else 0
             self._file["samples"][count : count + len(samples), image] = samples[:, k].float().numpy()
 
-    def _finish(self, images: slice, mean: Tensor, std: Tensor) -> None:
+    def _settle(self, images: slice, mean: Tensor, std: Tensor) -> None:
         self._file["mean"][images] = mean.cpu().float().numpy()
         self._file["std"][images] = std.cpu().float().numpy()
         self._variances += std.double().square().flatten(1).mean(1).tolist()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """A disk that is full, or refuses, ends in one line; HDF5 reports some of that as RuntimeError."""
-        try:
-            yield
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"{self.path}: cannot be written ({one_line(error)})") from None
 
     def __enter__(self) -> ResultWriter:
         return self
@@ -361,18 +359,31 @@ class ResultWriter:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
             if kind is None and self._missing == 0:
-                with self._writing():
-                    self._file.attrs["report"] = json.dumps(self.report)
-                    attributes = {name: plain(value) for name, value in self._file.attrs.items()}
-                    self._file.attrs[MARK] = _mark(attributes, {k: self._file[k] for k in DATASETS})
-                    self._file.close()
-                    self._part.commit()
+                self._finish()
         finally:
-            with suppress(OSError, RuntimeError):  # on a full disk; what is open goes with the part
-                self._file.close()
-            self._part.discard()
+            self._discard()
         if kind is None and self._missing:
             raise RuntimeError(f"{self.path}: {self._missing} samples were never added, no file written")
+
+    def _finish(self) -> None:
+        """Complete the file and give it its name."""
+        with self._output.at_work():
+            self._file.attrs["report"] = json.dumps(self.report)
+            attributes = {name: plain(value) for name, value in self._file.attrs.items()}
+            self._file.attrs[MARK] = _mark(attributes, {k: self._file[k] for k in DATASETS})
+        self._output.finish()
+        try:
+            self._part.settle()
+            self._part.commit()
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({one_line(error)})") from None
+
+    def _discard(self) -> None:
+        try:
+            if hasattr(self, "_output"):
+                self._output.close()
+        finally:
+            self._part.discard()
 
 
 def _mark(attributes: dict[str, Any], datasets: dict[str, Any]) -> str:

@@ -198,6 +198,7 @@ def generate_to_file(
     overwrite: bool = False,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    stale: Sequence[Path] = (),
 ) -> Path:
     """Generate images into a file of images, at the memory of one part whatever their number: those of
     `generate`, from the same generator.
@@ -216,6 +217,7 @@ def generate_to_file(
         given, guidance: as for `generate`; class labels go into the file.
         history: how the file was made, in words, to be stored in it.
         overwrite: replace an existing file.
+        stale: files that were made from the one that is replaced (its contact sheet), removed with it.
 
     Returns:
         ``out``.
@@ -249,7 +251,7 @@ def generate_to_file(
                 writer.append(stored, subjects="generated", labels=classes)
         parts.wait()
         if parts.main:
-            join_images(parts.paths, out, history, overwrite)
+            join_images(parts.paths, out, history, overwrite, stale)
             parts.remove()
         parts.wait()
     return out
@@ -260,9 +262,12 @@ def _shifted(denoiser_of: Callable[[slice], Denoise], start: int) -> Callable[[s
     return lambda some: denoiser_of(slice(start + some.start, start + some.stop))
 
 
-def join_images(parts: list[Path], out: Path, history: str, overwrite: bool) -> None:
+def join_images(
+    parts: list[Path], out: Path, history: str, overwrite: bool, stale: Sequence[Path] = ()
+) -> None:
     """One file of images from the parts', one part in memory at a time."""
     with ImageWriter(out, history=history, overwrite=overwrite) as writer:
+        writer.stale = stale
         for part in parts:
             with ReferenceFile(part) as file:
                 images = file.images()

@@ -33,6 +33,7 @@ AUGMENTATIONS = ("flip-horizontal", "flip-vertical", "transpose", "phase", "gain
 DEFAULT_STEPS = 20_000
 #: Value of a setting that is chosen when the run begins, see `ambient_sci.training.auto`.
 AUTO: Any = "auto"
+LARGEST_BATCH = 2**20
 
 
 @refuses_unknown_settings
@@ -234,6 +235,9 @@ class TrainConfig:
         for key in ("batch_size", "micro_batches", "learning_rate", "gradient_clip", "log_interval"):
             value = getattr(self, key)
             require(self.is_open(key) or value > 0, key, "a value > 0", value)
+        for key in ("batch_size", "micro_batches"):
+            value = getattr(self, key)
+            require(self.is_open(key) or value <= LARGEST_BATCH, key, f"at most {LARGEST_BATCH}", value)
         for key in ("warmup_steps", "weight_decay", "checkpoint_minutes"):
             value = getattr(self, key)
             require(self.is_open(key) or value >= 0, key, "a value >= 0", value)

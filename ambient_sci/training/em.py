@@ -42,6 +42,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ambient_sci.data import MeasurementArrays
+from ambient_sci.data.survey import spread
 from ambient_sci.errors import IdentifiabilityError, InputError
 from ambient_sci.noise import expand
 from ambient_sci.operators import Identity, RowMaskedOperator
@@ -208,7 +209,7 @@ class Laps:
 
     def _gaussian(self) -> tuple[Prior, dict[str, Any]]:
         """The Gaussian; every process fits the same one."""
-        indices = _spread(len(self.data), self.settings.initial_samples)
+        indices = _rows(len(self.data), self.settings.initial_samples)
         generator = seeded(self.config.seed, _INITIAL)
         fit = fit_initial(self.data, indices, self.settings.initial_iterations, generator)
         details: dict[str, Any] = {"prior": type(fit.prior).__name__}
@@ -260,7 +261,9 @@ class Laps:
         shown = self.reporter.enabled and self.accelerator.is_main_process
         for index in track(range(len(chunks)), f"EM lap {lap}, posterior draws", enabled=shown):
             rows = chunks[index]
-            if index % self.accelerator.num_processes != self.accelerator.process_index or draws.has(index):
+            if index % self.accelerator.num_processes != self.accelerator.process_index or draws.has(
+                index, rows
+            ):
                 continue
             operator, y = self.data.operator(rows).to(device), self.data.measurements(rows).to(device)
             generator = seeded(self.config.seed, _E_STEP, lap, index)
@@ -328,7 +331,7 @@ class Laps:
     def held_out_score(self, prior: Prior) -> float:
         """Mean CRPS of held-out rows, the same rows and noise in every lap."""
         settings, device = self.settings, self.accelerator.device
-        rows = _spread(len(self.data), settings.held_out)
+        rows = _rows(len(self.data), settings.held_out)
         generator = seeded(self.config.seed, _HELD_OUT)
         operator, y, sigma = self.data.operator(rows), self.data.measurements(rows), self.data.sigma(rows)
         each = operator.with_mask(
@@ -407,6 +410,6 @@ def _score(report: dict[str, Any]) -> float:
     return report.get("score", report["crps"])
 
 
-def _spread(num: int, count: int) -> Tensor:
-    """At most ``count`` different indices, evenly spread over range(num)."""
-    return torch.linspace(0, num - 1, min(num, count)).round().long().unique()
+def _rows(num: int, count: int) -> Tensor:
+    """At most ``count`` different samples, evenly spread."""
+    return torch.from_numpy(spread(num, count))

@@ -37,11 +37,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ambient_sci.errors import InputError
+from ambient_sci.numbers import check_numbers
 from ambient_sci.priors import Prior
 from ambient_sci.priors.storage import is_saved
 from ambient_sci.training.config import TrainConfig, differences
 from ambient_sci.whole_files import (
     digest_of,
+    holder_of,
     is_part,
     read_tensors,
     recover,
@@ -90,7 +92,7 @@ class RunFolder:
                 if not held:
                     raise InputError(
                         f"run folder {self.path}: expected no other process at work in it, got process "
-                        f"{(self.path / LOCK).read_text().strip() or '(unknown)'}, which holds {LOCK}"
+                        f"{holder_of(self.path / LOCK)}, which holds {LOCK}"
                     )
                 yield
         finally:
@@ -351,6 +353,7 @@ class RunFolder:
                 "the file is damaged, or was edited by hand"
             )
         value.pop(_FORMAT, None)
+        check_numbers(value, str(self.path / name))
         return value
 
 

@@ -4,18 +4,18 @@ where one is wrong."""
 from __future__ import annotations
 
 import dataclasses
-import math
 import types
 import typing
 from typing import Any, Literal
 
 from ambient_sci.errors import InputError
+from ambient_sci.numbers import LARGEST, number_in_range, short
 
 
 def require(condition: bool, key: str, expected: str, got: Any) -> None:
     """Raise InputError, naming the setting, unless ``condition``."""
     if not condition:
-        raise InputError(f"configuration: {key}: expected {expected}, got {got!r}")
+        raise InputError(f"configuration: {key}: expected {expected}, got {short(got)}")
 
 
 def check_types(config: Any, prefix: str) -> None:
@@ -118,9 +118,14 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         except ValueError:
             pass
     if kind is float and type(value) in (int, float):
-        require(math.isfinite(value), where, "a finite number", value)
-        return float(value)
+        require(
+            abs(value) <= LARGEST or value != value, where, f"a number of size {LARGEST:g} at most", value
+        )
+        value = float(value)
     require(type(value) is kind, where, f"a value of type {getattr(kind, '__name__', kind)}", value)
+    if kind in (int, float):
+        expected = number_in_range(value, where)
+        require(expected is None, where, expected or "", value)
     return value
 
 

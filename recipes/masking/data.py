@@ -3,7 +3,7 @@ training images.
 
 | part | learned from | held out | features |
 |---|---|---|---|
-| digits | of MNIST's 10,000 test images | its 60,000 training images | `exactness.digit_scores` |
+| digits | of MNIST's 10,000 test images | its 60,000 training images | `small_images` |
 | faces | ORL, 30 people, up to 300 pictures | 10 other people, 100 pictures | EfficientNet-Lite0 |
 | celeba, cifar10, afhq | ``--data``, as datasets/ writes it | the same | ``--features`` |
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from ambient_sci.data import ReferenceFile
 from ambient_sci.errors import InputError
 from ambient_sci.evaluation import features_of, frechet, kid, neighbours
-from recipes.exactness.digit_scores import Scores, images, spread
+from recipes.small_images import Scores, images, spread
 
 #: Held-out images that are looked at for their nearest training images.
 HELD_OUT = 500

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ambient_sci.data import ReferenceFile
 from ambient_sci.errors import InputError
-from recipes.exactness import digit_scores
+from recipes import small_images
 from recipes.scripts import script
 
 
@@ -51,7 +51,7 @@ def pick(there: int, num: int, seed: int) -> list[int]:
 
 
 def _digits(settings: dict[str, Any], num: int, seed: int, held_out: int) -> Data:
-    train, other = (digit_scores.images(part)[0] for part in ("test10k", "train60k"))
+    train, other = (small_images.images(part)[0] for part in ("test10k", "train60k"))
     return Data(train[pick(len(train), num, seed)], other[:held_out])
 
 

@@ -18,8 +18,8 @@ from ambient_sci.evaluation import (
     memorization_score,
 )
 from ambient_sci.whole_files import digest_of
-from recipes.exactness.digit_scores import Scores
 from recipes.memorization.data import Data
+from recipes.small_images import Scores
 
 VALUES = (-1.0, 1.0)
 #: A covariance of more entries than this is not worth a hundred bootstrap resamples here.

@@ -92,7 +92,13 @@ def other(folder: Path) -> dict[str, Callable[[], Any]]:
         device=DEVICE, is_main_process=True, num_processes=1, process_index=0, wait_for_everyone=lambda: None
     )
     run = RunFolder(folder)
-    laps = Laps(MeasurementArrays(operator, y, 0.05), TrainConfig(em=em), run, accelerator, SimpleNamespace())
+    laps = Laps(
+        MeasurementArrays(operator, y, 0.05),
+        TrainConfig(em=em),
+        run,
+        accelerator,
+        SimpleNamespace(enabled=False),
+    )
     model = prior().to(DEVICE)
     samples, physics = (
         torch.randn(6, 3, *SHAPE, generator=rng(4)).to(DEVICE),
