@@ -146,7 +146,6 @@ def test_a_registered_network_is_a_backbone(tmp_path):
         (lambda: NetworkPrior(SHAPE, 1.0, network=NetworkConfig(kind="adm", options={"depth": 3})), "got depth"),
         (lambda: NetworkPrior(SHAPE, 1.0, network=NetworkConfig(kind="ncsnpp", options={"pretrained": "x"})), "no option pretrained"),
         (lambda: NetworkPrior(SHAPE, 1.0, network=NetworkConfig(kind="ncsnpp", options={**EDM, "model_channels": 32})), "at least 64 channels"),
-        (lambda: NetworkPrior((2, 8, 16), 1.0, network=CONFIGS["ncsnpp"]), "square images"),
         (lambda: NetworkPrior(SHAPE, 1.0, network=NetworkConfig(kind="diffusers-unet", options={"norm_num_groups": 0})), "options that it takes"),
         (lambda: NetworkPrior(SHAPE, 1.0, sigma_min=2.0, sigma_max=1.0, network=UNET), "sigma_min <= sigma_max"),
     ],

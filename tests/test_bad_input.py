@@ -21,7 +21,7 @@ import torch
 from ambient_sci.cli import main
 from ambient_sci.data import MeasurementFile
 from ambient_sci.errors import ConditioningError, IdentifiabilityError, InputError
-from ambient_sci.priors import NetworkConfig, NetworkPrior, load_prior
+from ambient_sci.priors import load_prior
 from ambient_sci.sampling import Reconstruction, ResultFile, generate, reconstruct
 from ambient_sci.training import TrainConfig, fit
 
@@ -296,10 +296,6 @@ def sample(run: str, file: str, **options: Any) -> Any:
         )
 
 
-def deep() -> NetworkConfig:
-    return NetworkConfig(channels=(8,) * 6, norm_groups=4, head_channels=8)
-
-
 def array(value: Any) -> Callable[[], None]:
     return lambda: np.save("images.npy", value)
 
@@ -366,15 +362,6 @@ CASES = [
         ("noise_std: expected finite levels >= 0",),
     ),
     # configurations
-    Case(
-        "train: a size the network cannot divide",
-        "train full.h5 --out new --config deep.json",
-        ("image size: expected height and width divisible by 32", "got 16 x 16"),
-        write(
-            "deep.json", json.dumps({"network": {"channels": [8] * 6, "norm_groups": 4, "head_channels": 8}})
-        ),
-        lambda: NetworkPrior((2, 16, 16), data_std=1, network=deep()),
-    ),
     Case(
         "train: unknown setting",
         "train full.h5 --out new --config odd.json",

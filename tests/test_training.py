@@ -406,8 +406,6 @@ def test_data_that_cannot_be_trained_on():
         open_source(scans(), small(loss=LossConfig(keep=0.5)))
     with pytest.raises(InputError, match="sigma_max"):
         fit(scans(sigma=0.1), small(levels=LevelConfig(sigma_max=0.05, relative=False)), progress=False)
-    with pytest.raises(InputError, match="divisible"):
-        fit(scans(shape=(2, 6, 7)), small(network=UNET), progress=False)
 
 
 # -- what is learned -----------------------------------------------------------------------------------------------------------

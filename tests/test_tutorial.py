@@ -13,6 +13,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import tifffile
 import torch
 from matplotlib.image import imread
 from PIL import Image
@@ -76,19 +77,18 @@ def test_the_way_from_own_scans_to_volumes(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_microscopy_from_pictures_to_grey_levels(tmp_path, monkeypatch, capsys) -> None:
-    """The whole page: practice pictures, commands, figure, and the patches of a stack of pages."""
+    """The whole page: practice pictures, commands, figure; a stack of large pages by patches and back as a whole."""
     monkeypatch.chdir(tmp_path)
-    look, trace = blocks("microscopy.md", "python")
-    (settings,) = blocks("microscopy.md", "yaml")
-    Path("small.yaml").write_text(settings)
-    stack = np.arange(3 * 70 * 96, dtype=np.uint16).reshape(3, 70, 96)
-    pages = [Image.fromarray(page) for page in stack]
-    pages[0].save("stack.tif", save_all=True, append_images=pages[1:])
+    look, truth, trace = blocks("microscopy.md", "python")
     for words in commands("microscopy.md"):
         if words[0] == "python":
-            k = words.index("--num") + 1
-            words[k] = str(min(int(words[k]), 8))
-            subprocess.run([sys.executable, str(ROOT / words[1]), *words[2:], "--size", "16"], check=True)
+            large = "--stack" in words
+            for option, most in (("--num", 2 if large else 8), ("--size", 70)):
+                if option in words:
+                    k = words.index(option) + 1
+                    words[k] = str(min(int(words[k]), most))
+            words += [] if large else ["--size", "16"]
+            subprocess.run([sys.executable, str(ROOT / words[1]), *words[2:]], check=True)
         else:
             assert main(shortened(words[1:])) in (0, None), words
     names: dict = {}
@@ -101,13 +101,24 @@ def test_microscopy_from_pictures_to_grey_levels(tmp_path, monkeypatch, capsys) 
         assert picture.mode == "I;16" and picture.size == (16, 16)
     assert Path("result.png").is_file() and Path("result_samples.tif").is_file()
     capsys.readouterr()
+    exec(compile(truth, "microscopy.md", "exec"), {})
+    before, after, ratio = (float(x) for x in re.findall(r"\d+\.\d+", capsys.readouterr().out))
+    assert before == pytest.approx(16.5, abs=0.2) and after > 0 and ratio > 0
     exec(compile(trace, "microscopy.md", "exec"), {})
-    # Patches of 32 every 24 pixels: 2 rows of 3 in 70 x 96; the sixth of a page is at 24, 48.
-    assert capsys.readouterr().out == "patch 5: stack.tif, page 0, upper left pixel 24, 48 of 70 x 96\n"
+    said = capsys.readouterr().out.splitlines()
+    # Patches of 32 every 24 pixels: 2 rows of 2 in 70 x 70; the sixth is the second of the second page.
+    assert said[0] == "patch 5: noisy.tif, page 1, upper left pixel 0, 24 of 70 x 70"
+    assert said[1].startswith("images are 70 x 70, the prior's 32 x 32: 9 tiles with an overlap of 8 pixels")
+    stack, mean, std = (
+        tifffile.imread(f) for f in ("fields/noisy.tif", "fields_result_mean.tif", "fields_result_std.tif")
+    )
+    assert stack.shape == mean.shape == std.shape == (2, 70, 70)
+    assert stack.dtype == mean.dtype == np.uint16 and std.dtype.kind == "f" and std.min() > 0
+    assert 0.7 < np.corrcoef(stack.ravel(), mean.ravel())[0, 1]
     with MeasurementFile("patches.h5") as file:
-        assert len(file) == 3 * 2 * 3
+        assert len(file) == 2 * 2 * 2
         patch = file.measurements([5])[0, 0].numpy() * 65535
-    assert np.abs(patch - stack[0, 24:56, 48:80]).max() < 0.02
+    assert np.abs(patch - stack[1, 0:32, 24:56]).max() < 0.02
 
 
 def test_any_physics(monkeypatch, capsys) -> None:

@@ -60,6 +60,15 @@ SigmaMinOption = Annotated[
         help_behavior_hint="(default: the lowest level the prior has learned)",
     ),
 ]
+TileOverlapOption = Annotated[
+    int | None,
+    arg(
+        metavar="PIXELS",
+        help="Images larger than the prior's are covered with tiles: what neighbours share at least, 1 to "
+        "half of a tile.",
+        help_behavior_hint="(default: a quarter of a tile)",
+    ),
+]
 
 
 def require(good: bool, option: str, expected: str, got: Any) -> None:

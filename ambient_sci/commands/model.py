@@ -17,6 +17,7 @@ from ambient_sci.commands.common import (
     RunArgument,
     SeedOption,
     SigmaMinOption,
+    TileOverlapOption,
     check_outputs,
     find_device,
     folder_of,
@@ -56,6 +57,16 @@ class Generate:
         ),
     ] = "heun"
     sigma_min: SigmaMinOption = None
+    size: Annotated[
+        tuple[int, int] | None,
+        arg(
+            metavar="H W",
+            help="Height and width of the images; larger ones than the prior's are drawn in overlapping "
+            "tiles.",
+            help_behavior_hint="(default: the prior's)",
+        ),
+    ] = None
+    tile_overlap: TileOverlapOption = None
     classes: Annotated[
         tuple[int, ...] | None,
         arg(
@@ -77,6 +88,7 @@ class Generate:
         from ambient_sci.data import contact_sheet
         from ambient_sci.priors import load_prior
         from ambient_sci.sampling import generate_to_file
+        from ambient_sci.sampling.sizes import fitted
         from ambient_sci.sampling.unconditional import generation_grid
 
         check_outputs(self.out, overwrite=self.overwrite)
@@ -84,7 +96,9 @@ class Generate:
         require(self.num >= 1, "--num", "at least 1", self.num)
         require(self.steps is None or self.steps >= 1, "--steps", "at least 1 noise level", self.steps)
         require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
+        require(self.size is None or min(self.size) >= 1, "--size", "two numbers of at least 1", self.size)
         prior = load_prior(self.run_folder, find_device(self.device))
+        prior = fitted(prior, (prior.shape[0], *(self.size or prior.shape[1:])), self.tile_overlap)
         grid = generation_grid(prior, self.steps, self.sigma_min, None, 7.0)
         low = float(grid[-1])
         with folder_of(self.out):
@@ -235,6 +249,7 @@ class Reconstruct:
             help_behavior_hint="(default: all)",
         ),
     ] = None
+    tile_overlap: TileOverlapOption = None
     num: Annotated[
         int | None,
         arg(
@@ -276,6 +291,7 @@ class Reconstruct:
                     progress=True,
                     device=device,
                     indices=indices,
+                    tile_overlap=self.tile_overlap,
                     **settings,
                 )
             count = len(file) if indices is None else len(indices)
@@ -337,12 +353,12 @@ class Reconstruct:
 
 
 def _check_same_data(run: Path, prior: Prior, file: MeasurementFile) -> None:
-    """Refuse images of another shape, and masks of another operator than a mask-conditional prior was trained
-    on."""
+    """Refuse images of other channels, and masks of another operator than a mask-conditional prior was
+    trained on."""
     require(
-        tuple(prior.shape) == tuple(file.image_shape),
+        prior.shape[0] == file.image_shape[0],
         f"{run}",
-        f"a prior for images {tuple(file.image_shape)}, as measured in {file.path}",
+        f"a prior for images {tuple(file.image_shape)}, as measured in {file.path}, or of another size",
         f"one for {tuple(prior.shape)}",
     )
     if prior.conditioning == "unconditional":

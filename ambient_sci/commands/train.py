@@ -86,7 +86,7 @@ class Train:
         arg(
             metavar="N ...",
             help="Network by its widths, in place of --preset: channels at full resolution, at half, at a "
-            "quarter ..., multiples of 16. Height and width must be divisible by 2 for each after the first.",
+            "quarter ..., multiples of 16. Images are padded to what can be halved for each after the first.",
             help_behavior_hint="(default: those of the preset)",
         ),
     ] = None

@@ -40,7 +40,7 @@ UNKNOWN_SOURCE = (
     "the result does not record what it was made from (it is of an earlier version, or was made in memory): "
     "that these are its measurements was not checked"
 )
-FOUND_BY_DEFAULT = ("sampler", "steps", "sigma_min", "sigma_max")
+FOUND_BY_DEFAULT = ("sampler", "steps", "sigma_min", "sigma_max", "tile_overlap")
 
 Figure = tuple[str, Callable[[Path], Path]]
 

@@ -17,6 +17,7 @@ from ambient_sci.priors.pretrained import pretrained_folder, pretrained_names
 from ambient_sci.priors.published import AmbientDiffusionPrior, VEPrior
 from ambient_sci.priors.stationary import StationaryGaussianPrior
 from ambient_sci.priors.storage import load_prior, save_prior
+from ambient_sci.priors.tiled import TiledPrior
 from ambient_sci.priors.wrappers import DeepinvPrior, Guided, StagedPrior, VPPrior
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Prompt",
     "StagedPrior",
     "StationaryGaussianPrior",
+    "TiledPrior",
     "VEPrior",
     "VPPrior",
     "backbones",

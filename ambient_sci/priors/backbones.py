@@ -14,7 +14,9 @@ r"""Backbones by name: the networks that a prior's preconditioning can surround.
 
 A network that is registered can be trained, averaged, saved, loaded and resumed by its name and its options;
 whoever loads it has to register it first. ``forward(x, level)`` is enough where nothing else is told; a
-module's attribute ``takes`` names a type of `Given`.
+module's attribute ``takes`` names a type of `Given`, ``multiple`` what height and width have to be multiples
+of (images of other sizes are padded, see `ambient_sci.priors.padding`), and ``any_size = True`` says that its
+weights do for images of any size.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def build(
         shape: (C, H, W) of one image: what comes out; what goes in has ``extra_channels`` more (of a mask).
 
     Raises:
-        InputError: an unknown name, options that the network does not take, or a size that it cannot divide.
+        InputError: an unknown name, or options that the network does not take.
     """
     import torch
 
@@ -92,7 +94,6 @@ def _make(config: NetworkConfig, shape: tuple[int, ...], extra: int) -> nn.Modul
     if config.kind == "unet":
         from ambient_sci.priors.networks import UNet
 
-        config.check_size(*shape[1:])
         return UNet(config, shape[0] + extra, shape[0])
     factory = REGISTERED.get(config.kind) or _foreign(config.kind)
     try:

@@ -50,6 +50,7 @@ class Prior(Denoiser):
         sigma_max: highest trained noise level, None if there is no limit.
         separates_rows: its output scale tells kept rows from missing ones, so that losses may weigh them
             apart.
+        resized: what was done to fit images of another size than it was trained on (`at_shape`), in words.
     """
 
     kind: ClassVar[str] = ""
@@ -61,6 +62,7 @@ class Prior(Denoiser):
     sigma_min: float = 0.0
     sigma_max: float | None = None
     separates_rows: bool = False
+    resized: str = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -104,6 +106,27 @@ class Prior(Denoiser):
         # Not as 1 - f d^2 / (d^2 + sigma^2): in float32 that cancels to zero long before sigma does.
         variance = self.data_std**2
         return (variance + sigma**2) / (variance * (sigma**2 + (1 - fraction) * variance))
+
+    def at_shape(self, shape: tuple[int, ...], tile_overlap: int | None = None) -> Prior:
+        """This prior for images of another size, with the same weights; ``resized`` says how.
+
+        Larger images, in height or width, are covered with overlapping tiles of its own size, whose answers
+        are averaged at every noise level (`ambient_sci.priors.tiled`). Where images are smaller its network
+        runs at their size.
+
+        Args:
+            shape: (C, H, W) of the images.
+            tile_overlap: pixels that neighbouring tiles share at least, 1 to half of a tile; default: a
+                quarter of a tile.
+
+        Raises:
+            ConditioningError: larger images, and a prior that is not unconditional.
+            InputError: other channels, an impossible overlap, or smaller images and no network that does for
+                them.
+        """
+        from ambient_sci.priors.sizes import for_images
+
+        return for_images(self, shape, tile_overlap)
 
     def __repr__(self) -> str:
         low, high = self.sigma_min, self.sigma_max
@@ -183,6 +206,11 @@ def description_of(prior: Prior) -> dict[str, Any]:
     Raises:
         InputError: a prior that cannot be saved.
     """
+    if prior.resized:
+        raise InputError(
+            "saving a prior: expected one of the size it was trained on, got one that at_shape made of it; "
+            "save the original"
+        )
     description = prior.describe()
     known = Prior.kinds.get(description["kind"])
     if known is not type(prior):

@@ -104,16 +104,8 @@ class NetworkConfig:
 
     @property
     def size_factor(self) -> int:
-        """Height and width must be multiples of this (1 where only the backbone itself knows)."""
+        """Height and width are padded to multiples of this (1 where only the backbone itself knows)."""
         return 1 if self.kind != "unet" else self.patch * 2 ** (len(self.channels) - 1)
-
-    def check_size(self, height: int, width: int) -> None:
-        """Raise InputError unless the network can divide an image of this size."""
-        if height % self.size_factor or width % self.size_factor:
-            raise InputError(
-                f"image size: expected height and width divisible by {self.size_factor} for this network "
-                f"(patch {self.patch}, {len(self.channels)} levels), got {height} x {width}"
-            )
 
 
 def _changed(config: Any, f: Field[Any]) -> bool:

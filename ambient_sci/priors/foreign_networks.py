@@ -8,6 +8,7 @@ every convolution is multiplied by a gate, as in Ambient Diffusion's networks (D
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ambient_sci.errors import InputError
 from ambient_sci.priors.given import Labels, Prompt
 from ambient_sci.priors.networks import Backbone
+from ambient_sci.priors.padding import padded
 
 
 class EDMNetwork(Backbone):
@@ -24,13 +26,15 @@ class EDMNetwork(Backbone):
     Args:
         model: the network.
         label_dim: number of classes; 0 for none.
+        multiple: what it divides height and width by.
     """
 
     takes = Labels
+    any_size = True
 
-    def __init__(self, model: nn.Module, label_dim: int) -> None:
+    def __init__(self, model: nn.Module, label_dim: int, multiple: int = 1) -> None:
         super().__init__()
-        self.model, self.label_dim = model, label_dim
+        self.model, self.label_dim, self.multiple = model, label_dim, multiple
 
     def clock(self, level: Tensor) -> Tensor:
         """c_noise = log(sigma) / 4, what these networks embed [Karras et al. 2022]."""
@@ -125,16 +129,15 @@ def _edm(name: str) -> Callable[..., EDMNetwork]:
             raise InputError(
                 f"network {name}: expected no option pretrained (import the weights as a prior), got one"
             )
-        square = shape[1] == shape[2]
-        if not square:
-            raise InputError(f"network {name}: expected square images, got {shape[1]} x {shape[2]}")
         kind = {"ncsnpp": deepinv.models.NCSNpp, "adm": deepinv.models.ADMUNet}[name]
+        levels = options.get("channel_mult") or signature(kind).parameters["channel_mult"].default
+        multiple = 2 ** (len(levels) - 1)
         settings = {
             "label_dim": 0,
             "augment_dim": 0,
             **options,
             "pretrained": None,
-            "img_resolution": shape[1],
+            "img_resolution": padded(max(shape[1:]), multiple),  # decides where attention is, and names
         }
         group, gated = settings.pop("group_channels", None), bool(settings.pop("gated", False))
         unknown = [key for key in settings if key not in kind.__init__.__code__.co_varnames]
@@ -156,7 +159,7 @@ def _edm(name: str) -> Callable[..., EDMNetwork]:
             _regroup(model, int(group))
         if gated:
             _gated(model)
-        return EDMNetwork(model, settings["label_dim"])
+        return EDMNetwork(model, settings["label_dim"], multiple)
 
     return factory
 
@@ -166,10 +169,12 @@ class DiffusersUNet(Backbone):
     means no label."""
 
     takes = Labels
+    any_size = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.multiple = 2 ** (len(model.config.block_out_channels) - 1)
 
     def at(self, x: Tensor, time: Tensor, given: Labels | None = None) -> Tensor:
         """``x`` (B, in, H, W) at ``time`` (B,) to (B, out, H, W)."""

@@ -35,6 +35,7 @@ from ambient_sci.priors.base import Prior, Tensors, at_least_single, filled, per
 from ambient_sci.priors.config import NetworkConfig, PriorConfig
 from ambient_sci.priors.given import Given, KeptRows
 from ambient_sci.priors.networks import Backbone
+from ambient_sci.priors.padding import multiple_of, on_multiples
 from ambient_sci.priors.registry import is_module
 
 
@@ -43,15 +44,17 @@ def call_network(
 ) -> Tensor:
     """network(x, level[, given]) in the type of its first floating parameter, answered in the type of ``x``.
 
-    This is the one door through which numbers enter half precision and leave it. Levels stay in float32 at
-    least. ``at``: the level is a time in the units of a backbone's embedding.
+    This is the one door through which numbers enter half precision and leave it, and through which images of
+    a size that the network cannot divide are padded and cropped (`ambient_sci.priors.padding`). Levels stay
+    in float32 at least. ``at``: the level is a time in the units of a backbone's embedding.
     """
     parameters = network.parameters() if isinstance(network, nn.Module) else ()
     own = next((p.dtype for p in parameters if p.is_floating_point()), x.dtype)
     level = level.to(torch.promote_types(own, torch.float32))
     told = () if given is None else (given,)
     function = network.at if at and isinstance(network, Backbone) else network
-    return function(x.to(own), level, *told).to(x.dtype)
+    answer = on_multiples(lambda z: function(z, level, *told), x.to(own), multiple_of(network))
+    return answer.to(x.dtype)
 
 
 def _setting(name: str) -> Any:
@@ -82,8 +85,8 @@ class NetworkPrior(Prior):
         generator: source of the initial weights; default: a fixed seed.
 
     Raises:
-        InputError: a size the network cannot divide, options it does not take, a wrong conditioning, a
-            data_std that is not positive.
+        InputError: options that the network does not take, a wrong conditioning, a data_std that is not
+            positive.
     """
 
     kind = "network"

@@ -22,9 +22,13 @@ class Backbone(nn.Module):
 
     Attributes:
         takes: what it is told besides x and the level, a type of `Given`; None: nothing.
+        multiple: what height and width have to be multiples of; `call_network` pads others.
+        any_size: its weights do for images of any size.
     """
 
     takes: type[Given] | None = None
+    multiple: int = 1
+    any_size: bool = False
 
     def clock(self, level: Tensor) -> Tensor:
         """Time of the noise levels (B,). Sinusoids resolve steps of order one: log sigma spans about ten,
@@ -43,8 +47,11 @@ class Backbone(nn.Module):
 class UNet(Backbone):
     """`DiffusionUNet` with folded patches and a noise-level input."""
 
+    any_size = True
+
     def __init__(self, config: NetworkConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
+        self.multiple = config.size_factor
         fold = config.patch**2
         self.patch = config.patch
         self.body = DiffusionUNet(

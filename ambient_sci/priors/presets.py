@@ -5,10 +5,11 @@
     medium    1        1         32, 64               32, 64, 64      32, 64, 64, 128      1.1 million
     large     1        2         64, 128              64, 128, 128    64, 128, 128, 256    6.1 million
 
-There are two levels, and more until the coarsest image has 16 pixels a side or fewer (six at most), as far as
-height and width can be halved: the self-attention there costs the square of its pixels. "small" folds 2 x 2
-pixels into channels, which makes a step a third as long; where height or width is odd it has patch 1 and half
-the channels.
+There are two levels, and more until the coarsest image has 16 pixels a side or fewer (six at most): the
+self-attention there costs the square of its pixels. Images of a size that cannot be halved so often are
+padded (`ambient_sci.priors.padding`); where that would add more than a quarter to their pixels there are
+fewer levels. "small" folds 2 x 2 pixels into channels, which makes a step a third as long; where padding for
+that would add as much, it has patch 1 and half the channels.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _PATCH = {"small": 2, "medium": 1, "large": 1}
 _WIDTH = {"small": 32, "medium": 32, "large": 64}
 _BLOCKS = {"small": 1, "medium": 1, "large": 2}
 _MULTIPLES = (1, 2, 2, 4, 4, 4)
-_COARSEST, _MOST_PIXELS = 16, 48**2
+_COARSEST, _MOST_PADDING = 16, 1.25
 
 
 def preset(name: str, height: int, width: int) -> NetworkConfig:
@@ -33,24 +34,23 @@ def preset(name: str, height: int, width: int) -> NetworkConfig:
         width: of the images, in pixels.
 
     Raises:
-        InputError: another name, or a size that cannot be halved often enough.
+        InputError: another name.
     """
     if name not in PRESETS:
         raise InputError(f"network: expected one of {', '.join(PRESETS)}, got {name!r}")
-    patch = _PATCH[name] if height % _PATCH[name] == 0 and width % _PATCH[name] == 0 else 1
-    wanted = _levels(max(height, width) // patch)
-    factor = patch
-    while factor < patch * 2 ** (wanted - 1) and height % (2 * factor) == 0 and width % (2 * factor) == 0:
-        factor *= 2
-    if (height // factor) * (width // factor) > _MOST_PIXELS:
-        needed = patch * 2 ** (wanted - 1)
-        raise InputError(
-            f"image size: expected height and width divisible by {needed} for the {name} network (crop the "
-            f"images), got {height} x {width}"
-        )
+    patch = _PATCH[name] if _growth(height, width, _PATCH[name]) <= _MOST_PADDING else 1
+    levels = _levels(max(height, width) // patch)
+    while levels > 1 and _growth(height, width, patch * 2 ** (levels - 1)) > _MOST_PADDING:
+        levels -= 1
     base = _WIDTH[name] * patch // _PATCH[name]
-    channels = tuple(base * k for k in _MULTIPLES[: (factor // patch).bit_length()])
+    channels = tuple(base * k for k in _MULTIPLES[:levels])
     return NetworkConfig(channels=channels, blocks=_BLOCKS[name], patch=patch)
+
+
+def _growth(height: int, width: int, multiple: int) -> float:
+    """Pixels of an image that is padded to multiples, by its own."""
+    rows, columns = (-(-size // multiple) * multiple for size in (height, width))
+    return rows * columns / (height * width)
 
 
 def _levels(size: int) -> int:

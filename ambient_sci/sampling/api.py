@@ -25,6 +25,7 @@ from ambient_sci.sampling.border import (
 )
 from ambient_sci.sampling.reconstruct import reconstruct as sample_posterior
 from ambient_sci.sampling.result import Reconstruction
+from ambient_sci.sampling.sizes import fitted, image_shape
 from ambient_sci.sampling.unconditional import generate as draw_images
 
 Integrator = Literal["multistep", "heun", "ancestral"]
@@ -66,9 +67,12 @@ def reconstruct(
     limit: float | None = None,
     step: float | None = None,
     weight: float | Tensor | None = None,
+    tile_overlap: int | None = None,
     **unknown: Never,
 ) -> Reconstruction:
     """Sample the posterior p(x_0 | y) of y = A x_0 + sigma_y n.
+
+    Images may be of another size than the prior's; what is done then is said, and noted in the report.
 
     Args:
         prior: a prior, the folder of one or of a training run, or "pretrained:NAME"; see the samplers for the
@@ -107,6 +111,8 @@ def reconstruct(
         limit: dps: see `DPS`.
         step: a-dps: length of its gradient step.
         weight: classic: of the penalty, one or one for each image; default: of least estimated risk.
+        tile_overlap: images larger than the prior's are covered with tiles that share so many pixels at
+            least, see `Prior.at_shape`; default: a quarter of a tile.
 
     Returns:
         mean, std, samples (S, B, C, H, W) and a report, in the type of ``y`` (float32 where that is shorter)
@@ -138,6 +144,7 @@ def reconstruct(
     request = as_request(prior, operator, y, sigma_y, indices, "reconstruct")
     home = request.y.device
     request = moved(request, as_device(device) or device_of(prior) or home)
+    prior = fitted(prior, image_shape(request.operator, request.y), tile_overlap)
     result = sample_posterior(
         prior, request.operator, request.y, request.sigma_y, samples=samples, sampler=sampler, steps=steps,
         sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, batch_size=batch_size, generator=generator,
@@ -162,6 +169,8 @@ def generate(
     batch_size: int = 64,
     given: Given | None = None,
     guidance: float = 1.0,
+    size: tuple[int, int] | None = None,
+    tile_overlap: int | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,
     device: str | torch.device | None = None,
@@ -179,6 +188,8 @@ def generate(
         batch_size: images at a time; the result does not depend on it.
         given: `Labels` or a `Prompt` with one row for each image, for priors that take them.
         guidance: scale of classifier-free guidance, see `Guided`; 1 is none.
+        size: height and width of the images; default: the prior's.
+        tile_overlap: of the tiles that cover images larger than the prior's, see `Prior.at_shape`.
         seed: of all randomness, a whole number >= 0.
         generator: source of randomness, in place of a seed.
         device: where to compute; default: where the prior is.
@@ -195,8 +206,10 @@ def generate(
     generator = as_generator(generator, seed, "generate")
     if isinstance(num, bool) or not isinstance(num, int):
         raise InputError(f"generate: expected num to be a whole number, got {num!r}")
+    found = as_prior(prior, "generate", device)
+    found = fitted(found, (found.shape[0], *(size or found.shape[1:])), tile_overlap)
     return draw_images(
-        as_prior(prior, "generate", device), num, steps=steps, sampler=sampler, sigma_min=sigma_min,
+        found, num, steps=steps, sampler=sampler, sigma_min=sigma_min,
         sigma_max=sigma_max, rho=rho, batch_size=batch_size, given=given, guidance=guidance,
         generator=generator, progress=progress,
     )  # fmt: skip

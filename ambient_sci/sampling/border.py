@@ -236,15 +236,23 @@ def _unbatched(prior: Any, operator: LinearPhysics, y: Tensor) -> bool:
         return y.ndim == len(operator.measurement_size)
     if prior is None or y.ndim == 0:
         return False
-    return not _fits(operator, y, prior.shape) and _fits(operator, y[None], prior.shape)
+    if _fits(operator, y, prior.shape):
+        return False
+    if _fits(operator, y[None], prior.shape):
+        return True
+    loose = (*prior.shape[:1], *[None] * (len(prior.shape) - 1))  # images of another size
+    return not _fits(operator, y, loose) and _fits(operator, y[None], loose)
 
 
-def _fits(operator: LinearPhysics, y: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether ``operator`` takes ``y`` for a batch of measurements of images of this shape."""
+def _fits(operator: LinearPhysics, y: Tensor, shape: tuple[int | None, ...]) -> bool:
+    """Whether ``operator`` takes ``y`` for a batch of measurements of images of this shape; None: any
+    size."""
     try:
         with torch.no_grad():
             image = operator.A_adjoint(y.to(device_of(operator) or y.device))
-            return image.shape == (len(y), *shape) and operator.A(image).shape == y.shape
+            same = image.ndim == 1 + len(shape) and len(image) == len(y)
+            sizes = zip(image.shape[1:], shape, strict=True)
+            return same and all(m in (None, n) for n, m in sizes) and operator.A(image).shape == y.shape
     except (RuntimeError, ValueError, IndexError, AssertionError, TypeError, AttributeError):
         return False
 

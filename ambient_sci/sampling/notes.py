@@ -68,7 +68,7 @@ def notes(prior: Prior, totals: Mapping[str, Any]) -> dict[str, Any]:
         prior: the prior.
         totals: report of the run: its settings and the numbers of all its parts.
     """
-    found, low = [], totals["sigma_min"]
+    found, low = [prior.resized] if getattr(prior, "resized", "") else [], totals["sigma_min"]
     if stops_early(prior, low) and "final" in totals:
         learned = ", the lowest level the prior has learned" if low <= prior.sigma_min * (1 + 1e-6) else ""
         meaning = (

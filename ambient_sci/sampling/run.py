@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ambient_sci.operators.base import RowMaskedOperator
 from ambient_sci.priors.base import Prior, require_mask_conditional, require_unconditional
+from ambient_sci.priors.tiled import TiledPrior
 from ambient_sci.progress import track
 from ambient_sci.sampling.batching import Chunk, chunks, default_batch_size
 from ambient_sci.sampling.checks import check_measurements, check_numbers, check_sampler
@@ -146,6 +147,8 @@ class Run:
             "samples": self.samples,
             "options": dict(self.options),
         }
+        if isinstance(self.prior, TiledPrior):
+            settings["tile_overlap"] = self.prior.overlap
         report = {**settings, **self.totals}
         if self.left and std > 0:
             chains = self.samples * len(self.y)

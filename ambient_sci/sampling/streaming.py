@@ -17,12 +17,14 @@ from ambient_sci.data import ImageWriter, ReferenceFile
 from ambient_sci.data.sources import as_complex
 from ambient_sci.priors.base import Prior
 from ambient_sci.priors.given import Given, Labels
+from ambient_sci.priors.tiled import TiledPrior
 from ambient_sci.progress import track
 from ambient_sci.sampling.notes import merge, notes
 from ambient_sci.sampling.parts import Parts, fingerprint
 from ambient_sci.sampling.result import ResultFile, ResultWriter
 from ambient_sci.sampling.run import Run
 from ambient_sci.sampling.samplers import POINT_ESTIMATES
+from ambient_sci.sampling.sizes import fitted
 from ambient_sci.sampling.subset import about, check_indices
 from ambient_sci.sampling.unconditional import (
     Denoise,
@@ -56,6 +58,7 @@ def reconstruct_to_file(
     generator: torch.Generator | None = None,
     progress: bool = False,
     device: str | torch.device = "cpu",
+    tile_overlap: int | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Reconstruct a measurement file into a result file, at the memory of one batch of chains whatever the
@@ -76,6 +79,7 @@ def reconstruct_to_file(
         generator: source of randomness; one seed is drawn from it for each part.
         progress: show a progress bar.
         device: where to compute.
+        tile_overlap: for images larger than the prior's, see `Prior.at_shape`.
         **settings: further arguments of `reconstruct`.
 
     Returns:
@@ -96,6 +100,9 @@ def reconstruct_to_file(
     # The batch size decides speed, not samples.
     plan |= {k: v for k, v in request.items() if k != "batch_size"}
     device = torch.device(device)
+    prior = fitted(prior, tuple(measurements.image_shape), tile_overlap)
+    if isinstance(prior, TiledPrior):
+        plan["tile_overlap"] = prior.overlap
     with Parts(out, fingerprint(prior, [*source_of(measurements), plan]), len(starts), device) as parts:
         missing, progress = parts.missing(lambda p: ResultFile(p).check()), progress and parts.main
         for k in track(missing, f"{sampler} reconstruction", enabled=progress and len(starts) > 1):

@@ -35,6 +35,7 @@ from accelerate.utils import broadcast_object_list
 
 from ambient_sci.priors.backbones import build
 from ambient_sci.priors.config import NetworkConfig
+from ambient_sci.priors.network import call_network
 from ambient_sci.priors.presets import PRESETS, preset
 from ambient_sci.training.augment import exact_augmentations
 from ambient_sci.training.config import AUGMENTATIONS, LevelConfig, TrainConfig
@@ -82,9 +83,6 @@ def settle(config: TrainConfig, source: Source, accelerator: Accelerator, starte
         source: its data, judged.
         accelerator: device and processes.
         started: the run goes on from a prior, and ``config.network`` is not used.
-
-    Raises:
-        InputError: images of a size that no network by name can divide.
     """
     if not config.open_settings:
         return Choice(config)
@@ -271,7 +269,7 @@ def step_seconds(config: TrainConfig, network: NetworkConfig, source: Source, de
         begun = time.perf_counter()
         for _ in range(config.micro_batches):
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                answer = module(x, level)
+                answer = call_network(module, x, level)
             answer.float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -64,6 +64,8 @@ def _prior(prior: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     about = prior.get("about")
     if isinstance(about, dict) and about.get("data"):
         lines.append(("trained on", str(about["data"])))
+    if isinstance(about, dict) and about.get("padding"):
+        lines.append(("sizes", str(about["padding"])))
     return lines
 
 

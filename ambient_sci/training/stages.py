@@ -12,6 +12,7 @@ from ambient_sci import losses
 from ambient_sci.errors import InputError
 from ambient_sci.priors import NetworkPrior, Prior, require_mask_conditional, require_unconditional
 from ambient_sci.priors.base import description_of
+from ambient_sci.priors.padding import described, multiple_of
 from ambient_sci.randomness import seeded
 from ambient_sci.training.batches import INITIAL_WEIGHTS, Batches, Drawn
 from ambient_sci.training.config import LossConfig, TrainConfig
@@ -23,12 +24,9 @@ from ambient_sci.training.source import Source
 def initial_prior(batches: Batches) -> NetworkPrior:
     """The network of the run with random weights: unconditional for complete data, mask-conditional for
     incomplete ones.
-
-    Raises:
-        InputError: a size that the network cannot divide.
     """
     source, config = batches.source, batches.config
-    return NetworkPrior(
+    prior = NetworkPrior(
         source.image_shape,
         data_std=source.data_std,
         data_mean=source.data_mean if config.centre else 0.0,
@@ -40,6 +38,14 @@ def initial_prior(batches: Batches) -> NetworkPrior:
         about={"data": batches.reason, "subjects": len(set(source.measurements.subjects))},
         generator=seeded(config.seed, INITIAL_WEIGHTS),
     )
+    if said := padding_of(prior):
+        prior.config.about["padding"] = said
+    return prior
+
+
+def padding_of(prior: Prior) -> str:
+    """What is padded inside the network of ``prior``, in words; empty where nothing is."""
+    return described(prior.shape, multiple_of(getattr(prior, "network", None)))
 
 
 def _lowest_level(batches: Batches) -> float:

@@ -38,7 +38,7 @@ from ambient_sci.training.run_folder import RunFolder
 from ambient_sci.training.selection import Selection
 from ambient_sci.training.source import Source, open_source
 from ambient_sci.training.stage_configs import DistillConfig, EMConfig, JointConfig, StagedConfig
-from ambient_sci.training.stages import AmbientStage, check_start, started_from
+from ambient_sci.training.stages import AmbientStage, check_start, padding_of, started_from
 from ambient_sci.training.start import check_scale, prior_to_start_from, with_network
 from ambient_sci.whole_files import digest_of
 
@@ -164,8 +164,9 @@ def _fit(
     if folder and accelerator.is_main_process:
         folder.reopen(config, description) if resume else folder.create(config, description)
     Processes(accelerator).wait()
-    for reason in [*reasons.values(), *choice.sentences]:
-        reporter.say(reason)
+    for reason in [*reasons.values(), *choice.sentences, padding_of(first.module)]:
+        if reason:
+            reporter.say(reason)
     options: Any = {"accelerator": accelerator, "folder": folder, "resume": resume, "reporter": reporter}
     try:
         prior = run_stage(first, config, selection=None if staged else selection, **options)
