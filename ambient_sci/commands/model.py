@@ -117,7 +117,7 @@ class Generate:
                 overwrite=self.overwrite,
                 generator=generator(self.seed),
                 progress=True,
-                stale=(sheet,),
+                stale=() if sheet is None else (sheet,),
             )
         if not main_process():
             return

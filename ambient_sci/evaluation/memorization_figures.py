@@ -34,7 +34,7 @@ def pairs_figure(
         float(v)
         for v in torch.quantile(graded(first).flatten().float()[:10_000_000], torch.tensor([0.0, 1.0]))
     )
-    sheet = _Sheet(len(first), len(columns), colour_bar=False)
+    sheet = _Sheet(len(first), len(columns), bars=set())
     for column, (title, images) in enumerate(columns.items()):
         for row, image in enumerate(images):
             axes = sheet.cell(row, column, title if row == 0 else None)

@@ -294,8 +294,8 @@ def require_mask_conditional(prior: Prior, what: str) -> None:
     E[x_0 | y~, B]."""
     if getattr(prior, "conditioning", "unconditional") != "mask-conditional":
         raise ConditioningError(
-            f"{what} needs a mask-conditional prior (trained on incomplete measurements), got one that is "
-            f"{prior.conditioning}: "
+            f"{what} needs a mask-conditional prior (trained on incomplete measurements), got "
+            f"{'a one-step generator' if prior.conditioning == 'one-step' else 'an unconditional one'}: "
             "use MMPS or another posterior sampler with it"
         )
 

@@ -56,6 +56,8 @@ def reconstruct(
     precision: Precision | None = None,
     integrator: Integrator | None = None,
     final: Literal["auto", "mean", "draw"] | None = None,
+    antithetic: bool | None = None,
+    direct: bool | None = None,
     tolerance: float | None = None,
     max_iterations: int | None = None,
     root_iterations: int | None = None,
@@ -102,6 +104,10 @@ def reconstruct(
         precision: of the network: "fp32", "bf16", or "auto" (bf16 where the hardware multiplies it natively).
         integrator: mmps, pigdm, dps: how to walk down the levels, see `ambient_sci.sampling.unconditional`.
         final: mmps: return the mean at the lowest level, a draw, or what suits it ("auto").
+        antithetic: mmps: whether the mean has a control from opposite noise, which takes most of the Monte
+            Carlo error off a mean of few samples for a fifth of the time; default: yes. Samples are the same.
+        direct: mmps: whether complete measurements of white noise are denoised without any solve; default:
+            yes, where the prior has learned their level.
         tolerance: mmps, daps, pnp-dm, classic: relative residual at which a solve stops, > 0.
         max_iterations: mmps, daps, pnp-dm, classic: iterations of a solve at most.
         root_iterations: mmps: Jacobian products for the square root of a covariance.
@@ -132,7 +138,8 @@ def reconstruct(
         >>> result.plot()  # doctest: +SKIP
     """
     given = {
-        "precision": precision, "integrator": integrator, "final": final, "tolerance": tolerance,
+        "precision": precision, "integrator": integrator, "final": final, "antithetic": antithetic,
+        "direct": direct, "tolerance": tolerance,
         "max_iterations": max_iterations, "root_iterations": root_iterations, "inner_steps": inner_steps,
         "coupling": coupling, "particles": particles, "resample_below": resample_below, "data_std": data_std,
         "limit": limit, "step": step, "weight": weight, **unknown,
@@ -161,7 +168,7 @@ def generate(
     prior: PriorLike,
     num: int,
     *,
-    steps: int = 40,
+    steps: int | None = None,
     sampler: Integrator = "heun",
     sigma_min: float | None = None,
     sigma_max: float | None = None,
@@ -181,7 +188,7 @@ def generate(
     Args:
         prior: a prior, the folder of one or of a training run, or "pretrained:NAME".
         num: number of images.
-        steps: noise levels, >= 1.
+        steps: noise levels, >= 1; default: 40, and 1 for a one-step generator.
         sampler: "multistep", "heun" or "ancestral".
         sigma_min, sigma_max: ends of the grid; see `level_range`.
         rho: bend of the grid (Karras et al. 2022).

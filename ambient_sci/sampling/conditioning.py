@@ -61,9 +61,13 @@ class SolverReport:
     def left(self) -> dict[float, float]:
         """Mean square that the solves of each noise level left undone, per entry of the image, over all
         chains."""
+        if not self._left:
+            return {}
         found: dict[float, list[float]] = {}
-        for sigma, square in self._left:
-            found.setdefault(float(sigma), []).append(float(square))
+        # All of them in one look at the device.
+        values = torch.stack([torch.stack(pair).double() for pair in self._left]).tolist()
+        for sigma, square in values:
+            found.setdefault(sigma, []).append(square)
         return {sigma: sum(squares) / len(squares) for sigma, squares in found.items()}
 
     def to_dict(self) -> dict[str, Any]:
