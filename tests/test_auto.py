@@ -311,6 +311,21 @@ def test_seconds_of_a_step_are_measured():
     assert 0 < auto.step_seconds(config, network, source, CPU) < 60
 
 
+def test_levels_are_dense_just_above_the_noise():
+    clean, loud = (source_of(noisy(200, sigma=s)) for s in (0.01, 0.3))
+    assert clean.data_std == pytest.approx(loud.data_std, rel=0.1) and loud.data_std == pytest.approx(
+        0.33, rel=0.1
+    )
+    assert (auto.levels(clean).mean, auto.levels(loud).mean) == (-0.5, -1.0)
+
+
+@pytest.mark.parametrize(("name", "rate"), [("small", 0.006), ("medium", 0.003), ("large", 0.0015)])
+def test_rates_of_the_presets(name, rate):
+    assert auto.learning_rate(preset(name, 32, 32)) == rate
+    assert auto.learning_rate(NetworkConfig(channels=(16,))) == 0.006
+    assert auto.learning_rate(NetworkConfig(kind="mlp")) == 0.001
+
+
 # -- the run ------------------------------------------------------------------------------------------------
 
 

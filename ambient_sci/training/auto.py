@@ -7,8 +7,10 @@ r"""Settings that are "auto": chosen when a run begins, from data, limit and the
     network          "small" for small or few images and for short runs, "medium" and "large" for more, see
                      `suited` and `affordable`
     batch_size       16, or the next number that processes and micro_batches can share
-    learning_rate    0.08 patch / width for a U-Net of that width at its first level (0.005 "small", 0.0025
-                     "medium", 0.00125 "large"), but 0.005 at most; 0.001 for other networks
+    levels           log-normal about 0.6 d (as Karras et al. 2022), d the standard deviation of the images;
+                     about 0.37 d where their noise is more than that, so that levels just above it are common
+    learning_rate    0.096 patch / width for a U-Net of that width at its first level (0.006 "small", 0.003
+                     "medium", 0.0015 "large"), but 0.006 at most; 0.001 for other networks
     warmup_steps     a twentieth of the run, 50 at most
     centre           true: the network works around the mean of the images
     ema_decay        0.9999: the average then spans the last ninth of the run, whatever its length
@@ -36,13 +38,13 @@ from ambient_sci.priors.config import NetworkConfig
 from ambient_sci.priors.network import call_network
 from ambient_sci.priors.presets import PRESETS, preset
 from ambient_sci.training.augment import exact_augmentations
-from ambient_sci.training.config import AUGMENTATIONS, TrainConfig
+from ambient_sci.training.config import AUGMENTATIONS, LevelConfig, TrainConfig
 from ambient_sci.training.orientation import SYMMETRIES, contradicted
 from ambient_sci.training.source import Source
 
 #: Steps below which a network of this name does worse than the next smaller one in the same time.
 LEAST_STEPS = {"small": 0, "medium": 8_000, "large": 40_000}
-_BATCH, _WARMUP, _EMA, _RATE = 16, 50, 0.9999, 0.08
+_BATCH, _WARMUP, _EMA, _RATE = 16, 50, 0.9999, 0.096
 _TIMED = 3
 _IMAGES_SEEN = 32_000
 
@@ -99,6 +101,7 @@ def _choose(config: TrainConfig, source: Source, accelerator: Accelerator, start
         "batch_size": math.ceil(_BATCH / shares) * shares,
         "ema_decay": _EMA,
         "centre": True,
+        "levels": levels(source),
     }
     left = config.open_settings
     config = _with(config, chosen)
@@ -149,6 +152,12 @@ def symmetries(config: TrainConfig, source: Source) -> tuple[tuple[str, ...], st
     elif labelled:
         said += " (no mirrored images: classes may differ by them)"
     return names, f"{said}, --augmentations none turns them off" if names else said
+
+
+def levels(source: Source) -> LevelConfig:
+    """Noise levels to train at, relative to the standard deviation of the images; see the module."""
+    lowest = float(source.noise_std.min()) / source.data_std  # nan where EM has yet to find the images
+    return LevelConfig(mean=-1.0 if lowest > math.exp(-1) else -0.5)
 
 
 # -- network -------------------------------------------------------------------------------------------------
@@ -229,7 +238,7 @@ def learning_rate(network: NetworkConfig) -> float:
     """Learning rate for a network; see the module."""
     if network.kind != "unet":
         return 1e-3
-    return float(f"{min(_RATE * network.patch / network.channels[0], 5e-3):.3g}")
+    return float(f"{min(_RATE * network.patch / network.channels[0], 6e-3):.3g}")
 
 
 # -- time ----------------------------------------------------------------------------------------------------

@@ -111,6 +111,7 @@ _PLAIN: dict[str, Any] = {
     "augmentations": (),
     "network": NetworkConfig(),
     "centre": False,
+    "levels": LevelConfig(),
 }
 
 
@@ -177,7 +178,8 @@ class TrainConfig:
             `ambient_sci.priors.presets`), or "auto".
         centre: the network works around the mean of the images, see `ambient_sci.priors.network`; "auto" is
             true. Complex images have a mean of 0.
-        levels, loss: see there.
+        levels: a `LevelConfig`, or "auto": log-normal, where it helps most for the noise of the data.
+        loss: see there.
         frozen_noise: learn high levels from one noisy copy of each image; None: from whatever the data are.
         consistency: learn what lies below the noise of the data, too: `StagedConfig` or `JointConfig`
             (``mode`` in a file says which); None: do not.
@@ -211,7 +213,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     network: NetworkConfig = AUTO
     centre: bool = AUTO
-    levels: LevelConfig = field(default_factory=LevelConfig)
+    levels: LevelConfig = AUTO
     loss: LossConfig = field(default_factory=LossConfig)
     frozen_noise: FrozenNoiseConfig | None = None
     consistency: StagedConfig | JointConfig | None = None
@@ -221,8 +223,8 @@ class TrainConfig:
 
     #: Settings that may be left to be chosen, with the words that leave them.
     OPEN: ClassVar[dict[str, tuple[str, ...]]] = {
-        **dict.fromkeys(("batch_size", "learning_rate", "warmup_steps", "ema_decay", "centre"), ("auto",)),
-        "augmentations": ("auto",),
+        **dict.fromkeys(("batch_size", "learning_rate", "warmup_steps", "ema_decay"), ("auto",)),
+        **dict.fromkeys(("augmentations", "centre", "levels"), ("auto",)),
         "network": ("auto", *PRESETS),
     }
 
@@ -263,12 +265,9 @@ class TrainConfig:
         if self.frozen_noise is not None:
             other = [name for name in ("consistency", "em") if getattr(self, name) is not None]
             require(not other, "frozen_noise", f"no {' or '.join(other)} beside it", "both")
-            require(
-                self.frozen_noise.sigma_n < self.levels.sigma_max,
-                "frozen_noise.sigma_n",
-                f"a level below levels.sigma_max {self.levels.sigma_max:g}",
-                self.frozen_noise.sigma_n,
-            )
+            high = (LevelConfig() if self.is_open("levels") else self.levels).sigma_max
+            level = self.frozen_noise.sigma_n
+            require(level < high, "frozen_noise.sigma_n", f"a level below levels.sigma_max {high:g}", level)
         if self.em is not None:
             limits = (self.max_steps, self.max_minutes)
             require(limits == (None, None), "em", "no max_steps and max_minutes beside em.steps", limits)
@@ -297,8 +296,8 @@ class TrainConfig:
         Args:
             chosen: values of settings that are open; those that are not keep theirs. What is open and not
                 among them takes a plain value: 16 samples a step, learning rate 0.001 after 50 steps, decay
-                0.999, no augmentations, images as they are, a U-Net of `NetworkConfig`'s defaults. Stages
-                that are run by themselves, not by `fit`, do so.
+                0.999, no augmentations, images as they are, levels and a U-Net of the defaults of
+                `LevelConfig` and `NetworkConfig`. Stages that are run by themselves, not by `fit`, do so.
         """
         plain = {**_PLAIN, **chosen}
         found = {key: plain[key] for key in self.open_settings}
