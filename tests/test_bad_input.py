@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from ambient_sci.cli import main
-from ambient_sci.data import MeasurementFile
+from ambient_sci.data import MeasurementFile, write_measurements
 from ambient_sci.errors import ConditioningError, IdentifiabilityError, InputError
 from ambient_sci.priors import load_prior
 from ambient_sci.sampling import Reconstruction, ResultFile, generate, reconstruct
@@ -404,11 +404,26 @@ CASES = [
         ("new", "expected a run to resume"),
     ),
     Case(
-        "reconstruct: images of another shape",
-        f"reconstruct full_run large.h5 {RECONSTRUCT}",
-        ("full_run: expected a prior for images (2, 32, 32)", "got one for (2, 16, 16)"),
+        "reconstruct: images of other channels",
+        f"reconstruct full_run grey.h5 {RECONSTRUCT}",
+        ("full_run: expected a prior for images (1, 16, 16)", "got one for (2, 16, 16)"),
+        lambda: write_measurements(
+            "grey.h5",
+            measurements=torch.zeros(1, 1, 16, 16),
+            mask=None,
+            noise_std=0.1,
+            operator="identity",
+            image_shape=(1, 16, 16),
+        ),
+        lambda: sample("full_run", "grey.h5"),
+    ),
+    Case(
+        "reconstruct: larger images and a mask-conditional prior",
+        "reconstruct scans_run large.h5 --sampler one-step --out new.h5",
+        ("tiles: expected an unconditional prior, got one that is mask-conditional",),
         None,
-        lambda: sample("full_run", "large.h5"),
+        lambda: sample("scans_run", "large.h5", sampler="one-step"),
+        ConditioningError,
     ),
     Case(
         "reconstruct: a run of another operator",
@@ -434,7 +449,7 @@ CASES = [
     Case(
         "reconstruct: an unconditional prior",
         "reconstruct full_run scans.h5 --sampler one-step --out new.h5",
-        ("needs a mask-conditional prior", "got an unconditional one"),
+        ("needs a mask-conditional prior", "got one that is unconditional"),
         None,
         lambda: sample("full_run", "scans.h5", sampler="one-step"),
         ConditioningError,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 
 import deepinv
 import pytest
@@ -357,6 +359,12 @@ def test_the_command_line_says_that_there_are_tiles(tmp_path, monkeypatch, capsy
                 12,
                 20,
             )
+    # Held-out rows are sampled again, with the same tiles.
+    assert main(["evaluate", "r.h5", "--calibration", "large.h5", "--prior", "prior", "--out", "e"]) in (
+        0,
+        None,
+    )
+    assert "held_out_rows" in json.loads(Path("e/report.json").read_text())
     assert main(
         ["generate", "prior", "--num", "2", "--out", "g.h5", "--steps", "2", "--size", "12", "20"]
     ) in (0, None)

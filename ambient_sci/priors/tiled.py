@@ -56,22 +56,11 @@ class TiledPrior(Prior):
         self, prior: Prior, shape: tuple[int, ...], overlap: int | None = None, at_once: int | None = None
     ) -> None:
         super().__init__()
-        if prior.conditioning != "unconditional":
-            raise ConditioningError(
-                f"tiles: expected an unconditional prior, got one that is {prior.conditioning}: images "
-                "larger than it was trained on take a prior of complete measurements, or one from EM"
-            )
+        _check(prior, shape)
         tile = tuple(prior.shape)
-        if (
-            len(tile) != 3
-            or len(shape) != 3
-            or shape[0] != tile[0]
-            or any(n < t for n, t in zip(shape[1:], tile[1:], strict=True))
-        ):
-            raise InputError(f"tiles: expected images of at least {tile}, (C, H, W), got {tuple(shape)}")
         smallest = min([t for n, t in zip(shape[1:], tile[1:], strict=True) if n > t], default=2)
         overlap = max(smallest // 4, 1) if overlap is None else overlap
-        if smallest > 1 and not 1 <= overlap <= smallest // 2:
+        if not 1 <= overlap <= smallest // 2:
             raise InputError(
                 f"tile_overlap: expected 1 to {smallest // 2} pixels, half of a tile, got {overlap}"
             )
@@ -150,6 +139,22 @@ class TiledPrior(Prior):
             top = self.corners[i * len(columns)][0]
             whole = whole + pad(strip, (0, 0, top, height - top - high))  # type: ignore[arg-type]
         return whole  # type: ignore[return-value]
+
+
+def _check(prior: Prior, shape: tuple[int, ...]) -> None:
+    """Raise ConditioningError or InputError unless tiles of ``prior`` can cover images of ``shape``."""
+    if prior.conditioning != "unconditional":
+        raise ConditioningError(
+            f"tiles: expected an unconditional prior, got one that is {prior.conditioning}: images "
+            "larger than it was trained on take a prior of complete measurements, or one from EM"
+        )
+    tile = tuple(prior.shape)
+    fits = len(tile) == len(shape) == 3 and shape[0] == tile[0]
+    if not fits or any(n < t or 1 == t < n for n, t in zip(shape[1:], tile[1:], strict=True)):
+        raise InputError(
+            f"tiles: expected images of at least {tile}, (C, H, W), and tiles of 2 pixels or more, got "
+            f"{tuple(shape)}"
+        )
 
 
 def _axis(size: int, tile: int, overlap: int) -> tuple[list[int], Tensor]:
