@@ -164,6 +164,7 @@ def _first_paragraph(box: str) -> str:
     end = next((k for k, line in enumerate(rest) if not line), len(rest))
     title = title.strip(" ─")
     body = " ".join(line.strip() for line in rest[:end] if not line.startswith(" " * 8))
+    body = body.replace("'None', ", "").replace(", 'None'", "")  # what an option is where it is not given
     return body if body.startswith(title) else f"{title}: {body}"
 
 

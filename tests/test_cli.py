@@ -229,7 +229,7 @@ def test_a_few_samples_are_reconstructed_and_compared_with_theirs(
     with MeasurementFile(work / "full.h5") as file:
         count = len(file)
     run(*base, "--out", tmp_path / "a.h5", "--indices", f"0,{count - 1}")
-    assert f"2 of {count} scans" in capsys.readouterr().out
+    assert f"2 of {count} images" in capsys.readouterr().out
     run(*base, "--out", tmp_path / "b.h5", "--num", 2)
     run(*base, "--out", tmp_path / "c.h5", "--num", count + 5)
     a, b, c = (ResultFile(tmp_path / f"{name}.h5") for name in "abc")

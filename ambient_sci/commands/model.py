@@ -156,8 +156,10 @@ SAMPLER_OPTIONS = ("precision", "integrator", "final", "max_iterations", "tolera
 
 @dataclass(kw_only=True)
 class Reconstruct:
-    """Posterior mean, standard deviation and samples of every scan in a measurement file, and a picture of
-    some (R.png beside R.h5)."""
+    """Mean, standard deviation and samples of the posterior of each measurement, and a picture of some.
+
+    R.h5 holds what was computed, R.png beside it shows it.
+    """
 
     shared: ClassVar[bool] = True
     run_folder: RunArgument
@@ -176,7 +178,7 @@ class Reconstruct:
         int | None,
         arg(
             metavar="S",
-            help="Posterior samples of each scan, >= 2 for a standard deviation.",
+            help="Posterior samples of each image, >= 2 for a standard deviation.",
             help_behavior_hint="(default: 8)",
         ),
     ] = None
@@ -303,7 +305,7 @@ class Reconstruct:
             if self.sampler in POINT_ESTIMATES
             else f"{report['samples']} samples, mean and standard deviation"
         )
-        print(f"result: {self.out}, {count}{of} scans, {each} of each")
+        print(f"result: {self.out}, {count}{of} images, {each} of each")
         if sheet is not None:
             result_sheet(self.out, sheet, measurements=self.measurements, overwrite=self.overwrite)
             print(f"picture: {sheet}")

@@ -28,8 +28,8 @@ class Evaluate:
     """Scores, calibration and figures of a result, or distances of generated images from real ones.
 
     A result with --reference: PSNR, SSIM, NRMSE over people, and error bars against the truth. A result with
-    --calibration: error bars without any truth, from the scans themselves. Images with --reference: distances
-    between the two distributions.
+    --calibration: error bars without any truth, from the measurements themselves. Images with --reference:
+    distances between the two distributions.
     """
 
     file: Annotated[
@@ -41,7 +41,7 @@ class Evaluate:
         Path | None,
         arg(
             metavar="REF.h5",
-            help="Clean images: of the same scans in the same order for a result, any of the same kind "
+            help="Clean images: of the same measurements and order for a result, any of the same kind "
             "for generated ones.",
             help_behavior_hint="(this or --calibration is needed)",
         ),
@@ -68,7 +68,7 @@ class Evaluate:
         int | None,
         arg(
             metavar="N",
-            help="With --prior: scans that are sampled again, >= 1.",
+            help="With --prior: images that are sampled again, >= 1.",
             help_behavior_hint="(default: 16)",
         ),
     ] = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,9 @@ def check_sampler(
             f"sampler: expected one of {', '.join(POSTERIOR_SAMPLERS)}, got {name!r}; a classic "
             f"reconstruction: {', '.join(BASELINES)}"
         )
-    if samples < 1 or (batch_size is not None and batch_size < 1):
-        raise InputError(
-            f"{name}: expected samples and batch_size of at least 1, got {samples} and {batch_size}"
-        )
+    for what, value in (("samples", samples), ("batch_size", batch_size)):
+        if not (what == "batch_size" and value is None) and not (isinstance(value, Integral) and value >= 1):
+            raise InputError(f"{name}: expected {what} to be an integer >= 1, got {value!r}")
     known = sampler_options(name)
     unknown = [k for k in options if k not in known]
     if unknown:
@@ -146,7 +146,10 @@ def check_noise(sigma_y: Any, y: Tensor) -> Tensor:
     """
     if sigma_y is None:
         raise InputError("sigma_y: expected the noise level of the measurements, got None")
-    levels = sigma_y if isinstance(sigma_y, Tensor) else torch.from_numpy(np.array(sigma_y))
+    try:
+        levels = sigma_y if isinstance(sigma_y, Tensor) else torch.from_numpy(np.array(sigma_y))
+    except (TypeError, ValueError):
+        raise InputError(f"sigma_y: expected numbers, got {type(sigma_y).__name__}") from None
     fits = levels.shape == y.shape or levels.numel() in (1, len(y))
     if levels.is_complex() or not fits or not bool((torch.isfinite(levels) & (levels >= 0)).all()):
         raise InputError(

@@ -310,11 +310,12 @@ def closing_line(config: TrainConfig, source: Source, steps: int, seconds: float
     what = f"{num:,} images of {height} x {width}"
     if steps >= needed:
         return f"{steps:,} steps are enough for {what}, of which about {needed:,} are needed"
+    go_on = "--resume"
     if config.max_minutes is not None:
         minutes = _rounded(1.1 * needed * seconds / max(steps, 1) / 60)
-        go_on = f"--resume --max-minutes {max(minutes, math.ceil(config.max_minutes + 1))}"
-    else:
-        go_on = f"--resume --max-steps {needed}"
+        go_on += f" --max-minutes {max(minutes, math.ceil(config.max_minutes + 1))}"
+    if config.max_minutes is None or (config.max_steps is not None and config.max_steps < needed):
+        go_on += f" --max-steps {needed}"
     return f"{steps:,} steps are few for {what}: about {needed:,} are needed; go on with {go_on}"
 
 

@@ -110,6 +110,8 @@ def fit(
         folder.check_free(overwrite)
     if config is None:
         config = folder.config if folder and resume else TrainConfig()
+    elif not isinstance(config, TrainConfig):
+        raise InputError(f"config: expected a TrainConfig, got {type(config).__name__}")
     given = {"seed": seed, "device": device}
     config = replace(config, **{name: value for name, value in given.items() if value is not None})
     config = with_network(config, network, saved=out is not None)

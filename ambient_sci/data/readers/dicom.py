@@ -19,7 +19,6 @@ import numpy as np
 from ambient_sci.data.geometry import LPS_TO_RAS, check_affine, direction_cosines, places
 from ambient_sci.data.readers import dicom_pixels
 from ambient_sci.data.readers.guard import check_regular, listed, naming, one_line, reading, say
-from ambient_sci.data.readers.pictures import hidden
 from ambient_sci.data.readers.volumes import Volume
 from ambient_sci.data.subjects import subjects_of
 from ambient_sci.errors import InputError
@@ -404,9 +403,3 @@ def _values(images: list[_Image], notes: list[str]) -> list[np.ndarray]:
             f"{padded} pixels hold the padding value, where nothing was measured; they are kept as they are",
         )
     return [found[k] for k in range(len(images))]
-
-
-def dicom_files(folder: Path) -> list[Path]:
-    """The files below a folder that begin as DICOM does."""
-    found = [p for p in folder.rglob("*") if not p.is_dir() and not hidden(str(p.relative_to(folder)))]
-    return sorted(p for p in found if is_dicom(p))

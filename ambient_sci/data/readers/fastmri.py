@@ -12,10 +12,6 @@ from ambient_sci.data.readers.guard import hdf5_array, hdf5_member, one_line, op
 from ambient_sci.data.readers.ismrmrd_header import parse_header
 from ambient_sci.errors import InputError
 
-#: What published files hold besides k-space, and what is read of it: nothing, reconstructions are not
-#: measurements.
-_RECONSTRUCTIONS = ("reconstruction_rss", "reconstruction_esc")
-
 
 def read_fastmri(path: Path) -> RawScan:
     """A fastMRI file: ``kspace`` (S, N, H, W) or (S, H, W), ``ismrmrd_header``, and ``mask`` (W,) of test

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import re
 import stat
 import struct
 import warnings
@@ -50,7 +51,7 @@ def reading(path: Any, what: str) -> Iterator[None]:
     except MemoryError:
         raise InputError(f"{path}: not a readable {what} (more memory needed than there is)") from None
     except Exception as error:
-        detail = one_line(error) or type(error).__name__
+        detail = re.sub(r" <[^<>]* object at 0x[0-9a-f]+>", "", one_line(error)) or type(error).__name__
         raise InputError(f"{path}: not a readable {what} ({detail})") from None
 
 
