@@ -449,7 +449,7 @@ CASES = [
     Case(
         "reconstruct: an unconditional prior",
         "reconstruct full_run scans.h5 --sampler one-step --out new.h5",
-        ("needs a mask-conditional prior", "got one that is unconditional"),
+        ("needs a mask-conditional prior", "got an unconditional one"),
         None,
         lambda: sample("full_run", "scans.h5", sampler="one-step"),
         ConditioningError,
