@@ -42,14 +42,6 @@ SeedOption = Annotated[
 DeviceOption = Annotated[
     Device, arg(help="Where to compute; auto is CUDA where there is one and else the CPU.")
 ]
-#: Every command takes --seed and --device, so that a script can give all of them the same; these say so where
-#: there is little to do.
-UnusedSeedOption = Annotated[
-    int, arg(metavar="N", help="An integer >= 0, as every command takes one; nothing is random here.")
-]
-CpuDeviceOption = Annotated[
-    Device, arg(help="As every command takes one; this one has no network to run and computes on the CPU.")
-]
 OverwriteOption = Annotated[bool, FlagCreatePairsOff, arg(help="Replace outputs that exist.")]
 NoPictureOption = Annotated[bool, FlagCreatePairsOff, arg(help="Write no picture (.png) beside the output.")]
 SigmaMinOption = Annotated[

@@ -10,10 +10,8 @@ from typing import Annotated, Literal
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from ambient_sci.commands.common import (
-    CpuDeviceOption,
     OverwriteOption,
     SeedOption,
-    UnusedSeedOption,
     check_outputs,
     require,
 )
@@ -144,7 +142,6 @@ class Simulate:
     plane: PlaneOption = "axial"
     min_foreground: MinForeground = 0.0
     seed: SeedOption = 0
-    device: CpuDeviceOption = "auto"
     overwrite: OverwriteOption = False
 
     def run(self) -> None:
@@ -312,8 +309,6 @@ class Import:
         FlagCreatePairsOff,
         arg(help="Raw scans: do not cut off the lines of zeros around a fully sampled k-space."),
     ] = False
-    seed: UnusedSeedOption = 0
-    device: CpuDeviceOption = "auto"
     overwrite: OverwriteOption = False
 
     def run(self) -> None:
@@ -387,8 +382,6 @@ class Inspect:
             help_behavior_hint="(default: PATH.png beside the file; one that exists is left alone)",
         ),
     ] = None
-    seed: UnusedSeedOption = 0
-    device: CpuDeviceOption = "auto"
     overwrite: OverwriteOption = False
 
     def run(self) -> None:

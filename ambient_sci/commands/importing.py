@@ -9,9 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from ambient_sci.commands.common import (
-    CpuDeviceOption,
     OverwriteOption,
-    UnusedSeedOption,
     require,
 )
 
@@ -38,8 +36,6 @@ class ImportPrior:
             help_behavior_hint="(default: what the file says)",
         ),
     ] = None
-    seed: UnusedSeedOption = 0
-    device: CpuDeviceOption = "auto"
     overwrite: OverwriteOption = False
 
     def run(self) -> None:

@@ -13,7 +13,6 @@ from ambient_sci.commands.common import (
     OverwriteOption,
     RunArgument,
     SigmaMinOption,
-    UnusedSeedOption,
     find_device,
     main_process,
     require,
@@ -95,7 +94,6 @@ class EvaluatePrior:
     batch_size: Annotated[
         int, arg(metavar="B", help="Images at a time, >= 1: changes speed and memory, not the result.")
     ] = 64
-    seed: UnusedSeedOption = 0
     device: DeviceOption = "auto"
     overwrite: OverwriteOption = False
 

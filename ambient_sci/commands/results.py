@@ -9,11 +9,9 @@ from typing import Annotated, Literal
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from ambient_sci.commands.common import (
-    CpuDeviceOption,
     DeviceOption,
     OverwriteOption,
     SeedOption,
-    UnusedSeedOption,
     find_device,
     folder_of,
     require,
@@ -192,8 +190,6 @@ class Export:
             help_behavior_hint="(default: as the pictures came; std and error 32 in TIFF)",
         ),
     ] = None
-    seed: UnusedSeedOption = 0
-    device: CpuDeviceOption = "auto"
     overwrite: OverwriteOption = False
 
     def run(self) -> None:
