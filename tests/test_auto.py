@@ -286,12 +286,12 @@ def test_long_runs_get_a_larger_one_where_it_makes_its_steps(monkeypatch):
     need = auto.LEAST_STEPS["medium"]
     minutes = 60.0
     fast, slow = 60 * minutes / need * 0.9, 60 * minutes / need * 1.1
-    network, *_ = choose(monkeypatch, 300, {small: 0.01, medium: fast}, max_minutes=minutes)
+    network, *_ = choose(monkeypatch, 2_000, {small: 0.01, medium: fast}, max_minutes=minutes)
     assert network == preset("medium", 32, 32)
-    network, took, _, timed = choose(monkeypatch, 300, {small: 0.01, medium: slow}, max_minutes=minutes)
+    network, took, _, timed = choose(monkeypatch, 2_000, {small: 0.01, medium: slow}, max_minutes=minutes)
     assert network == preset("small", 32, 32) and took == 0.01 and timed == [small, medium]
     # With few images a larger network has nothing to learn from, however long the run.
-    network, *_ = choose(monkeypatch, 50, {small: 0.01}, max_minutes=1e4)
+    network, *_ = choose(monkeypatch, 300, {small: 0.01}, max_minutes=1e4)
     assert network == preset("small", 32, 32)
 
 

@@ -80,7 +80,7 @@ def test_the_first_hour_in_two_steps(tmp_path, capsys, monkeypatch):
         assert scores["tv"] > scores["measured"] and scores["weight"] == 0.12
     assert [words[0] for words in commands] == ["import", "train"]
     assert not {"--config", "--preset", "--lr"} & set(commands[1]), "nothing else is given"
-    assert "| ellipses | denoising | 2 | 2 |" in capsys.readouterr().out
+    assert "| ellipses | denoising new ones | 2 | 2 |" in capsys.readouterr().out
     first_hour.main(arguments)
     assert len(commands) == 2, "what is there is not made again"
 

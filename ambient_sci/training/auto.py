@@ -44,6 +44,8 @@ from ambient_sci.training.source import Source
 
 #: Steps below which a network of this name does worse than the next smaller one in the same time.
 LEAST_STEPS = {"small": 0, "medium": 8_000, "large": 40_000}
+#: Pixels, of all images together, below which it learns the noise of the images as well.
+LEAST_PIXELS = {"small": 0, "medium": 2_000_000, "large": 20_000_000}
 _BATCH, _WARMUP, _EMA, _RATE = 16, 50, 0.9999, 0.096
 _TIMED = 3
 _IMAGES_SEEN = 32_000
@@ -165,10 +167,9 @@ def levels(source: Source) -> LevelConfig:
 
 def suited(num: int, height: int, width: int) -> tuple[str, ...]:
     """Networks by name that suit ``num`` images of this size, from small to large: what a run may take that
-    has time enough."""
-    large = num >= 5_000 and max(height, width) >= 64
-    medium = num >= 200 or max(height, width) > 48
-    return PRESETS[: 3 if large else 2 if medium else 1]
+    has time enough. Of few images a large network learns the noise."""
+    pixels = num * height * width
+    return tuple(name for name in PRESETS if pixels >= LEAST_PIXELS[name])
 
 
 def choose_network(

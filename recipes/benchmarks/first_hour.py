@@ -9,11 +9,12 @@ go through
     ambient-sci import noisy.npy --out noisy.h5
     ambient-sci train noisy.h5 --out run --max-minutes 1.5          (and 5)
 
-and the prior is scored on 32 new noisy pictures, faces of people that training never saw:
+and the prior is scored on
 
 - *denoising*: the posterior mean E[x | y] = D(y, sigma_y), one call, with the noise level that the import
-  estimated; beside deepinv's ``TVDenoiser``;
-- *half of the pixels missing*, with the same noise: the mean of posterior samples (MMPS); beside
+  estimated, of the 300 pictures themselves and of 32 new ones, faces of people that training never saw;
+  beside deepinv's ``TVDenoiser``;
+- *half of the pixels missing*, new pictures with the same noise: the mean of posterior samples (MMPS); beside
   ``reconstruct(None, operator, y, sigma, sampler="tv")``.
 
 Total variation has the one weight, of a grid a factor of 2^(1/4) apart, that is best *against the truth*.
@@ -48,7 +49,7 @@ KINDS = ("ellipses", "faces")
 NUM, NEW, SIZE, NOISE, MISSING, SAMPLES = 300, 32, 32, 0.15, 0.5, 4
 #: Weights of total variation, in units of the image.
 WEIGHTS = tuple(0.04 * 2 ** (k / 4) for k in range(13))
-TASKS = ("denoising", "half of the pixels missing")
+TASKS = ("denoising the 300", "denoising new ones", "half of the pixels missing")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -102,8 +103,12 @@ def script(path: str) -> ModuleType:
     return module
 
 
-def prepare(folder: Path, kind: str, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """``folder``/noisy.h5, made by the import; and the new pictures, clean and noisy, (B, 1, H, W)."""
+Pair = tuple[Tensor, Tensor]
+
+
+def prepare(folder: Path, kind: str, options: argparse.Namespace) -> tuple[Pair, Pair]:
+    """``folder``/noisy.h5, made by the import; and the 300 pictures and the new ones, each clean and noisy,
+    (B, 1, H, W)."""
     train, new = pictures(kind, options.new, options.seed)
     generator = np.random.default_rng([options.seed, 1])
     noisy = train + NOISE * generator.standard_normal(train.shape)
@@ -112,8 +117,9 @@ def prepare(folder: Path, kind: str, options: argparse.Namespace) -> tuple[Tenso
     if not (folder / "noisy.h5").exists():
         np.save(folder / "noisy.npy", noisy.astype(np.float32))
         command("import", folder / "noisy.npy", "--out", folder / "noisy.h5")
-    clean, measured = (torch.from_numpy(x.astype(np.float32))[:, None] for x in (new, measured))
-    return clean, measured
+    images = (torch.from_numpy(x.astype(np.float32))[:, None] for x in (train, noisy, new, measured))
+    own_clean, own_noisy, new_clean, new_noisy = images
+    return (own_clean, own_noisy), (new_clean, new_noisy)
 
 
 def command(*words: Any) -> None:
@@ -126,9 +132,9 @@ def command(*words: Any) -> None:
 
 
 def first_hour(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
-    """Train, and score both tasks."""
+    """Train, and score all tasks."""
     kind, folder = cell.settings["data"], options.out / cell.settings["data"]
-    clean, noisy = prepare(folder, kind, options)
+    own, (clean, noisy) = prepare(folder, kind, options)
     run = folder / f"run-{cell.name}"
     limit = (
         ("--max-steps", cell.settings["steps"])
@@ -143,8 +149,9 @@ def first_hour(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(options.seed)
     seen = (torch.rand(clean.shape, generator=generator) >= MISSING).float()
     scores = {
-        TASKS[0]: scored(clean, noisy, denoised(prior, noisy, sigma), denoised_by_tv(clean, noisy)),
-        TASKS[1]: scored(
+        TASKS[0]: scored(*own, denoised(prior, own[1], sigma), denoised_by_tv(*own)),
+        TASKS[1]: scored(clean, noisy, denoised(prior, noisy, sigma), denoised_by_tv(clean, noisy)),
+        TASKS[2]: scored(
             clean,
             noisy * seen,
             inpainted(prior, noisy, seen, sigma, generator),
