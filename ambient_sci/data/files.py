@@ -6,6 +6,7 @@ A measurement file holds what a scanner delivers, ``y = M (T x + sigma_y n)``, a
   uint8; ``coil_maps`` (N or 1, coils, H, W) complex64; ``noise_std`` float32, per *real channel*: one number,
   (N,), or (N or 1, ...) of the shape of a measurement in memory for noise that differs by entry (layouts:
   ``layout.py``);
+- prompts, optional: ``prompts.py``;
 - ``labels`` (N,) int32, optional; ``subject`` (N,) int32, numbers into the JSON text ``subject_names``;
   ``scale`` (N,) where it differs between samples;
 - attributes: ``format``, ``format_version``, ``operator``, ``design`` (JSON) with ``design_status`` (given,
@@ -43,7 +44,10 @@ from ambient_sci.data.layout import (
     check_noise_std,
     check_values,
 )
+from ambient_sci.data.prompts import TEXTS as PROMPT_TEXTS
+from ambient_sci.data.prompts import Prompts, StoredPrompts, check_text_values
 from ambient_sci.errors import InputError
+from ambient_sci.priors.given import Prompt
 
 MEASUREMENT_FORMAT = "ambient_sci measurements"
 IMAGE_FORMAT = "ambient_sci images"
@@ -95,6 +99,7 @@ class MeasurementFile(Hdf5File):
         self._find_coil_maps(file)
         self._read_noise(file)
         self._read_design()
+        self._read_prompts(file)
         self._verified = self.trusted
         if self.trusted:
             self._check_rows("measurements", file)
@@ -165,6 +170,18 @@ class MeasurementFile(Hdf5File):
         #: noise level of each sample (N,), per real channel: the largest of its entries where they differ
         self.noise_std = torch.from_numpy(levels)
 
+    def _read_prompts(self, file: h5py.File) -> None:
+        self._prompts: StoredPrompts | None = None
+        names = [name for name in PROMPT_TEXTS if self._has(file, name)]
+        if names:
+            self._prompts = StoredPrompts(
+                lambda name, types: self._dataset(file, name, types) if self._has(file, name) else None,
+                self._read,
+                self._num,
+            )
+        for name in names:
+            self._check_rows(name, file)
+
     def _read_design(self) -> None:
         self.design_dict: dict[str, Any] | None = parse_json(
             self.attributes.get("design") or "null", "design"
@@ -190,6 +207,8 @@ class MeasurementFile(Hdf5File):
         elif name == "noise_std":
             check_levels(block)
             self._largest[rows] = block.reshape(len(block), -1).max(1)
+        elif name in PROMPT_TEXTS:
+            check_text_values(name, block)
         else:
             check_values(self.layout.measurements_to_memory(block), self._mask_of(rows), rows)
 
@@ -237,6 +256,7 @@ class MeasurementFile(Hdf5File):
             self._num * per_sample
             + self._mask_count * 4 * pixels
             + self._map_count * 8 * (self.coils or 0) * pixels
+            + (0 if self._prompts is None else self._prompts.nbytes)
         )
 
     @property
@@ -276,6 +296,14 @@ class MeasurementFile(Hdf5File):
             return self.noise_std[torch.from_numpy(rows)]
         levels = torch.from_numpy(self._read("noise_std", _NO_ROWS if self._noise_rows == 1 else rows))
         return levels.expand(len(rows), *self.measurement_shape)
+
+    def prompts(self, indices: Indices = None) -> Prompt | None:
+        """The prompt of each of these samples, or None for a file without prompts."""
+        return None if self._prompts is None else self._prompts[self.rows(indices)]
+
+    def all_prompts(self) -> Prompts | None:
+        """The prompts of all samples, each text once; None for a file without."""
+        return None if self._prompts is None else self._prompts.all()
 
     def mask(self, indices: Indices = None) -> Tensor:
         """M (1 or B, ...) float32 of 0/1, broadcastable to the measurement; the first axis is 1 when all

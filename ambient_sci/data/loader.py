@@ -29,20 +29,24 @@ from torch import Tensor
 from ambient_sci.data.files import MeasurementFile
 from ambient_sci.data.layout import check_noise_map, check_noise_std
 from ambient_sci.data.many_files import MeasurementFiles
+from ambient_sci.data.prompts import Prompts
 from ambient_sci.errors import InputError
+from ambient_sci.priors.given import Prompt
 
 #: Data that need less memory than this are read once and kept, on the device that trains.
 CACHE_BYTES = 1 << 30
 
 
 class Batch(NamedTuple):
-    """``y = operator.A(x) + noise`` of B samples, its noise level, which samples they are, their classes."""
+    """``y = operator.A(x) + noise`` of B samples, its noise level, which samples they are, their classes,
+    their prompts."""
 
     operator: Any
     y: Tensor
     sigma_y: Tensor
     indices: Tensor
     labels: Tensor | None = None
+    prompts: Prompt | None = None
 
 
 class MeasurementArrays:
@@ -55,6 +59,7 @@ class MeasurementArrays:
             entry.
         subjects: of each sample.
         labels: class of each sample (N,), whole numbers.
+        prompts: those of the samples.
 
     Raises:
         InputError: y is not finite, does not fit the operator, or the noise level is negative or of another
@@ -68,6 +73,7 @@ class MeasurementArrays:
         sigma_y: float | Tensor,
         subjects: Sequence[str] | None = None,
         labels: Tensor | None = None,
+        prompts: Prompts | None = None,
     ):
         if not torch.is_tensor(y) or y.ndim < 2 or len(y) == 0 or y.is_complex():
             raise InputError("measurements: expected a real tensor (N, ...), complex numbers as two channels")
@@ -78,13 +84,17 @@ class MeasurementArrays:
             raise InputError(
                 f"labels: expected {len(y)} whole numbers, got {labels.dtype} {tuple(labels.shape)}"
             )
+        if prompts is not None and len(prompts) != len(y):
+            raise InputError(f"prompts: expected {len(y)}, one a sample, got {len(prompts)}")
         if np.ndim(sigma_y) < 2:
             levels = check_noise_std(sigma_y, len(y))
         else:
             levels = check_noise_map(sigma_y, len(y), tuple(y.shape[1:]))
-        self._fill(operator, y, torch.from_numpy(levels), subjects, labels)
+        self._fill(operator, y, torch.from_numpy(levels), subjects, labels, prompts)
 
-    def _fill(self, operator: Any, y: Tensor, levels: Tensor, subjects: Any, labels: Any) -> None:
+    def _fill(
+        self, operator: Any, y: Tensor, levels: Tensor, subjects: Any, labels: Any, prompts: Prompts | None
+    ) -> None:
         self._operator = operator
         self._y = y
         self._levels = levels.to(y.device, y.dtype)  # (N,), or (1 or N, ...) as given
@@ -92,6 +102,7 @@ class MeasurementArrays:
         #: noise level of each sample (N,), the largest of its entries where they differ
         self.noise_std = largest.expand(len(y)) if len(largest) == 1 else largest
         self._labels = None if labels is None else labels.to(y.device, torch.int64)
+        self._prompts = None if prompts is None else prompts.to(y.device)
         self.operator_name: str = operator.name
         self.image_shape: tuple[int, ...] = tuple(operator.img_size)
         self.design = operator.design
@@ -102,7 +113,14 @@ class MeasurementArrays:
     def read(cls, file: MeasurementFile | MeasurementFiles) -> MeasurementArrays:
         """All of a measurement file, whose values were checked when it was written or opened."""
         new = cls.__new__(cls)
-        new._fill(file.operator(), file.measurements(), file.sigma(), file.subjects, file.labels())
+        new._fill(
+            file.operator(),
+            file.measurements(),
+            file.sigma(),
+            file.subjects,
+            file.labels(),
+            file.all_prompts(),
+        )
         new.checksum = file.checksum
         return new
 
@@ -116,9 +134,10 @@ class MeasurementArrays:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of measurements, noise levels, masks and maps."""
+        """Bytes of measurements, noise levels, masks, maps and prompts."""
         tensors = [self._y, self._levels, *self._operator.buffers()]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        told = 0 if self._prompts is None else self._prompts.nbytes
+        return told + sum(t.numel() * t.element_size() for t in tensors)
 
     def _rows(self, indices: Any) -> Any:
         return slice(None) if indices is None else torch.as_tensor(indices, device=self._y.device).reshape(-1)
@@ -154,11 +173,15 @@ class MeasurementArrays:
         """Class of each sample (B,) int64, or None."""
         return None if self._labels is None else self._labels[self._rows(indices)]
 
+    def prompts(self, indices: Any = None) -> Prompt | None:
+        """The prompt of each sample, or None."""
+        return None if self._prompts is None else self._prompts[self._rows(indices)]
+
     def to(self, device: torch.device | str) -> MeasurementArrays:
         """The same measurements on another device."""
         moved = MeasurementArrays.__new__(MeasurementArrays)
         moved.__dict__ = {**self.__dict__}
-        for name in ("_y", "_levels", "noise_std", "_labels"):
+        for name in ("_y", "_levels", "noise_std", "_labels", "_prompts"):
             value = getattr(self, name)
             setattr(moved, name, value if value is None else value.to(device))
         moved._operator = self._operator.on_device(device)  # a copy: the caller's stays where it is
@@ -199,7 +222,14 @@ class _Batches:
     def load(self, key: int) -> Batch:
         rows = self.indices(key)
         data = self.data
-        return Batch(data.operator(rows), data.measurements(rows), data.sigma(rows), rows, data.labels(rows))
+        return Batch(
+            data.operator(rows),
+            data.measurements(rows),
+            data.sigma(rows),
+            rows,
+            data.labels(rows),
+            data.prompts(rows),
+        )
 
 
 class MeasurementLoader:
@@ -308,7 +338,8 @@ class MeasurementLoader:
             for t in (batch.y, batch.sigma_y, batch.labels)
         )
         assert y is not None and sigma is not None
-        return Batch(batch.operator.on_device(self.device), y, sigma, batch.indices, labels)
+        told = None if batch.prompts is None else batch.prompts.to(self.device, non_blocking=True)
+        return Batch(batch.operator.on_device(self.device), y, sigma, batch.indices, labels, told)
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ambient_sci.data.files import MeasurementFile
 from ambient_sci.data.hdf5_file import Indices
+from ambient_sci.data.prompts import Prompts
 from ambient_sci.errors import InputError
+from ambient_sci.priors.given import Prompt
 
 
 class MeasurementFiles:
@@ -22,8 +24,8 @@ class MeasurementFiles:
     Sample i is sample i - offset of the file it lies in; offsets are the cumulated sizes.
 
     Args:
-        files: paths, or open files. They must agree in operator, shapes, mask design, labels (all or none)
-            and in whether noise differs by entry.
+        files: paths, or open files. They must agree in operator, shapes, mask design, labels (all or none),
+            prompts (all or none, of one shape) and in whether noise differs by entry.
 
     Raises:
         InputError: no file, one that cannot be read, or files that do not agree.
@@ -127,6 +129,26 @@ class MeasurementFiles:
         """Class of each sample (B,) int64, or None."""
         return None if self.files[0].labels([0]) is None else self._gathered(indices, "labels")
 
+    def prompts(self, indices: Indices = None) -> Prompt | None:
+        """The prompt of each of these samples, or None."""
+        if self.files[0].prompts([0]) is None:
+            return None
+        parts, back = self._parts(indices)
+        found: list[Any] = [file.prompts(rows) for file, rows in parts]
+
+        def together(name: str) -> Tensor | None:
+            tensors = [getattr(one, name) for one in found]
+            return None if tensors[0] is None else torch.cat(tensors)[back]
+
+        tokens = together("tokens")
+        assert tokens is not None
+        return Prompt(tokens, together("pooled"), together("time_ids"))
+
+    def all_prompts(self) -> Prompts | None:
+        """The prompts of all samples, the texts of each file once; None where there are none."""
+        found = [file.all_prompts() for file in self.files]
+        return None if found[0] is None else Prompts.joined([p for p in found if p is not None])
+
     def mask(self, indices: Indices = None) -> Tensor:
         """M (B, ...) float32 of 0/1."""
         return self._gathered(indices, "mask")
@@ -161,10 +183,28 @@ class MeasurementFiles:
         self.close()
 
 
-_FACTS = ("operator", "image shape", "measurement shape", "mask design", "labels", "noise by entry")
+_FACTS = (
+    "operator",
+    "image shape",
+    "measurement shape",
+    "mask design",
+    "labels",
+    "noise by entry",
+    "prompts",
+)
 
 
 def _facts(file: MeasurementFile) -> tuple[Any, ...]:
     labelled = "labels" if file.labels([0]) is not None else "no labels"
     shape = tuple(file.measurement_shape)
-    return file.operator_name, file.image_shape, shape, file.design_dict, labelled, file.noise_by_entry
+    prompt = file.prompts([0])
+    told = None if prompt is None else [None if t is None else tuple(t.shape) for t in vars(prompt).values()]
+    return (
+        file.operator_name,
+        file.image_shape,
+        shape,
+        file.design_dict,
+        labelled,
+        file.noise_by_entry,
+        "no prompts" if told is None else f"prompts of {told}",
+    )

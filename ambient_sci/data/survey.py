@@ -203,6 +203,10 @@ def fingerprint(data: Measurements) -> dict[str, Any]:
         "noise_std": [float(data.noise_std.min()), float(data.noise_std.max())],
         "content": hashlib.sha256(some.numpy().tobytes()).hexdigest()[:16],
     }
+    prompts = data.prompts(spread(len(data), 8).tolist())
+    if prompts is not None:
+        parts = [t.cpu().numpy().tobytes() for t in vars(prompts).values() if t is not None]
+        found["prompts"] = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
     if data.checksum is not None:
         found["file"] = data.checksum
     return found

@@ -26,6 +26,8 @@ from ambient_sci.data.layout import (
     check_values,
     to_numpy,
 )
+from ambient_sci.data.prompts import Prompts
+from ambient_sci.data.prompts import store as store_prompts
 from ambient_sci.errors import InputError
 from ambient_sci.whole_files import check_output
 
@@ -50,6 +52,7 @@ class MeasurementWriter(Hdf5Writer):
         dtype: numbers on disk: "float32"; "float16", half the bytes, rounded by at most 1 part in 2,048 of
             each value (what that was for these data is written into the history); or "uint8" for real images
             of 8 bits.
+        prompts: those of all samples, in the order in which they will be appended.
         step: of uint8: value = stored * step. An array of uint8 given to `append` holds stored numbers.
 
     Raises:
@@ -74,10 +77,11 @@ class MeasurementWriter(Hdf5Writer):
         overwrite: bool = False,
         dtype: str = "float32",
         step: float = 1 / 255,
+        prompts: Prompts | None = None,
     ):
         super().__init__(path, history, geometry, attributes, overwrite)
         self._numbers = Numbers(dtype, step if dtype == "uint8" else 1.0)
-        self.operator = operator
+        self.operator, self._prompts = operator, prompts
         self.image_shape = check_image_shape(image_shape)
         self.set_design(design, design_status)
         self._layout: Layout | None = None
@@ -261,6 +265,8 @@ class MeasurementWriter(Hdf5Writer):
         return maps.astype(np.complex64)
 
     def _finish(self, file: h5py.File) -> None:
+        if self._prompts is not None:
+            store_prompts(self._prompts, len(self), self._extend, self._small)
         levels = np.concatenate(self._noise)
         if not self._by_entry:
             self._small("noise_std", levels)
@@ -310,6 +316,7 @@ def write_measurements(
     dtype: str = "float32",
     step: float = 1 / 255,
     labels: Any = None,
+    prompts: Prompts | None = None,
 ) -> Path:
     """Write a measurement file from arrays (numpy or torch) in one go; see :class:`MeasurementWriter` for the
     arguments.
@@ -337,6 +344,7 @@ def write_measurements(
         overwrite=overwrite,
         dtype=dtype,
         step=step,
+        prompts=prompts,
         **shared,
     ) as writer:
         writer.append(

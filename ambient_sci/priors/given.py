@@ -87,9 +87,13 @@ class _Tensors:
         """The batch, ``times`` times over."""
         return self._each(lambda t: t.repeat(times, *([1] * (t.ndim - 1))))
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same on another device."""
-        return self._each(lambda t: t.to(device))
+        return self._each(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The same in pinned memory of the host."""
+        return self._each(lambda t: t.pin_memory())
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def symmetries(config: TrainConfig, source: Source) -> tuple[tuple[str, ...], st
     on_images = config.em is not None
     operator, design = ("identity", None) if on_images else (data.operator_name, source.design)
     exact = exact_augmentations(AUGMENTATIONS, source.image_shape, operator, design)
-    labelled = data.labels(range(1)) is not None
+    labelled = data.labels(range(1)) is not None or data.prompts([0]) is not None
     always = {"phase", "gain"} if data.operator_name == "mri" else set()
     if data.noise_by_entry:
         exact = tuple(name for name in exact if name != "phase")

@@ -22,7 +22,7 @@ from ambient_sci.errors import InputError
 from ambient_sci.noise import Concentrated, LogNormal, LogUniform
 from ambient_sci.operators import RowMaskedOperator
 from ambient_sci.operators.split import Split
-from ambient_sci.priors.given import Labels
+from ambient_sci.priors.given import Labels, Prompt
 from ambient_sci.randomness import seeded
 from ambient_sci.training.augment import (
     apply_symmetries,
@@ -207,12 +207,17 @@ class Batches:
         )
         noise = seeded(config.seed, NOISE, *key, device=self.device)
         there = {"device": self.device, "non_blocking": True}
-        given = self._given(raw.labels, draw)
+        given = self._given(raw.labels, raw.prompts, draw)
         return Drawn(split, y, own.to(**there), sigma.to(**there), noise, scaled, sigma, given)
 
-    def _given(self, labels: Tensor | None, generator: torch.Generator) -> Labels | None:
-        """The labels of a part, some of them dropped, so that a network learns to do without; None: no
-        labels."""
+    def _given(
+        self, labels: Tensor | None, prompts: Prompt | None, generator: torch.Generator
+    ) -> Labels | Prompt | None:
+        """The prompts or labels of a part, some of them dropped, so that a network learns to do without;
+        None: data without. Data that have both are told by their prompts."""
+        if prompts is not None:
+            dropped = torch.rand(len(prompts.tokens), generator=generator) < self.config.drop_labels
+            return prompts.to(self.device).dropped(dropped.to(self.device))
         if labels is None:
             return None
         labels = labels.cpu().long()

@@ -169,8 +169,8 @@ class TrainConfig:
         augmentations: drawn per batch ("phase" per sample) from those that keep white noise white and move
             the mask along; see ambient_sci.training.augment. They state symmetries that the images must
             have. "auto": those that are exact for the data, see `ambient_sci.training.auto`; (): none.
-        drop_labels: probability that a sample's class label is withheld from a network that takes labels, so
-            that it also learns the images of all classes together, which guidance needs.
+        drop_labels: probability that a sample's class label or prompt is withheld from a network that takes
+            it, so that it also learns the images of all classes together, which guidance needs.
         checkpoint_minutes: time between checkpoints; 0 writes one every step.
         log_interval: steps between lines of log.jsonl.
         device: "auto" is CUDA where there is one.

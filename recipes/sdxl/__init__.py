@@ -1,0 +1,1 @@
+"""SDXL fine-tuned on noisy latents."""
