@@ -209,7 +209,7 @@ def test_reconstruct_writes_mean_spread_and_samples(
 
     first = reconstruct("a.h5")
     assert first.shape == (2, IMAGES, 2, 16, 16)
-    assert "6 scans, 2 samples, mean and standard deviation of each" in capsys.readouterr().out
+    assert "6 images, 2 samples, mean and standard deviation of each" in capsys.readouterr().out
     assert torch.allclose(first, reconstruct("b.h5", "--batch-size", 5), atol=1e-4)
     changes = (
         ("--seed", 1),

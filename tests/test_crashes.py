@@ -201,6 +201,10 @@ def test_a_disk_that_is_full_from_an_operation_on(name, overwrite, inputs, gener
         if name == "generate" and found[1] == new[1]:  # it had its name; the contact sheet did not fit
             before |= {Path("out/s.h5"): after[Path("out/s.h5")]}
             before.pop(Path("out/s.png"), None)
+        if name == "reconstruct" and found == new:  # the same of the picture beside it
+            before |= {Path("out/r.h5"): after[Path("out/r.h5")]}
+            before.pop(Path("out/r.png"), None)
+            after.pop(Path("out/r.png"), None)
         assert after == before or "go on with" in said and ".parts-" in said, (
             k,
             after.keys() ^ before.keys(),

@@ -26,7 +26,14 @@ ROWS = {
     "npy, npz": ("arrays", "test_importers.py", "npy"),
 }
 #: Modules of readers that are parts of others.
-PARTS = {"guard": "all", "dicom_pixels": "dicom", "ismrmrd_geometry": "ismrmrd", "ismrmrd_header": "ismrmrd"}
+PARTS = {
+    "guard": "all",
+    "dicom_pixels": "dicom",
+    "ismrmrd_geometry": "ismrmrd",
+    "ismrmrd_header": "ismrmrd",
+    "tiff": "pictures",
+    "tiff_about": "pictures",
+}
 
 
 def rows() -> list[str]:

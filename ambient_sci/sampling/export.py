@@ -1,7 +1,7 @@
 r"""Results back to the kind of file they came from: PNG and TIFF pictures, numpy arrays, NIfTI volumes.
 
     mean      |mean_s x_s|                the posterior mean, complex images as magnitude
-    std       std_s |x_s|                 the spread over the samples, S - 1 in the denominator
+    std       the result's std   (complex: std_s |x_s| over the samples, S - 1 in the denominator)
     samples   |x_s|                       one sample after the other
     error     | |mean_s x_s| - |x| |      the distance to clean images x that are given as a reference
 
@@ -246,7 +246,9 @@ class _Job:
         if quantity == "samples":
             found = _magnitude(self.file.samples(rows))[:, 0]
         elif quantity == "std":
-            found = _magnitude(self.file.samples(rows)).double().std(0)[0]
+            found = self.file.std(rows)[0]
+            if found.shape[0] == 2:
+                found = _magnitude(self.file.samples(rows)).double().std(0)[0]
         else:
             found = _magnitude(self.file.mean(rows))[0]
             if quantity == "error":

@@ -2,8 +2,8 @@ r"""Results back to the images they came from: NIfTI volumes in the original uni
 import recorded.
 
     mean      |mean_s x_s|                     the magnitude of the posterior mean
-    std       std_s |x_s|
-                                             their spread over the samples, S - 1 in the denominator
+    std       the result's std                 several channels: std_s |x_s| over the samples, S - 1 in the
+                                             denominator
     samples   |x_s|                            a fourth axis, one sample after the other
 
 times the scale of each image. Images of one channel are real and keep their sign. The spread of magnitudes is
@@ -103,6 +103,8 @@ def _samples(file: ResultFile, rows: slice) -> Tensor:
 
 
 def _std(file: ResultFile, rows: slice) -> Tensor:
+    if file.shape[2] == 1:
+        return file.std(rows)[:, 0]
     return _samples(file, rows).double().std(-1).float()
 
 
